@@ -1,0 +1,55 @@
+"""The `export` command, and the part of `verify` that needs PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Add `export` to a command line. Heavy imports happen when it runs."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint as one ONNX graph that runs without PyTorch",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=_export)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder, as `train` writes it")
+    add("artifact", type=Path, metavar="ARTIFACT", help="the folder to write")
+    add("--precision", default="fp32", metavar="NAME", help="fp32")
+    add("--base", metavar="DIR_OR_HUB_ID", help="where the base model is, if not where the checkpoint says")
+    add("--context-length", type=int, metavar="N", help="a shorter context than the model's, for smaller tables")
+    add("--base-only", action="store_true", help="export the base stream alone, to compare with")
+    add("--force", action="store_true", help="replace ARTIFACT if it exists")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .pipeline import ExportSettings, export_checkpoint
+
+    settings = ExportSettings(args.precision, args.context_length, args.base_only)
+    manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(json.dumps({"artifact": str(args.artifact), "bytes": size, "parity": manifest["parity"]}))
+    return 0
+
+
+def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
+    """Run the parity check of an existing artifact again; returns the new report. Raises as `export_checkpoint`."""
+    from imsm_core.checkpoint import load_checkpoint
+
+    from .pipeline import report_parity
+    from .verify import verify_graph
+
+    manifest = json.loads((artifact / "imsm_model.json").read_text(encoding="utf-8"))
+    model, _ = load_checkpoint(checkpoint, base_model)
+    parity = verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"])
+    report_parity(parity, _to_stderr)
+    return parity.as_dict()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)

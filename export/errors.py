@@ -1,0 +1,26 @@
+"""What can go wrong in an export, as one branch of the tree in `imsm_core.errors`.
+
+    IMSMError
+    └── ExportError
+        ├── UnsupportedError      an architecture, PEFT variant or setting that has no two-stream form
+        ├── TraceError            the traced graph is not what the exporter relies on
+        └── VerificationError     the exported graph does not compute what PyTorch computes; nothing is published
+"""
+
+from imsm_core.errors import IMSMError
+
+
+class ExportError(IMSMError):
+    """Base of every error of an export."""
+
+
+class UnsupportedError(ExportError):
+    """An architecture, PEFT variant or setting that has no two-stream form."""
+
+
+class TraceError(ExportError):
+    """The traced graph is not what the exporter relies on."""
+
+
+class VerificationError(ExportError):
+    """The exported graph does not compute what PyTorch computes."""

@@ -1,0 +1,46 @@
+"""The facts about an architecture that every config spells in its own way, through optimum's normalised configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """context_length: the longest text that the positions allow, in tokens."""
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+
+
+def model_facts(model: PreTrainedModel, context_length: int | None = None) -> ModelFacts:
+    """context_length: a shorter context than the model's, which makes the rotary tables smaller.
+
+    Raises UnsupportedError if the config lacks one of the facts or the wanted context is longer than the model's.
+    """
+    config = model.config
+    kind = config.model_type
+    try:
+        normalized_class = NormalizedConfigManager.get_normalized_config_class(kind)
+    except KeyError:
+        normalized_class = NormalizedTextConfig
+    normalized = normalized_class(config)
+    try:
+        layers, vocabulary = int(normalized.num_layers), int(normalized.vocab_size)
+    except AttributeError as error:
+        raise UnsupportedError(f"the config of architecture {kind!r} does not say how many layers it has") from error
+    longest = getattr(config, "max_position_embeddings", None) or context_length
+    if longest is None:
+        raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
+    if context_length is not None and not 0 < context_length <= longest:
+        raise UnsupportedError(f"context length {context_length} is not in 1 .. {longest}, which the model allows")
+    width = int(model.get_output_embeddings().weight.shape[-1])
+    return ModelFacts(kind, layers, width, vocabulary, int(context_length or longest))

@@ -1,0 +1,35 @@
+"""Graph passes: one rewrite per file, run in one order, each returning how often it fired.
+
+A pass changes the graph in place and computes exactly what it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from ..errors import TraceError
+from . import clean, name_dimensions, norms, reshapes, weight_layout
+
+Pass = Callable[[ir.Model], int]
+
+PASSES: tuple[tuple[str, Pass], ...] = (
+    ("fuse_rms_norm", norms.fuse_rms_norm),
+    ("fuse_skip_rms_norm", norms.fuse_skip_rms_norm),
+    ("merge_reshapes", reshapes.merge_reshapes),
+    ("lay_out_weights", weight_layout.lay_out_weights),
+    ("drop_unused_inputs", clean.drop_unused_inputs),
+    ("name_dimensions", name_dimensions.name_dimensions),
+    ("strip_metadata", clean.strip_metadata),
+)
+
+
+def run_passes(model: ir.Model) -> dict[str, int]:
+    """Run every pass in order; returns the counts. Raises TraceError if a weight is left in PyTorch's layout, which
+    would make onnxruntime transpose it at every start."""
+    counts = {name: rewrite(model) for name, rewrite in PASSES}
+    left = [node.inputs[0].name for node in model.graph if weight_layout.transposes_a_weight(node)]
+    if left:
+        raise TraceError(f"{len(left)} weights are still transposed in the graph, the first is {left[0]}")
+    return counts

@@ -1,0 +1,44 @@
+"""Readable names for symbolic dimensions: batch, sequence, past, total and wanted instead of s22 and s40."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+_NAMED = {
+    "input_ids": ("batch", "sequence"),
+    "position_ids": ("batch", "sequence"),
+    "query_mask": ("batch", "sequence"),
+    "seqlens_k": ("batch",),
+    "logit_positions": ("batch", "wanted"),
+    "past_query_sum": ("batch", None, None),
+    "past_query_count": ("batch",),
+    "memory_bias": ("batch",),
+    "logits": ("batch", "wanted", None),
+    "hidden_base": ("batch", "wanted", None),
+    "hidden_adapter": ("batch", "wanted", None),
+    "gate": ("batch", "wanted", None),
+    "gate_mean": ("batch", "wanted"),
+    "present_query_sum": ("batch", None, None),
+    "present_query_count": ("batch",),
+}
+
+
+def name_dimensions(model: ir.Model) -> int:
+    """Returns how many inputs and outputs were named."""
+    count = 0
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        names = _names(str(value.name))
+        if names is None or value.shape is None:
+            continue
+        sizes = [size if name is None else name for size, name in zip(value.shape, names, strict=True)]
+        value.shape = ir.Shape(sizes)
+        count += 1
+    return count
+
+
+def _names(name: str) -> tuple[str | None, ...] | None:
+    if name.startswith("past_key_values."):
+        return ("batch", None, "past", None)
+    if name.startswith("present."):
+        return ("batch", None, "total", None)
+    return _NAMED.get(name)

@@ -1,0 +1,119 @@
+"""checkpoint -> trace -> passes -> files -> verification -> ARTIFACT folder, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from imsm_core.backbone import load_tokenizer
+from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
+from imsm_core.files import publish_folder, refuse_existing
+from imsm_core.siamese import SiameseModel
+
+from .adapters import base_layers, replaced_layers, two_stream_layers
+from .artifact import write_graph, write_manifest, write_tokenizer
+from .attention import plan_attention
+from .errors import UnsupportedError
+from .normalized import model_facts
+from .passes import run_passes
+from .trace import trace
+from .two_stream import TwoStreamStep
+from .verify import ParityReport, verify_graph
+
+PRECISIONS = ("fp32",)
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """base_only: one stream without adapter and gate, for comparing. context_length: None is the model's own."""
+
+    precision: str = "fp32"
+    context_length: int | None = None
+    base_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UnsupportedError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    target: Path,
+    settings: ExportSettings | None = None,
+    base_model: str | None = None,
+    force: bool = False,
+    report: Report = print,
+) -> dict[str, Any]:
+    """Export a CHECKPOINT folder; returns the manifest.
+
+    base_model: where the base model is now, if not where the checkpoint says. Raises OutputExistsError,
+    CheckpointError, BaseModelError, AdapterError, UnsupportedError or VerificationError, in each case without writing
+    anything at `target`.
+    """
+    refuse_existing(target, force)
+    report(f"load      {checkpoint}")
+    model, info = load_checkpoint(checkpoint, base_model)
+    tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
+    return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
+
+
+def export_model(
+    model: SiameseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    info: CheckpointInfo,
+    target: Path,
+    settings: ExportSettings,
+    force: bool = False,
+    report: Report = print,
+) -> dict[str, Any]:
+    """Export a siamese model in memory (CPU, float32); returns the manifest. Raises as `export_checkpoint`."""
+    model.eval()
+    # 1. What can be refused is refused before the long work.
+    causal_lm = model.causal_lm
+    facts = model_facts(causal_lm, settings.context_length)
+    layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
+    with replaced_layers(causal_lm, base_layers(model.peft_model)):
+        plan = plan_attention(causal_lm, facts.layers, facts.context_length)
+    with publish_folder(target, force) as draft:
+        # 2. Trace and rewrite.
+        report(f"trace     {facts.architecture}, {facts.layers} layers, rotary: {plan.rotary.mode}")
+        with replaced_layers(causal_lm, layers):
+            step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan).eval()
+            traced = trace(step)
+        counts = run_passes(traced.model)
+        for name, count in counts.items():
+            report(f"pass      {name:22} {count:5} times")
+        # 3. Write, verify what was written, describe it.
+        write_graph(traced.model, draft)
+        parity = verify_graph(draft, model, traced.streams, facts.context_length)
+        report_parity(parity, report)
+        sections = {
+            "precision": settings.precision,
+            "gate": None if settings.base_only else {"kind": info.gate_kind, "rank": info.gate_rank},
+            "adapter": None if settings.base_only else {"peft_type": info.peft_type, "layers": sorted(layers)},
+            "base_model": {
+                "name": info.base_model,
+                "revision": info.base_revision,
+                "fingerprint": info.base_fingerprint,
+            },
+            "training": info.training,
+            "passes": counts,
+            "parity": parity.as_dict(),
+            "tokens": write_tokenizer(tokenizer, causal_lm, draft),
+        }
+        manifest = write_manifest(draft, traced.model, facts, plan, traced.streams, sections)
+    report(f"written   {target}")
+    return manifest
+
+
+def report_parity(parity: ParityReport, report: Report) -> None:
+    """One line per way of computing."""
+    for way, differences in parity.differences.items():
+        worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        report(f"verify    {way}: largest difference from PyTorch: {worst}")
+    report(f"verify    greedy tokens equal: {parity.greedy_tokens_equal} of {parity.decode_steps}")

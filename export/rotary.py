@@ -1,0 +1,132 @@
+"""Rotary position embedding as one ONNX node, or none at all.
+
+transformers' modelling files each define `apply_rotary_pos_emb(q, k, cos, sin)`. For the trace it is replaced, if a
+numerical probe shows which of the known rotations it computes:
+
+    fused    the rotation happens inside GroupQueryAttention (`do_rotary`); q and k pass through untouched
+    node     one com.microsoft.RotaryEmbedding node each for q and k
+    traced   not recognised: the function stays and is traced as it is, so that the graph is right if not short
+
+Rotation: Su et al., RoFormer (arXiv 2104.09864), equation 34; "half" pairs element i with i + D/2, "interleaved"
+pairs 2i with 2i + 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedError
+
+FUNCTION = "apply_rotary_pos_emb"
+Mode = Literal["fused", "node", "traced", "none"]
+
+
+@dataclass
+class RotaryPlan:
+    """How rotation is written into the graph. cos, sin: (context, D/2) float32 tables, None where they are not
+    needed."""
+
+    mode: Mode
+    interleaved: bool = False
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+@dataclass
+class RotaryCall:
+    """What the probe saw of one call: the rotated query that was returned, and the rotation's style."""
+
+    query: Tensor
+    style: Literal["half", "interleaved"] | None
+    width: int
+
+
+def modelling_module(model: PreTrainedModel) -> ModuleType:
+    """The transformers module that defines the architecture."""
+    return sys.modules[type(model).__module__]
+
+
+@contextmanager
+def replaced_rotary(model: PreTrainedModel, function: Callable[..., Any] | None) -> Iterator[None]:
+    """Swap the architecture's `apply_rotary_pos_emb` for `function` (None leaves it), also in a shared module."""
+    module = modelling_module(model)
+    original = getattr(module, FUNCTION, None)
+    if function is None or original is None:
+        yield
+        return
+    setattr(module, FUNCTION, function)
+    try:
+        yield
+    finally:
+        setattr(module, FUNCTION, original)
+
+
+def probe_call(original: Callable[..., Any], query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> RotaryCall:
+    """Run the architecture's function once and say which rotation it is; style None: none that we know."""
+    rotated, _ = original(query, key, *args, **kwargs)
+    bound = inspect.signature(original).bind(query, key, *args, **kwargs).arguments
+    cos, sin = bound.get("cos"), bound.get("sin")
+    style: Literal["half", "interleaved"] | None = None
+    if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == 3 and cos.shape[-1] == query.shape[-1]:
+        half = cos.shape[-1] // 2
+        if _same(rotated, _rotate_half(query, cos[..., :half], sin[..., :half])):
+            style = "half"
+        elif _same(rotated, _rotate_interleaved(query, cos[..., 0::2], sin[..., 0::2])):
+            style = "interleaved"
+    return RotaryCall(rotated, style, query.shape[-1])
+
+
+def tables(model: PreTrainedModel, context: int, interleaved: bool) -> tuple[Tensor, Tensor] | None:
+    """cos and sin for positions 0 .. context - 1, each (context, D/2) float32; None if the backbone has not one
+    rotary module for all layers."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if not isinstance(rotary, nn.Module) or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+        return None
+    kind = getattr(rotary, "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"rotary embedding of type {kind!r} changes with the length of the text, "
+            "so that cached keys would have to be rotated anew; it has no table"
+        )
+    cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
+    half = cos.shape[-1] // 2
+    pick = slice(0, None, 2) if interleaved else slice(0, half)
+    return cos[0, :, pick].float().contiguous(), sin[0, :, pick].float().contiguous()
+
+
+def rotary_node(x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x: (rows, heads, S, D), position_ids: (rows, S) -> x rotated, by one com.microsoft.RotaryEmbedding node."""
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        [x, position_ids, cos, sin],
+        {"interleaved": int(interleaved)},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=1,
+    )
+
+
+def _rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5, rtol=1e-5)

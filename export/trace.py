@@ -1,0 +1,141 @@
+"""Tracing a two-stream step into an ONNX graph in memory. Knows nothing about files."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from .attention import AttentionPlan
+from .errors import TraceError
+from .two_stream import Cache, StepInputs, TwoStreamStep
+
+OPSET = 20
+STREAMS = ("base", "adapter")
+
+# Sizes that the sample inputs have, all different, so that no dimension is taken for another one.
+_BATCH, _SEQUENCE, _PAST, _WANTED = 2, 5, 7, 3
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """The graph as traced, before any pass, and the names of its streams."""
+
+    model: ir.Model
+    streams: tuple[str, ...]
+
+
+def trace(step: TwoStreamStep) -> TracedGraph:
+    """Trace `step` with symbolic batch, sequence, past and wanted positions; names every input and output."""
+    streams = STREAMS[: step.streams]
+    sample = _sample_inputs(step)
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            step,
+            tuple(sample),
+            dynamo=True,
+            dynamic_shapes=(_dynamic_shapes(sample),),
+            input_names=_input_names(streams, len(step.plan.layers)),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    names = _output_names(step, streams)
+    if len(names) != len(model.graph.outputs):
+        raise TraceError(f"the trace has {len(model.graph.outputs)} outputs, not {len(names)}")
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        value.name = name
+    return TracedGraph(model, streams)
+
+
+def cache_name(direction: str, stream: str, layer: int, part: str) -> str:
+    """direction: past_key_values or present; part: key or value."""
+    return f"{direction}.{stream}.{layer}.{part}"
+
+
+def _cache_names(direction: str, streams: tuple[str, ...], layers: int) -> list[str]:
+    return [
+        cache_name(direction, stream, layer, part)
+        for stream in streams
+        for layer in range(layers)
+        for part in ("key", "value")
+    ]
+
+
+def _input_names(streams: tuple[str, ...], layers: int) -> list[str]:
+    return [*StepInputs._fields[:-1], *_cache_names("past_key_values", streams, layers)]
+
+
+def _output_names(step: TwoStreamStep, streams: tuple[str, ...]) -> list[str]:
+    gated = ["hidden_adapter", "gate", "gate_mean", "present_query_sum", "present_query_count"]
+    present = _cache_names("present", streams, len(step.plan.layers))
+    return ["hidden_base", *(gated if step.gate is not None else []), "logits", *present]
+
+
+def _sample_inputs(step: TwoStreamStep) -> StepInputs:
+    width = step.model.get_output_embeddings().weight.shape[-1]
+    return StepInputs(
+        input_ids=torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64),
+        position_ids=torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
+        seqlens_k=torch.full((_BATCH,), _PAST + _SEQUENCE - 1, dtype=torch.int32),
+        total_sequence_length=torch.tensor(_PAST + _SEQUENCE, dtype=torch.int32),
+        logit_positions=torch.zeros(_BATCH, _WANTED, dtype=torch.int64),
+        query_mask=torch.ones(_BATCH, _SEQUENCE),
+        past_query_sum=torch.zeros(_BATCH, 2, width),
+        past_query_count=torch.zeros(_BATCH),
+        memory_bias=torch.zeros(_BATCH),
+        past=_sample_cache(step.plan, step.streams),
+    )
+
+
+def _sample_cache(plan: AttentionPlan, streams: int) -> Cache:
+    def empty(kv_heads: int, size: int) -> Tensor:
+        return torch.zeros(_BATCH, kv_heads, _PAST, size)
+
+    return [
+        [
+            (empty(layer.kv_heads, layer.cached_head_size), empty(layer.kv_heads, layer.cached_head_size))
+            for layer in plan.layers
+        ]
+        for _ in range(streams)
+    ]
+
+
+def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
+    auto = torch.export.Dim.AUTO
+    row, tokens, cache = {0: auto}, {0: auto, 1: auto}, {0: auto, 2: auto}
+    shapes = StepInputs(
+        input_ids=tokens,
+        position_ids=tokens,
+        seqlens_k=row,
+        total_sequence_length=None,
+        logit_positions=tokens,
+        query_mask=tokens,
+        past_query_sum=row,
+        past_query_count=row,
+        memory_bias=row,
+        past=[[(cache, cache) for _ in layers] for layers in sample.past],
+    )  # type: ignore[arg-type]
+    return tuple(shapes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress and its optional dependencies; a user can do nothing about either."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,193 @@
+"""Comparing an exported graph with PyTorch, by value, before anyone relies on it.
+
+Four ways of computing the same text are compared with two plain PyTorch passes over it: a whole prefill of a ragged
+batch, a chunked prefill, cached decode steps that take the graph's own greedy tokens, and every row's query state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+
+from imsm_core.backbone import apply_head, last_hidden_state
+from imsm_core.gates import Memories
+from imsm_core.siamese import SiameseModel, masked_mean
+
+from .artifact import GRAPH
+from .errors import VerificationError
+
+Array = NDArray[Any]
+COMPARED = ("hidden_base", "hidden_adapter", "gate", "logits")
+DECODE_STEPS = 32
+FP32_TOLERANCE, FP32_TOLERANCE_DEEP, DEEP_LAYERS = 1e-4, 1e-3, 16
+
+
+@dataclass
+class ParityReport:
+    """Largest absolute differences from PyTorch, by way of computing and by output. `tolerance` is both the absolute
+    one and the one relative to an output's largest value."""
+
+    tolerance: float
+    differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    decode_steps: int = 0
+    greedy_tokens_equal: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def compare(self, way: str, name: str, found: Array, expected: Array) -> None:
+        """Note one difference, and a failure where it is past the tolerance or not a number."""
+        difference = float(np.abs(found.astype(np.float64) - expected).max())
+        worst = self.differences.setdefault(way, {})
+        worst[name] = max(worst.get(name, 0.0), difference)
+        limit = self.tolerance * (1 + float(np.abs(expected).max()))
+        if not difference <= limit:
+            self.failures.append(f"{name} in {way} is off by {difference:.2e}, more than {limit:.2e}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "tolerance": self.tolerance,
+            "max_abs_difference": self.differences,
+            "decode_steps": self.decode_steps,
+            "greedy_tokens_equal": self.greedy_tokens_equal,
+        }
+
+
+def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], context_length: int) -> ParityReport:
+    """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode). Raises VerificationError."""
+    cached = _CachedGraph(folder / GRAPH, streams)
+    layers = sum(1 for name in cached.inputs if name.startswith("past_key_values.base.")) // 2
+    report = ParityReport(FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE)
+    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+    generator = np.random.default_rng(0)
+    # Texts as long as the context allows, and no longer than needed to meet ragged rows and chunks.
+    steps = min(DECODE_STEPS, max(1, context_length // 2))
+    long = max(2, min(12, context_length - steps))
+    lengths = (long, max(1, long * 7 // 12))
+    prompts = [[int(token) for token in generator.integers(0, vocabulary, length)] for length in lengths]
+
+    # 1. The graph: prefill of the ragged batch, then greedy decode steps.
+    prefill = cached.prefill(prompts)
+    texts, stepped = [list(prompt) for prompt in prompts], []
+    tokens = [int(prefill["logits"][row, length - 1].argmax()) for row, length in enumerate(lengths)]
+    for _ in range(steps):
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        stepped.append(cached.decode(tokens))
+        tokens = [int(row.argmax()) for row in stepped[-1]["logits"][:, 0]]
+    # 2. The graph again, in two chunks of the first prompt.
+    chunked = _CachedGraph(folder / GRAPH, streams, cached.session).chunks([prompts[0][: long // 2], prompts[0][long // 2 :]])
+
+    # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
+    expected = [_expected(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
+
+    # 4. Compare.
+    for row, (length, wanted) in enumerate(zip(lengths, expected, strict=True)):
+        for name in wanted:
+            report.compare("prefill", name, prefill[name][row, :length], wanted[name][:length])
+            for step, outputs in enumerate(stepped):
+                report.compare("decode", name, outputs[name][row, 0], wanted[name][length + step])
+        greedy = wanted["logits"][length - 1 : -1].argmax(-1)
+        report.greedy_tokens_equal += int((greedy == texts[row][length:]).sum())
+        report.decode_steps += steps
+    last = len(prompts[0]) - 1
+    for name in expected[0]:  # a chunk's gate sees the query so far: only the last chunk's last position sees it whole
+        report.compare("chunked prefill", name, chunked[name][0, -1], expected[0][name][last])
+    if report.failures:
+        raise VerificationError(f"the graph does not compute what PyTorch computes: {report.failures[0]}")
+    return report
+
+
+@torch.no_grad()
+def _expected(model: SiameseModel, text: list[int], prompt_length: int, streams: tuple[str, ...]) -> dict[str, Array]:
+    """The compared outputs at every position of one text, each (S, ...)."""
+    input_ids = torch.tensor([text])
+    if len(streams) == 1:
+        with model.peft_model.disable_adapter():
+            hidden = last_hidden_state(model.causal_lm, input_ids=input_ids)
+        return {"hidden_base": hidden[0].numpy(), "logits": apply_head(model.causal_lm, hidden)[0].numpy()}
+    states = model.stream_states(input_ids)
+    query_mask = torch.zeros_like(input_ids)
+    query_mask[:, :prompt_length] = 1
+    query_base, query_adapter = (masked_mean(state, query_mask)[:, None] for state in states)
+    gated = model.gate(Memories(states.base, states.adapter, query_base, query_adapter))
+    logits = apply_head(model.causal_lm, gated.fused)
+    found = (states.base, states.adapter, gated.gate, logits)
+    return {name: tensor[0].numpy() for name, tensor in zip(COMPARED, found, strict=True)}
+
+
+class _CachedGraph:
+    """The graph run with plain NumPy arrays: slower than the runtime and independent of it."""
+
+    def __init__(
+        self, path: Path, streams: tuple[str, ...], session: onnxruntime.InferenceSession | None = None
+    ) -> None:
+        if session is None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = session
+        self.inputs = {value.name: value for value in session.get_inputs()}
+        self.outputs = [value.name for value in session.get_outputs()]
+        self.streams = streams
+        self.state: dict[str, Array] = {}
+        self.lengths = np.zeros(0, np.int64)
+
+    def prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
+        """A ragged batch, right-padded, with logits at every position."""
+        rows, longest = len(prompts), max(map(len, prompts))
+        input_ids = np.zeros((rows, longest), np.int64)
+        query_mask = np.zeros((rows, longest), np.float32)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, : len(prompt)] = prompt
+            query_mask[row, : len(prompt)] = 1
+        self._reset(rows)
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)))
+
+    def decode(self, tokens: list[int]) -> dict[str, Array]:
+        """One token a row."""
+        input_ids = np.array(tokens)[:, None]
+        self.lengths = self.lengths + 1
+        return self._run(input_ids, np.zeros(input_ids.shape, np.float32), self.lengths[:, None] - 1)
+
+    def chunks(self, chunks: list[list[int]]) -> dict[str, Array]:
+        """One prompt in pieces; returns the last piece's outputs."""
+        self._reset(1)
+        outputs: dict[str, Array] = {}
+        self.lengths = np.zeros(1, np.int64)
+        for chunk in chunks:
+            positions = self.lengths[:, None] + np.arange(len(chunk))[None]
+            self.lengths = self.lengths + len(chunk)
+            outputs = self._run(np.array([chunk]), np.ones((1, len(chunk)), np.float32), positions)
+        return outputs
+
+    def _reset(self, rows: int) -> None:
+        self.state = {
+            name: np.zeros([rows, *(0 if isinstance(size, str) else size for size in value.shape[1:])], np.float32)
+            for name, value in self.inputs.items()
+            if name.startswith("past_")
+        }
+
+    def _run(self, input_ids: Array, query_mask: Array, positions: Array) -> dict[str, Array]:
+        rows, sequence = input_ids.shape
+        feed = {
+            "input_ids": input_ids,
+            "position_ids": positions.astype(np.int64),
+            "seqlens_k": (self.lengths - 1).astype(np.int32),
+            "total_sequence_length": np.array(self.lengths.max(), np.int32),
+            "logit_positions": np.tile(np.arange(sequence), (rows, 1)),
+            "query_mask": query_mask,
+            "memory_bias": np.zeros(rows, np.float32),
+            **self.state,
+        }
+        results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
+        outputs: dict[str, Array] = dict(zip(self.outputs, results, strict=True))
+        for name in self.state:
+            self.state[name] = outputs[name.replace("past_key_values", "present").replace("past_query", "present_query")]
+        return outputs

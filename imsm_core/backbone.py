@@ -1,0 +1,122 @@
+"""The frozen backbone: loading it, its fingerprint, its last hidden states, and its head.
+
+Works on any Hugging Face causal LM through what `PreTrainedModel` promises of all of them; knows no architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .errors import BaseModelError
+
+
+def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
+    """The causal LM at a local folder or hub id, in float32 and eval mode, every parameter frozen.
+
+    Raises BaseModelError when it is not there or cannot be read (safetensors only; nothing is unpickled).
+    """
+    _check_local_folder(name)
+    try:
+        with _without_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=torch.float32, use_safetensors=True
+            )
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen unrelated types here
+        raise BaseModelError(f"cannot load the base model {name!r}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer. Raises BaseModelError if there is none that `tokenizer.json` can hold."""
+    _check_local_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # as above
+        raise BaseModelError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the name, shape and float32 bytes of every parameter, tied ones once, before PEFT wraps them."""
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(memoryview(parameter.detach().float().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """d, the width of the last hidden state: what the lm_head reads."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise BaseModelError(f"{type(model).__name__} has no lm_head; IMSM needs a causal language model")
+    return int(head.weight.shape[-1])
+
+
+def last_hidden_state(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """(B, S, d): the backbone's output after its final norm, without lm_head and without a cache."""
+    hidden: Tensor = model.base_model(use_cache=False, **inputs).last_hidden_state
+    return hidden
+
+
+def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (B, N, vocab) of `hidden` (B, N, d): all that the causal LM does after its backbone.
+
+    The model's own forward runs with the backbone replaced by a stub that returns `hidden`, so that logit scales
+    and soft-capping, which architectures apply after lm_head, come along.
+    """
+    with _backbone_returning(model, hidden):
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _backbone_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
+    backbone = model.base_model
+    if backbone is model:
+        raise BaseModelError(f"{type(model).__name__} does not keep its backbone apart from its lm_head")
+
+    def stub(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    backbone.forward = stub
+    try:
+        yield
+    finally:
+        del backbone.forward
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _check_local_folder(name: str) -> None:
+    looks_local = os.sep in name.rstrip(os.sep) and name.count("/") != 1 or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise BaseModelError(f"no base model at {name!r}: the folder does not exist")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,61 @@
+"""Writing folders whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputExistsError
+
+
+@contextmanager
+def publish_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its name when the block ends without an exception.
+
+    An interrupted block leaves nothing that looks whole: the folder is removed on an exception, and one left by a
+    killed process is removed by the next call for the same target. An existing target stays untouched until the
+    new folder is complete. Raises OutputExistsError if `target` exists and `force` is false.
+    """
+    refuse_existing(target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
+    draft.mkdir()
+    try:
+        yield draft
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+            target.rename(replaced)
+            draft.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise OutputExistsError if `target` exists and may not be replaced."""
+    if target.exists() and not force:
+        raise OutputExistsError(f"{target} exists and is kept; give another name, or --force to replace it")
+    if target.exists() and not target.is_dir():
+        raise OutputExistsError(f"{target} is a file, not a folder; give another name")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_abandoned(target: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(draft|replaced)-(\d+)")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not Path("/proc", match[2]).exists():
+            shutil.rmtree(path, ignore_errors=True)

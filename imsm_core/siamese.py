@@ -1,0 +1,82 @@
+"""The siamese model: one frozen backbone in memory, run as two streams, and a gate.
+
+Source: IMSM (arXiv 2412.17383). Knows nothing about data, optimisers or files.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import tuner_layers
+from .backbone import apply_head, last_hidden_state
+from .gates import Gate, Gated, Memories
+
+
+class StreamStates(NamedTuple):
+    """Last hidden states of the base stream and of the adapter stream, each (B, S, d)."""
+
+    base: Tensor
+    adapter: Tensor
+
+
+class SiameseModel(nn.Module):
+    """A PEFT model and a gate. The base stream is the same module with the adapter disabled."""
+
+    def __init__(self, peft_model: PeftModel, gate: Gate) -> None:
+        super().__init__()
+        self.peft_model = peft_model
+        self.gate = gate.to(next(peft_model.parameters()).device)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face causal LM inside the PEFT model, with the adapter's layers in place."""
+        model: PreTrainedModel = self.peft_model.get_base_model()
+        return model
+
+    def train(self, mode: bool = True) -> SiameseModel:
+        """Training mode for the adapter and the gate alone: the frozen backbone never drops anything out, so that
+        the base stream stays the pre-trained model."""
+        super().train(mode)
+        self.causal_lm.eval()
+        for _, layer in tuner_layers(self.peft_model):
+            layer.train(mode)
+            layer.get_base_layer().eval()
+        return self
+
+    def stream_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamStates:
+        """input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. No gradient enters the base
+        stream."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with torch.no_grad(), self.peft_model.disable_adapter():
+            base = last_hidden_state(self.causal_lm, **inputs)
+        return StreamStates(base, last_hidden_state(self.causal_lm, **inputs))
+
+    def fused_logits(
+        self, states: StreamStates, query_mask: Tensor, rows: Tensor, positions: Tensor, memory_bias: float = 0.0
+    ) -> tuple[Tensor, Gated]:
+        """Logits at chosen positions only.
+
+        query_mask: (B, S), 1 at the prompt's tokens. rows, positions: (M,) int64, the wanted (row, position) pairs.
+        Returns logits (M, vocab) and the gate's results (M, d).
+        """
+        query_base, query_adapter = (masked_mean(state, query_mask) for state in states)
+        memories = Memories(
+            states.base[rows, positions], states.adapter[rows, positions], query_base[rows], query_adapter[rows]
+        )
+        gated = self.gate(memories, torch.tensor(memory_bias, device=query_base.device) if memory_bias else None)
+        return apply_head(self.causal_lm, gated.fused[None])[0], gated
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's and the gate's parameters by name; nothing else is ever trained."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, d) float32: the mean of states (B, S, d) over the positions where mask (B, S) is 1."""
+    weights = mask.to(torch.float32)[..., None]
+    return (states.float() * weights).sum(1) / weights.sum(1)
