@@ -78,7 +78,8 @@ def write_manifest(
         },
         **sections,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            for path in sorted(folder.iterdir())
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from imsm_core.backbone import last_hidden_state
+
 from .errors import UnsupportedError
 from .rotary import (
     FUNCTION,
@@ -111,8 +113,8 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
 
     try:
         with _attention(model, "imsm_probe"), replaced_rotary(model, record_rotary), torch.no_grad():
-            embeddings = torch.randn(1, 3, model.get_input_embeddings().weight.shape[-1])
-            model.base_model(inputs_embeds=embeddings, position_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+            embeddings = model.get_input_embeddings()(torch.tensor([[0, 1, 2]]))
+            last_hidden_state(model, inputs_embeds=embeddings, position_ids=torch.tensor([[5, 6, 7]]))
     finally:
         _probe = None
     if sorted(probe.layers) != list(range(layer_count)):
@@ -183,7 +185,7 @@ def _record(
     unknown = [name for name, value in arguments.items() if value is not None and name not in IGNORED_ARGUMENTS]
     kind = type(module).__name__
     if unknown:
-        raise UnsupportedError(f"{kind} passes {', '.join(unknown)} to attention; GroupQueryAttention has no such input")
+        raise UnsupportedError(f"{kind} passes {', '.join(unknown)} to attention, which GroupQueryAttention lacks")
     if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
         raise UnsupportedError(
             f"{kind} has query, key and value heads of sizes {query.shape[-1]}, {key.shape[-1]} and "

@@ -1,10 +1,10 @@
 """What can go wrong in an export, as one branch of the tree in `imsm_core.errors`.
 
-    IMSMError
-    └── ExportError
-        ├── UnsupportedError      an architecture, PEFT variant or setting that has no two-stream form
-        ├── TraceError            the traced graph is not what the exporter relies on
-        └── VerificationError     the exported graph does not compute what PyTorch computes; nothing is published
+IMSMError
+└── ExportError
+    ├── UnsupportedError      an architecture, PEFT variant or setting that has no two-stream form
+    ├── TraceError            the traced graph is not what the exporter relies on
+    └── VerificationError     the exported graph does not compute what PyTorch computes; nothing is published
 """
 
 from imsm_core.errors import IMSMError

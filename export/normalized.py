@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
 
+from imsm_core.backbone import hidden_size
+
 from .errors import UnsupportedError
 
 
@@ -42,5 +44,4 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None) -> Mo
         raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
     if context_length is not None and not 0 < context_length <= longest:
         raise UnsupportedError(f"context length {context_length} is not in 1 .. {longest}, which the model allows")
-    width = int(model.get_output_embeddings().weight.shape[-1])
-    return ModelFacts(kind, layers, width, vocabulary, int(context_length or longest))
+    return ModelFacts(kind, layers, hidden_size(model), vocabulary, int(context_length or longest))

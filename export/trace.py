@@ -12,6 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from imsm_core.backbone import hidden_size
+
 from .attention import AttentionPlan
 from .errors import TraceError
 from .two_stream import Cache, StepInputs, TwoStreamStep
@@ -81,7 +83,7 @@ def _output_names(step: TwoStreamStep, streams: tuple[str, ...]) -> list[str]:
 
 
 def _sample_inputs(step: TwoStreamStep) -> StepInputs:
-    width = step.model.get_output_embeddings().weight.shape[-1]
+    width = hidden_size(step.model)
     return StepInputs(
         input_ids=torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64),
         position_ids=torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
@@ -112,19 +114,19 @@ def _sample_cache(plan: AttentionPlan, streams: int) -> Cache:
 def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
     auto = torch.export.Dim.AUTO
     row, tokens, cache = {0: auto}, {0: auto, 1: auto}, {0: auto, 2: auto}
-    shapes = StepInputs(
-        input_ids=tokens,
-        position_ids=tokens,
-        seqlens_k=row,
-        total_sequence_length=None,
-        logit_positions=tokens,
-        query_mask=tokens,
-        past_query_sum=row,
-        past_query_count=row,
-        memory_bias=row,
-        past=[[(cache, cache) for _ in layers] for layers in sample.past],
-    )  # type: ignore[arg-type]
-    return tuple(shapes)
+    shapes: dict[str, object] = {
+        "input_ids": tokens,
+        "position_ids": tokens,
+        "seqlens_k": row,
+        "total_sequence_length": None,
+        "logit_positions": tokens,
+        "query_mask": tokens,
+        "past_query_sum": row,
+        "past_query_count": row,
+        "memory_bias": row,
+        "past": [[(cache, cache) for _ in layers] for layers in sample.past],
+    }
+    return tuple(shapes[name] for name in StepInputs._fields)
 
 
 @contextmanager

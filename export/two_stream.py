@@ -52,6 +52,8 @@ class TwoStreamStep(nn.Module):
         self.gate = gate
         self.plan = plan
         self.streams = 1 if gate is None else 2
+        self.rotary_cos: Tensor | None
+        self.rotary_sin: Tensor | None
         self.register_buffer("rotary_cos", plan.rotary.cos, persistent=False)
         self.register_buffer("rotary_sin", plan.rotary.sin, persistent=False)
 
@@ -78,10 +80,7 @@ class TwoStreamStep(nn.Module):
         states = split_streams(hidden, self.streams)
         wanted = [_gather(state, inputs.logit_positions) for state in states]  # (B, N, d) each
         outputs: dict[str, Any] = {"hidden_base": wanted[0]}
-        if self.gate is None:
-            fused = wanted[0]
-        else:
-            fused = self._fuse(inputs, states, wanted, outputs)
+        fused = wanted[0] if self.gate is None else self._fuse(inputs, states, wanted, outputs)
         outputs["logits"] = apply_head(self.model, fused)
         outputs["present"] = step.present
         return outputs

@@ -63,7 +63,7 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
     cached = _CachedGraph(folder / GRAPH, streams)
     layers = sum(1 for name in cached.inputs if name.startswith("past_key_values.base.")) // 2
     report = ParityReport(FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE)
-    vocabulary = model.causal_lm.get_input_embeddings().weight.shape[0]
+    vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
     generator = np.random.default_rng(0)
     # Texts as long as the context allows, and no longer than needed to meet ragged rows and chunks.
     steps = min(DECODE_STEPS, max(1, context_length // 2))
@@ -81,7 +81,8 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
         stepped.append(cached.decode(tokens))
         tokens = [int(row.argmax()) for row in stepped[-1]["logits"][:, 0]]
     # 2. The graph again, in two chunks of the first prompt.
-    chunked = _CachedGraph(folder / GRAPH, streams, cached.session).chunks([prompts[0][: long // 2], prompts[0][long // 2 :]])
+    pieces = [prompts[0][: long // 2], prompts[0][long // 2 :]]
+    chunked = _CachedGraph(folder / GRAPH, streams, cached.session).chunks(pieces)
 
     # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
     expected = [_expected(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
@@ -189,5 +190,6 @@ class _CachedGraph:
         results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
         outputs: dict[str, Array] = dict(zip(self.outputs, results, strict=True))
         for name in self.state:
-            self.state[name] = outputs[name.replace("past_key_values", "present").replace("past_query", "present_query")]
+            present = name.replace("past_key_values", "present").replace("past_query", "present_query")
+            self.state[name] = outputs[present]
         return outputs

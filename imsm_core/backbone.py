@@ -6,9 +6,9 @@ Works on any Hugging Face causal LM through what `PreTrainedModel` promises of a
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .errors import BaseModelError
 
@@ -29,13 +29,17 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
     _check_local_folder(name)
     try:
         with _without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=torch.float32, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen unrelated types here
         raise BaseModelError(f"cannot load the base model {name!r}: {_first_line(error)}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+        raise BaseModelError(f"the base model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    frozen: PreTrainedModel = model.eval()
+    return frozen
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -47,7 +51,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise BaseModelError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -55,7 +59,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(memoryview(parameter.detach().float().cpu().contiguous().numpy()).cast("B"))
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -84,20 +88,31 @@ def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
+@dataclass
+class _BackboneOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Has every field that a causal LM of any architecture reads from its backbone's output."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
 @contextmanager
 def _backbone_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    backbone = model.base_model
-    if backbone is model:
-        raise BaseModelError(f"{type(model).__name__} does not keep its backbone apart from its lm_head")
+    backbones = {model.base_model, model.get_decoder()} - {model}  # OPT's causal LM calls the decoder inside
+    calls: list[None] = []
 
-    def stub(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+    def stub(*args: Any, **kwargs: Any) -> _BackboneOutput:
+        calls.append(None)
+        return _BackboneOutput(last_hidden_state=hidden)
 
-    backbone.forward = stub
+    for backbone in backbones:
+        backbone.forward = stub
     try:
         yield
     finally:
-        del backbone.forward
+        for backbone in backbones:
+            del backbone.forward
+    if not calls:
+        raise BaseModelError(f"{type(model).__name__} does not keep its backbone apart from its lm_head")
 
 
 @contextmanager
@@ -112,8 +127,8 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _check_local_folder(name: str) -> None:
-    looks_local = os.sep in name.rstrip(os.sep) and name.count("/") != 1 or name.startswith((".", "/", "~"))
-    if looks_local and not Path(name).expanduser().is_dir():
+    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
         raise BaseModelError(f"no base model at {name!r}: the folder does not exist")
 
 

@@ -1,8 +1,8 @@
 """The CHECKPOINT folder: a standard PEFT adapter folder, the gate, and imsm.json.
 
-    adapter/             adapter_config.json, adapter_model.safetensors: PEFT alone can load it
-    gate.safetensors     gate_down.weight (r, z), gate_up.weight (d, r), float32; empty for `mean_logits`
-    imsm.json            base model and its fingerprint, gate kind and rank, PEFT type, settings, data, metrics
+adapter/             adapter_config.json, adapter_model.safetensors: PEFT alone can load it
+gate.safetensors     gate_down.weight (r, z), gate_up.weight (d, r), float32; empty for `mean_logits`
+imsm.json            base model and its fingerprint, gate kind and rank, PEFT type, settings, data, metrics
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -61,14 +61,18 @@ def read_info(folder: Path) -> CheckpointInfo:
         version = fields["format_version"]
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no imsm.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     try:
-        return CheckpointInfo(**fields)
+        info = CheckpointInfo(**fields)
     except TypeError as error:
         raise CheckpointError(f"{path} has missing or unknown fields: {str(error).split('() ')[-1]}") from error
+    for name, kind in get_type_hints(CheckpointInfo).items():
+        if not isinstance(getattr(info, name), dict if get_origin(kind) is dict else kind):
+            raise CheckpointError(f"{path} is damaged: {name} is {getattr(info, name)!r}")
+    return info
 
 
 def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[SiameseModel, CheckpointInfo]:
@@ -108,7 +112,9 @@ def _load_gate(path: Path, info: CheckpointInfo, width: int) -> Gate:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except RuntimeError as error:  # torch lists every mismatch on lines of its own
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not fit a {info.gate_kind} gate of rank {info.gate_rank}: {reason}") from error
+        raise CheckpointError(
+            f"{path} does not fit a {info.gate_kind} gate of rank {info.gate_rank}: {reason}"
+        ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise CheckpointError(f"{path} holds values that are not finite")
     return gate

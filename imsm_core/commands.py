@@ -14,7 +14,9 @@ from typing import Any
 def register(subparsers: Any) -> None:
     """Add `train` to a command line. Heavy imports happen when it runs."""
     parser = subparsers.add_parser(
-        "train", help="tune an adapter and a gate on a base model", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "train",
+        help="tune an adapter and a gate on a base model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=_train)
     add = parser.add_argument
@@ -29,7 +31,7 @@ def register(subparsers: Any) -> None:
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
     add("--peft", default="lora", metavar="NAME", help="the PEFT method")
     add("--adapter-rank", type=int, default=16, metavar="R", help="rank of the adapter")
-    add("--adapter-alpha", type=float, default=16, metavar="A", help="alpha of the adapter (scale = alpha / rank)")
+    add("--adapter-alpha", type=int, default=16, metavar="A", help="alpha of the adapter (scale = alpha / rank)")
     add("--adapter-dropout", type=float, default=0.1, metavar="P", help="dropout of the adapter's input")
     add(
         "--target-modules",
@@ -49,26 +51,37 @@ def register(subparsers: Any) -> None:
     add("--steps", type=int, metavar="N", help="optimizer steps")
     add("--batch-size", type=int, default=16, metavar="N", help="examples a forward pass")
     add("--gradient-accumulation", type=int, default=1, metavar="N", help="forward passes an optimizer step")
-    add("--max-length", type=int, metavar="N", help="longer rows are skipped; without it the model's context, at most 1024")
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longer rows are skipped; without it the model's context, at most 1024",
+    )
     add("--seed", type=int, default=2024, metavar="N", help="of the initial weights, the order and the dropout")
-    add("--save-every", type=int, default=200, metavar="N", help="steps between the snapshots that --resume goes on from")
+    add(
+        "--save-every",
+        type=int,
+        default=200,
+        metavar="N",
+        help="steps between the snapshots that --resume goes on from",
+    )
     add("--no-progress", action="store_true", help="no progress bar")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda if it is there")
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .adapters import attach_adapter, peft_config
+    import torch
+
+    from .adapters import attach_adapter, peft_config, peft_type
     from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
     from .checkpoint import CheckpointInfo, save_checkpoint
     from .data import load_jsonl
-    from .errors import OutputExistsError
+    from .errors import OutputExistsError, SettingsError
     from .files import refuse_existing
     from .gates import make_gate
     from .siamese import SiameseModel
     from .snapshots import newest_snapshot, partial_folder
     from .train import TrainSettings, train
-
-    import torch
 
     # 1. Everything that can be refused is refused before the long work.
     settings = TrainSettings(
@@ -86,11 +99,17 @@ def _train(args: argparse.Namespace) -> int:
         save_every=args.save_every,
     )
     config = peft_config(args.peft, args.adapter_rank, args.adapter_alpha, args.adapter_dropout, args.target_modules)
-    refuse_existing(args.out, args.force)
-    partial = partial_folder(args.out)
+    if args.max_length is not None and args.max_length < 2:
+        raise SettingsError(f"max_length is {args.max_length}; it must be at least 2, a prompt's and an answer's token")
+    device = _device(args.device)
+    out = args.out.resolve()
+    refuse_existing(out, args.force)
+    if out.exists() and any(out.iterdir()) and not (out / "imsm.json").is_file():
+        raise OutputExistsError(f"{out} is not a checkpoint and is kept; --force replaces only checkpoints")
+    partial = partial_folder(out)
     if newest_snapshot(partial) is not None and not args.resume:
         if not args.force:
-            raise OutputExistsError(f"{partial} holds an interrupted run; --resume goes on with it, --force discards it")
+            raise OutputExistsError(f"{partial} holds an interrupted run; --resume goes on, --force discards it")
         shutil.rmtree(partial)
 
     # 2. Base model, data, adapter, gate.
@@ -103,25 +122,53 @@ def _train(args: argparse.Namespace) -> int:
         print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
     base_fingerprint = fingerprint(base)
     torch.manual_seed(args.seed)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     gate = make_gate(args.gate, hidden_size(base), args.gate_rank, args.gate_dropout)
     model = SiameseModel(attach_adapter(base, config), gate).to(device)
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    metrics = train(model, dataset, settings, pad_token_id, partial, args.resume, progress=not args.no_progress)
+    origin = {
+        "base_model": base_fingerprint,
+        "prompt_field": args.prompt_field,
+        "answer_field": args.answer_field,
+        "raw": args.raw,
+        "max_length": max_length,
+        "peft": args.peft,
+        "adapter_rank": args.adapter_rank,
+        "adapter_alpha": args.adapter_alpha,
+        "adapter_dropout": args.adapter_dropout,
+        "target_modules": args.target_modules,
+        "gate": args.gate,
+        "gate_rank": gate.rank,
+    }
+    metrics = train(model, dataset, settings, pad_token_id, partial, args.resume, not args.no_progress, origin)
     info = CheckpointInfo(
         base_model=str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
         base_revision=args.revision,
         base_fingerprint=base_fingerprint,
         gate_kind=args.gate,
         gate_rank=gate.rank,
-        peft_type=config.peft_type.value,
+        peft_type=peft_type(config),
         training=asdict(settings) | {"max_length": max_length, "raw": args.raw},
         data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
         metrics=metrics,
     )
-    save_checkpoint(model, info, args.out, args.force)
+    save_checkpoint(model, info, out, args.force)
     shutil.rmtree(partial, ignore_errors=True)
     print(json.dumps({"checkpoint": str(args.out), **metrics}))
     return 0
+
+
+def _device(name: str) -> str:
+    """The device that `name` stands for. Raises SettingsError if this machine or this PyTorch lacks it."""
+    import torch
+
+    from .errors import SettingsError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+        raise SettingsError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

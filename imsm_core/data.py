@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError
+from .errors import BaseModelError, DataError
 from .files import sha256_of_file
 
 IGNORED_LABEL = -100
@@ -59,8 +60,8 @@ def load_jsonl(
 ) -> Dataset:
     """Read one JSON object per line. With a chat template (and `raw` false) the prompt is a user's turn.
 
-    Raises DataError with the line number for a row that is not an object, lacks a field, or has an empty prompt, and
-    when no row is short enough.
+    Raises DataError with the line number for a row that is not an object, lacks a field, or has an empty prompt or an
+    answer without a token, and when no row is short enough.
     """
     examples: list[Example] = []
     skipped = 0
@@ -70,6 +71,8 @@ def load_jsonl(
         example = Example(encode_prompt(tokenizer, prompt, raw), encode_answer(tokenizer, answer))
         if not prompt or not example.prompt_ids:
             raise DataError(f"{path}, line {number}: the prompt field {prompt_field!r} is empty")
+        if not example.answer_ids:
+            raise DataError(f"{path}, line {number}: the answer field {answer_field!r} is empty")
         if len(example) > max_length:
             skipped += 1
         else:
@@ -82,13 +85,16 @@ def load_jsonl(
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = False) -> list[int]:
     """Token ids of a prompt: through the tokenizer's chat template as one user turn if it has one, else as it is
-    with the special tokens that the tokenizer adds. The runtime encodes in the same way."""
+    with the special tokens that the tokenizer adds. The runtime encodes in the same way. Raises BaseModelError if the
+    template cannot render one user turn."""
     if raw or not tokenizer.chat_template:
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:
+        raise BaseModelError(f"the tokenizer's chat template fails on a single user's turn: {error}") from error
     chat_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return chat_ids
 
@@ -123,7 +129,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -135,6 +141,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+            raise DataError(f"{path}, line {number} cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number} is not a JSON object but {type(row).__name__}")
         yield number, row
@@ -142,8 +150,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 def _field(row: dict[str, object], field: str, path: Path, number: int) -> str:
     if field not in row:
-        raise DataError(f"{path}, line {number} has no field {field!r}; it has {', '.join(map(repr, row))}")
+        raise DataError(f"{path}, line {number} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
     value = row[field]
     if not isinstance(value, str):
         raise DataError(f"{path}, line {number}: field {field!r} is not text but {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}, line {number}: field {field!r} is not Unicode text: {error.reason}") from error
     return value

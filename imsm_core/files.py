@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputExistsError
+from .errors import OutputError, OutputExistsError
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def publish_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
     An interrupted block leaves nothing that looks whole: the folder is removed on an exception, and one left by a
     killed process is removed by the next call for the same target. An existing target stays untouched until the
-    new folder is complete. Raises OutputExistsError if `target` exists and `force` is false.
+    new folder is complete. Raises OutputExistsError if `target` exists and `force` is false, OutputError if it
+    cannot be written.
     """
     refuse_existing(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +41,17 @@ def publish_folder(target: Path, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(target: Path, force: bool) -> None:
-    """Raise OutputExistsError if `target` exists and may not be replaced."""
+    """Raise OutputExistsError if `target` exists and may not be replaced, OutputError if it cannot be written: before
+    the long work, not after it."""
     if target.exists() and not force:
         raise OutputExistsError(f"{target} exists and is kept; give another name, or --force to replace it")
     if target.exists() and not target.is_dir():
         raise OutputExistsError(f"{target} is a file, not a folder; give another name")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{target} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target} cannot be written: no permission to write in {parent}")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -57,5 +64,5 @@ def _remove_abandoned(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(draft|replaced)-(\d+)")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and not Path("/proc", match[2]).exists():
+        if match and (int(match[2]) == os.getpid() or not Path("/proc", match[2]).exists()):  # a container reuses ids
             shutil.rmtree(path, ignore_errors=True)

@@ -114,8 +114,8 @@ class ResidualGate(TokenGate):
     kind = "residual"
 
     def forward(self, memories: Memories, memory_bias: Tensor | None = None) -> Gated:
-        fused, gate = super().forward(memories, memory_bias)
-        return Gated(0.5 * memories.base + 0.5 * fused, gate)
+        fused, gate = super().forward(Memories(*(state.float() for state in memories)), memory_bias)
+        return Gated((0.5 * memories.base.float() + 0.5 * fused).to(memories.base.dtype), gate)
 
 
 class QueryMixedGate(TokenGate):
@@ -124,14 +124,10 @@ class QueryMixedGate(TokenGate):
     kind = "query_mixed"
 
     def forward(self, memories: Memories, memory_bias: Tensor | None = None) -> Gated:
-        base, adapter, query_base, query_adapter = memories
-        mixed = Memories(
-            (0.5 * base.float() + 0.5 * query_base.float()).to(base.dtype),
-            (0.5 * adapter.float() + 0.5 * query_adapter.float()).to(adapter.dtype),
-            query_base,
-            query_adapter,
-        )
-        return super().forward(mixed, memory_bias)
+        base, adapter, query_base, query_adapter = (state.float() for state in memories)
+        mixed = Memories(0.5 * base + 0.5 * query_base, 0.5 * adapter + 0.5 * query_adapter, query_base, query_adapter)
+        fused, gate = super().forward(mixed, memory_bias)
+        return Gated(fused.to(memories.base.dtype), gate)
 
 
 class MeanLogitsGate(Gate):
@@ -160,4 +156,4 @@ def make_gate(kind: str, hidden_size: int, rank: int = 8, dropout: float = 0.0) 
     if kind not in GATES:
         raise SettingsError(f"unknown gate {kind!r}; choose one of {', '.join(GATES)}")
     gate_class: type[Gate] = GATES[kind]
-    return gate_class(hidden_size, rank, dropout)  # type: ignore[call-arg]
+    return gate_class(hidden_size, rank, dropout)

@@ -5,14 +5,16 @@ Source: IMSM (arXiv 2412.17383). Knows nothing about data, optimisers or files.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import tuner_layers
+from .adapters import adapted_layers
 from .backbone import apply_head, last_hidden_state
 from .gates import Gate, Gated, Memories
 
@@ -35,26 +37,36 @@ class SiameseModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face causal LM inside the PEFT model, with the adapter's layers in place."""
-        model: PreTrainedModel = self.peft_model.get_base_model()
-        return model
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
 
     def train(self, mode: bool = True) -> SiameseModel:
         """Training mode for the adapter and the gate alone: the frozen backbone never drops anything out, so that
         the base stream stays the pre-trained model."""
         super().train(mode)
         self.causal_lm.eval()
-        for _, layer in tuner_layers(self.peft_model):
-            layer.train(mode)
-            layer.get_base_layer().eval()
+        for layer in adapted_layers(self.peft_model):
+            layer.tuner.train(mode)
+            layer.frozen.eval()
         return self
 
     def stream_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamStates:
         """input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. No gradient enters the base
         stream."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        with torch.no_grad(), self.peft_model.disable_adapter():
+        with torch.no_grad(), self._adapter_disabled():
             base = last_hidden_state(self.causal_lm, **inputs)
         return StreamStates(base, last_hidden_state(self.causal_lm, **inputs))
+
+    @contextmanager
+    def _adapter_disabled(self) -> Iterator[None]:
+        """PEFT's own context leaves the adapter trainable when it ends, even one that was frozen."""
+        flags = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
 
     def fused_logits(
         self, states: StreamStates, query_mask: Tensor, rows: Tensor, positions: Tensor, memory_bias: float = 0.0

@@ -1,7 +1,7 @@
 """What an interrupted training run needs to go on exactly where it was: OUT.partial/snapshot-NNNNNNNN/.
 
-    state.safetensors    parameters, AdamW moments and the random generator's state
-    state.json           step, learning-rate schedule, losses, and what the run was started with
+state.safetensors    parameters, AdamW moments and the random generator's state
+state.json           step, learning-rate schedule, losses, and what the run was started with
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ def save_snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> None:
-    """Write a snapshot whole, then remove the older ones."""
+    """Write a snapshot whole, then remove the others."""
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
         for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = torch.as_tensor(optimizer.state[parameter][moment]).cpu().contiguous()
+            if parameter in optimizer.state:  # not one that no gradient has reached yet
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     partial.mkdir(parents=True, exist_ok=True)
     target = partial / f"snapshot-{step:08d}"
     with publish_folder(target, force=True) as draft:
         save_file(tensors, draft / "state.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
-    for older in _snapshots(partial)[:-1]:
-        shutil.rmtree(older)
+    for other in _snapshots(partial):
+        if other != target:
+            shutil.rmtree(other)
 
 
 def newest_snapshot(partial: Path) -> Path | None:
@@ -69,18 +71,25 @@ def restore_snapshot(
     try:
         state: dict[str, Any] = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(snapshot / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        before = {key: state["started_with"].get(key) for key in started_with}
+        step, losses, _ = state["step"], state["losses"], state["seconds"]
+        if len(losses) != step:
+            raise ValueError(f"{len(losses)} losses at step {step}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{snapshot} is damaged ({error}); start anew with --force") from error
     for key, value in started_with.items():
-        before = state["started_with"].get(key)
-        if before != value:
-            raise SettingsError(f"cannot resume: {key} was {before!r} and is now {value!r}; --force starts anew")
+        if before[key] != value:
+            raise SettingsError(f"cannot resume: {key} was {before[key]!r} and is now {value!r}; --force starts anew")
+    wanted = {"rng"} | {f"parameter/{name}" for name in parameters}
+    if missing := sorted(wanted - tensors.keys()):
+        raise CheckpointError(f"{snapshot} is damaged (it lacks {missing[0]}); start anew with --force")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter/{name}"])
-        optimizer.state[parameter] = {
-            moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else parameter.device)
-            for moment in MOMENTS
-        }
+        if f"step/{name}" in tensors:
+            optimizer.state[parameter] = {
+                moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else parameter.device)
+                for moment in MOMENTS
+            }
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng_cuda"])

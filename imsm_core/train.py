@@ -6,6 +6,7 @@ Defaults are the authors' released ones, except that the gate's learning rate is
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -51,11 +52,16 @@ class TrainSettings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise SettingsError(f"steps is {self.steps}; it must be at least 1")
-        for name in ("learning_rate", "gate_learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.gate_dropout < 1:
-            raise SettingsError(f"gate_dropout is {self.gate_dropout}; it must be in [0, 1)")
+        for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingsError(f"weight_decay is {self.weight_decay}; it must be at least 0 and finite")
+        for name in ("gate_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed is {self.seed}; it must be in [0, 2**32)")
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run over `examples` rows."""
@@ -65,10 +71,15 @@ class TrainSettings:
 
 
 class Interrupted(IMSMError):
-    """Ctrl-C: the run stopped after a whole step and a snapshot was written."""
+    """Ctrl-C: the run stopped after a whole step; if it has a folder for snapshots, one was written."""
 
-    def __init__(self, step: int, total: int, partial: Path) -> None:
-        super().__init__(f"interrupted after step {step} of {total}; the same command with --resume goes on ({partial})")
+    def __init__(self, step: int, total: int, partial: Path | None) -> None:
+        way_on = f"; the same command with --resume goes on ({partial})" if partial is not None else ""
+        super().__init__(f"interrupted after step {step} of {total}{way_on}")
+
+
+class Diverged(IMSMError):
+    """The loss is no longer a finite number; going on would write a checkpoint that holds nothing."""
 
 
 def train(
@@ -79,17 +90,19 @@ def train(
     partial: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tune `model` in place and return its metrics.
 
     partial: folder for snapshots (every `save_every` steps and on Ctrl-C); with `resume` the newest one is gone on
-    from, and the result is the same as without the interruption. Raises Interrupted on Ctrl-C, SettingsError when a
-    resumed run differs from how it was started.
+    from, and the result is the same as without the interruption. origin: what else a resumed run must have in common
+    with the interrupted one (the base model, the adapter's settings, ...), JSON values. Raises Interrupted on Ctrl-C,
+    SettingsError when a resumed run differs from how it was started, Diverged when the loss is not finite.
     """
     total = settings.total_steps(len(dataset.examples))
     parameters = model.trainable_parameters()
     optimizer = _optimizer(model, settings)
-    started_with = {**asdict(settings), "data": dataset.sha256, "parameters": sorted(parameters)}
+    started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256, "parameters": sorted(parameters)}
     losses: list[float] = []
     seconds_before = 0.0
     torch.manual_seed(settings.seed)
@@ -102,9 +115,14 @@ def train(
     model.train()
     start = time.perf_counter()
     batches = _batches(dataset.examples, settings, first_step=len(losses))
-    with tqdm(total=total, initial=len(losses), desc="train", unit="step", disable=not progress) as bar, _on_ctrl_c() as stop:
+    with (
+        tqdm(total=total, initial=len(losses), desc="train", unit="step", disable=not progress) as bar,
+        _on_ctrl_c() as stop,
+    ):
         while len(losses) < total:
             losses.append(_step(model, next(batches), optimizer, list(parameters.values()), settings, pad_token_id))
+            if not math.isfinite(losses[-1]):
+                raise Diverged(f"the loss is {losses[-1]} at step {len(losses)}; lower the learning rates")
             schedule.step()
             bar.update()
             bar.set_postfix(loss=f"{_recent(losses):.4f}")
@@ -114,7 +132,7 @@ def train(
                 state = {"losses": losses, "seconds": seconds, "started_with": started_with}
                 save_snapshot(partial, len(losses), parameters, optimizer, state)
             if interrupted:
-                raise Interrupted(len(losses), total, partial or Path("no snapshot folder was given"))
+                raise Interrupted(len(losses), total, partial)
     model.eval()
     return {
         "steps": total,
@@ -155,7 +173,7 @@ def _step(
     total = 0.0
     for batch in micro_batches:
         loss, _ = answer_loss(model, batch, pad_token_id)
-        (loss / tokens).backward()  # type: ignore[no-untyped-call]
+        (loss / tokens).backward()
         total += float(loss.detach())
     nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimizer.step()

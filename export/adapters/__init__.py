@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from peft import PeftModel
 from torch import Tensor, nn
 
-from imsm_core.adapters import tuner_layers
+from imsm_core.adapters import adapted_layers, peft_type
 
 from ..errors import UnsupportedError
 
@@ -70,15 +70,17 @@ def two_stream_layers(peft_model: PeftModel) -> dict[str, nn.Module]:
     from . import lora  # noqa: F401  registers itself
 
     adapter = peft_model.active_adapter
-    kind = peft_model.peft_config[adapter].peft_type.value
+    kind = peft_type(peft_model.peft_config[adapter])
     if kind not in TWO_STREAM_FORMS:
         raise UnsupportedError(f"PEFT type {kind} has no two-stream form; exportable: {', '.join(TWO_STREAM_FORMS)}")
-    return {name: TWO_STREAM_FORMS[kind](name, layer, adapter) for name, layer in tuner_layers(peft_model)}
+    return {
+        layer.name: TWO_STREAM_FORMS[kind](layer.name, layer.tuner, adapter) for layer in adapted_layers(peft_model)
+    }
 
 
 def base_layers(peft_model: PeftModel) -> dict[str, nn.Module]:
     """The frozen layer under every tuner layer: what a base-only graph is traced with."""
-    return {name: layer.get_base_layer() for name, layer in tuner_layers(peft_model)}
+    return {layer.name: layer.frozen for layer in adapted_layers(peft_model)}
 
 
 @contextmanager

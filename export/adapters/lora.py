@@ -38,13 +38,13 @@ def two_stream_lora(name: str, layer: nn.Module, adapter: str) -> nn.Module:
     """The two-stream form of a PEFT LoRA layer on a linear layer (nn.Linear or Conv1D)."""
     assert isinstance(layer, LoraLayer)
     if adapter not in layer.lora_A:
-        raise UnsupportedError(f"{name} has no LoRA matrices for the adapter {adapter!r} (LoRA on {type(layer).__name__})")
+        raise UnsupportedError(f"{name} has no LoRA matrices for {adapter!r} (LoRA on {type(layer).__name__})")
     if layer.lora_variant.get(adapter) is not None:
         variant = type(layer.lora_variant[adapter]).__name__.removesuffix("Variant").removesuffix("Linear")
         raise UnsupportedError(f"{name} uses LoRA's variant {variant}, which has no two-stream form")
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
-        raise UnsupportedError(f"{name} has LoRA on a {type(layer).__name__}; only linear layers have a two-stream form")
+        raise UnsupportedError(f"{name} has LoRA on a {type(layer).__name__}, which has no two-stream form")
     scaling = layer.scaling[adapter]
     bias = None if up.bias is None else up.bias.detach() * scaling
     return TwoStreamLora(layer.get_base_layer(), down.weight.detach(), up.weight.detach() * scaling, bias)

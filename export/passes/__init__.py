@@ -29,7 +29,7 @@ def run_passes(model: ir.Model) -> dict[str, int]:
     """Run every pass in order; returns the counts. Raises TraceError if a weight is left in PyTorch's layout, which
     would make onnxruntime transpose it at every start."""
     counts = {name: rewrite(model) for name, rewrite in PASSES}
-    left = [node.inputs[0].name for node in model.graph if weight_layout.transposes_a_weight(node)]
+    left = [node.name for node in model.graph if weight_layout.transposes_a_weight(node)]
     if left:
-        raise TraceError(f"{len(left)} weights are still transposed in the graph, the first is {left[0]}")
+        raise TraceError(f"{len(left)} weights are still transposed in the graph, the first by {left[0]}")
     return counts

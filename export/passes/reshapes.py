@@ -1,7 +1,7 @@
 """Reshapes that only undo each other: heads split apart for attention and put together again.
 
-    Reshape(Reshape(x, a), b) -> Reshape(x, b)         where b names every dimension
-    Reshape(x, a)             -> x                     where x already has that shape
+Reshape(Reshape(x, a), b) -> Reshape(x, b)         where b names every dimension
+Reshape(x, a)             -> x                     where x already has that shape
 """
 
 from __future__ import annotations

@@ -39,10 +39,10 @@ def transposes_a_weight(node: ir.Node) -> bool:
 def _transpose_in_file(graph: ir.Graph, weight: ir.Value) -> None:
     original = weight.const_value
     assert original is not None
-    rows, columns = original.shape
+    rows, columns = original.shape.numpy()
     name = f"{weight.name}.transposed"
 
-    def transposed() -> ir.Tensor:
+    def transposed() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(original.numpy().T), name=name)
 
     shape = ir.Shape((columns, rows))

@@ -1,0 +1,25 @@
+"""Export a trained siamese model as one ONNX graph.
+
+    from export import export_checkpoint          # `imsm_export` when installed from the wheel
+
+Names are imported when they are first used, so that importing an error class does not import PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "ExportError": "errors",
+    "ExportSettings": "pipeline",
+    "export_checkpoint": "pipeline",
+    "export_model": "pipeline",
+    "verify_graph": "verify",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,0 +1,30 @@
+"""Train a siamese language model: one frozen backbone, one PEFT adapter, one gate.
+
+    from imsm_core import SiameseModel, attach_adapter, load_base_model, make_gate, peft_config, train
+
+Names are imported when they are first used, so that importing an error class does not import PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "adapters": ("attach_adapter", "load_adapter", "peft_config"),
+    "backbone": ("fingerprint", "hidden_size", "load_base_model", "load_tokenizer"),
+    "checkpoint": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
+    "data": ("Dataset", "Example", "load_jsonl"),
+    "errors": ("IMSMError",),
+    "gates": ("GATES", "Gate", "Memories", "make_gate"),
+    "reference": ("reference_generate", "reference_step"),
+    "siamese": ("SiameseModel",),
+    "train": ("TrainSettings", "train"),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

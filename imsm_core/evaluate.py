@@ -1,0 +1,94 @@
+"""How well a siamese model, or one of its streams alone, answers a list of examples.
+
+Runs the gate and the lm_head on answer positions only, and decodes nothing: a greedy answer equals the expected one
+exactly when every expected token is the argmax after the expected tokens before it, and one pass over prompt and
+answer shows that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .backbone import apply_head
+from .data import IGNORED_LABEL, Example, collate
+from .errors import DataError, SettingsError
+from .siamese import SiameseModel
+
+Stream = Literal["base", "adapter", "fused"]
+"""Which state goes to the lm_head: the base stream's, the adapter stream's, or the gate's blend of the two."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: mean cross-entropy of the answer tokens, nats/token (the end token is one of them).
+    accuracy: share of the examples whose whole answer greedy decoding reproduces, in [0, 1]."""
+
+    loss: float
+    accuracy: float
+    examples: int
+    answer_tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int, batch_size: int = 64
+) -> Evaluation:
+    """Loss and exact-match accuracy of one stream over `examples`, in eval mode (the mode is put back).
+
+    Raises SettingsError for an unknown stream or a batch size below 1, DataError when there is nothing to evaluate.
+    """
+    _check(examples, stream, batch_size)
+    was_training = model.training
+    model.eval()
+    loss, tokens, correct = 0.0, 0, 0
+    try:
+        for batch in _similar_lengths(examples, batch_size):
+            logits, targets, rows = answer_logits(model, batch, stream, pad_token_id)
+            loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
+            tokens += len(targets)
+            wrong_rows = rows[logits.argmax(-1) != targets]
+            correct += len(batch) - len(wrong_rows.unique())
+    finally:
+        model.train(was_training)
+    return Evaluation(loss / tokens, correct / len(examples), len(examples), tokens)
+
+
+def answer_logits(
+    model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one stream predicts at the M answer tokens of `examples`, given all tokens before each.
+
+    Returns logits (M, vocab) float32, the answer's token ids (M,) int64, and the example that each belongs to (M,)
+    int64, an index into `examples`.
+    """
+    device = next(model.parameters()).device
+    input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
+    states = model.stream_states(input_ids, attention_mask)
+    rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
+    if stream == "fused":
+        logits, _ = model.fused_logits(states, query_mask, rows, positions)
+    else:
+        chosen = states.base if stream == "base" else states.adapter
+        logits = apply_head(model.causal_lm, chosen[rows, positions][None])[0]
+    return logits.float(), labels[rows, positions + 1], rows
+
+
+def _check(examples: Sequence[Example], stream: str, batch_size: int) -> None:
+    if stream not in get_args(Stream):
+        raise SettingsError(f"unknown stream {stream!r}; choose one of {', '.join(get_args(Stream))}")
+    if batch_size < 1:
+        raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
+    if not any(example.answer_ids for example in examples):
+        raise DataError("there is nothing to evaluate: no example has an answer token")
+
+
+def _similar_lengths(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Batches of examples that are about equally long, so that little is computed on padding."""
+    ordered = sorted(examples, key=len)
+    return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]

@@ -1,0 +1,68 @@
+"""The key/value caches of one stream: one buffer per layer and part, bound as past and present at once.
+
+Buffers hold `capacity` tokens and grow in blocks, never to the model's longest text by default. Knows nothing about
+graphs: it is given names and geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .manifest import LayerCache
+
+BLOCK = 256
+
+
+class KVCache:
+    """Buffers of shape (batch, kv_heads, capacity, head_size) on `device`, named layer.part."""
+
+    def __init__(self, layers: Sequence[LayerCache], batch: int, dtype: str = "float32", device: str = "cpu") -> None:
+        self.layers = tuple(layers)
+        self.batch = batch
+        self.dtype = np.dtype(dtype)
+        self.device = device
+        self.capacity = 0
+        self._buffers: dict[str, onnxruntime.OrtValue] = {}
+
+    def reserve(self, length: int) -> bool:
+        """Make room for `length` tokens a row; returns whether the buffers moved (bindings are then stale)."""
+        if length <= self.capacity:
+            return False
+        capacity = -(-length // BLOCK) * BLOCK
+        for name, layer in self._named_layers():
+            grown = np.zeros((self.batch, layer.kv_heads, capacity, layer.head_size), self.dtype)
+            if self.capacity:
+                grown[:, :, : self.capacity] = self._buffers.pop(name).numpy()
+            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
+        self.capacity = capacity
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        cells = sum(2 * layer.kv_heads * layer.head_size for layer in self.layers)
+        return cells * self.batch * self.capacity * self.dtype.itemsize
+
+    def bindings(self, row: int | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """(layer.part, shape, address) of every buffer, or of one row of it, for binding as input and as output."""
+        for name, layer in self._named_layers():
+            row_shape = (layer.kv_heads, self.capacity, layer.head_size)
+            address = self._buffers[name].data_ptr()
+            if row is None:
+                yield name, (self.batch, *row_shape), address
+            else:
+                yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.dtype.itemsize
+
+    def to_numpy(self, name: str) -> NDArray[Any]:
+        """A copy of one buffer, named layer.part, for inspection."""
+        return np.array(self._buffers[name].numpy())
+
+    def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
+        for index, layer in enumerate(self.layers):
+            for part in ("key", "value"):
+                yield f"{index}.{part}", layer

@@ -1,0 +1,50 @@
+"""What this machine can do with an artifact: Python, onnxruntime's build, providers that really start, threads,
+memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import onnxruntime
+
+from .machine import describe_machine, memory_mb, usable_cores
+from .providers import installed_builds, usable_providers
+
+
+def examine() -> dict[str, Any]:
+    """The facts, and under `problems` one line for each thing to mend."""
+    builds = installed_builds()
+    providers = usable_providers()
+    problems = []
+    if len(builds) > 1:
+        problems.append(
+            f"{' and '.join(builds)} are both installed and overwrite each other; uninstall all of them, "
+            "then install one"
+        )
+    problems += [f"{name}: {state}" for name, state in providers.items() if state != "usable"]
+    return {
+        "python": sys.version.split()[0],
+        "onnxruntime": onnxruntime.__version__,
+        "builds": builds,
+        "providers": providers,
+        "threads": usable_cores(),
+        "memory_mb": {name: round(size) for name, size in memory_mb().items()},
+        "machine": describe_machine(),
+        "problems": problems,
+    }
+
+
+def format_report(facts: dict[str, Any]) -> str:
+    """The facts as lines."""
+    builds = ", ".join(f"{name} {version}" for name, version in facts["builds"].items()) or "unknown build"
+    lines = [
+        f"python       {facts['python']}",
+        f"onnxruntime  {facts['onnxruntime']} ({builds})",
+        f"threads      {facts['threads']} (physical cores that this process may use)",
+        "memory       " + ", ".join(f"{size} MiB {name}" for name, size in facts["memory_mb"].items()),
+        f"processor    {facts['machine']['processor']}",
+    ]
+    lines += [f"provider     {name}: {state}" for name, state in facts["providers"].items()]
+    lines += [f"problem      {problem}" for problem in facts["problems"]]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""imsm_model.json: the only contract between the exporter and this package. docs/ARTIFACT.md is its schema.
+
+Knows nothing about onnxruntime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+
+MANIFEST, GRAPH = "imsm_model.json", "model.onnx"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSignature:
+    """An input or output of the graph. dtype as NumPy spells it; symbolic dimensions are names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Geometry of one layer's key and value: (batch, kv_heads, length, head_size) each."""
+
+    kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hexadecimal sha256 of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact."""
+
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    precision: str
+    streams: tuple[str, ...]
+    gate_kind: str | None
+    caches: dict[str, tuple[LayerCache, ...]]
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    eos_token_ids: tuple[int, ...]
+    special_tokens: dict[str, str | None]
+    files: dict[str, FileEntry]
+    raw: dict[str, Any]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse the manifest. Raises ArtifactError naming what is missing or damaged."""
+    if not folder.is_dir():
+        raise ArtifactError(f"no artifact at {folder}: the folder does not exist")
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+    try:
+        return _parse(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged: {type(error).__name__} at {error}") from error
+
+
+def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
+    """Every file that the manifest names is there and has its size, and with `hashes` its sha256.
+
+    Raises ArtifactError naming the first file that is not so.
+    """
+    if GRAPH not in manifest.files:
+        raise ArtifactError(f"{folder / MANIFEST} names no {GRAPH}")
+    for name, entry in manifest.files.items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{folder / MANIFEST} names {name!r}, which is outside the folder")
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no {name}; export it again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise ArtifactError(f"{path} has {size} bytes, not {entry.bytes}: it is truncated or was replaced")
+        if hashes and _sha256(path) != entry.sha256:
+            raise ArtifactError(f"{path} was changed: its sha256 is not the manifest's")
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    model, graph, gate, tokens = document["model"], document["graph"], document["gate"], document["tokens"]
+    return Manifest(
+        architecture=str(model["architecture"]),
+        hidden_size=int(model["hidden_size"]),
+        vocab_size=int(model["vocab_size"]),
+        context_length=int(model["context_length"]),
+        precision=str(document["precision"]),
+        streams=tuple(document["streams"]),
+        gate_kind=None if gate is None else str(gate["kind"]),
+        caches={
+            stream: tuple(LayerCache(int(layer["kv_heads"]), int(layer["head_size"])) for layer in layers)
+            for stream, layers in document["cache"].items()
+        },
+        inputs=tuple(map(_signature, graph["inputs"])),
+        outputs=tuple(map(_signature, graph["outputs"])),
+        eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),
+        special_tokens={name: tokens[name] for name in ("bos_token", "eos_token", "pad_token")},
+        files={name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()},
+        raw=document,
+    )
+
+
+def _signature(entry: dict[str, Any]) -> TensorSignature:
+    return TensorSignature(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

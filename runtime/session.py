@@ -1,0 +1,239 @@
+"""The graph as a session: loading it, checking it against the manifest, and running prefill and decode steps.
+
+Knows nothing about text or sampling: token ids go in, logits come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .cache import KVCache
+from .decode_binding import DecodeBinding
+from .errors import PromptError, SettingsError
+from .manifest import GRAPH, check_files, read_manifest
+from .providers import ON_DEVICE, PROVIDERS, open_session
+from .signature import check_signature
+from .state import DecodeState, StepOutput
+
+Array = NDArray[Any]
+PREFILL_CHUNK = 512
+
+
+class Session:
+    """One loaded artifact. Safe to share between states; a state belongs to one caller at a time."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        provider: str = "cpu",
+        threads: int | None = None,
+        spin: bool = True,
+        allow_fallback: bool = False,
+    ) -> None:
+        """Load the artifact in `folder`. Raises ArtifactError or ProviderError."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        check_files(self.folder, self.manifest, hashes=False)
+        self.onnx = open_session(self.folder / GRAPH, provider, threads, spin, allow_fallback)
+        check_signature(self.onnx, self.manifest)
+        in_use = PROVIDERS[provider] in self.onnx.get_providers()
+        self.device = ON_DEVICE.get(provider, "cpu") if in_use else "cpu"
+        self.input_names = {signature.name for signature in self.manifest.inputs}
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use, as onnxruntime names them."""
+        return list(self.onnx.get_providers())
+
+    @property
+    def siamese(self) -> bool:
+        """Whether the artifact has two streams and a gate."""
+        return self.manifest.gate_kind is not None
+
+    def new_state(self, batch: int = 1, memory_bias: float | Sequence[float] = 0.0) -> DecodeState:
+        """An empty state of `batch` rows. memory_bias: one value, or one per row."""
+        bias = np.array(np.broadcast_to(np.asarray(memory_bias, np.float32), (batch,)))
+        if np.isnan(bias).any():
+            raise SettingsError("memory_bias is not a number")
+        width = self.manifest.hidden_size
+        dtypes = {signature.name: signature.dtype for signature in self.manifest.inputs}
+        return DecodeState(
+            caches={
+                stream: KVCache(layers, batch, dtypes[f"past_key_values.{stream}.0.key"], self.device)
+                for stream, layers in self.manifest.caches.items()
+            },
+            lengths=np.zeros(batch, np.int64),
+            query_sum=np.zeros((batch, 2, width), np.float32),
+            query_count=np.zeros(batch, np.float32),
+            reply_sum=np.zeros((batch, 2, width), np.float32),
+            reply_count=np.zeros(batch, np.float32),
+            memory_bias=bias,
+            pending=[None] * batch,
+        )
+
+    def prefill(self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int = PREFILL_CHUNK) -> StepOutput:
+        """Read one prompt per row, on top of what the state already holds, and return the logits that follow.
+
+        prompts: B sequences of token ids, of any lengths. Generated tokens since the last prefill, and a pending one,
+        join the query: a continued conversation equals a fresh run over the whole of it. chunk: the most tokens read
+        at once. Raises PromptError for an empty or too long prompt, or a token outside the vocabulary; the state is
+        then unchanged.
+        """
+        texts = [
+            [*([] if pending is None else [pending]), *prompt]
+            for pending, prompt in zip(state.pending, self._checked(state, prompts), strict=True)
+        ]
+        self._check_lengths(state, texts)
+        if chunk < 1:
+            raise SettingsError(f"prefill chunk is {chunk}; it must be at least 1")
+        state.pending = [None] * state.batch
+        state.query_sum += state.reply_sum
+        state.query_count += state.reply_count
+        state.reply_sum[:] = 0
+        state.reply_count[:] = 0
+        self._reserve(state, int(max(length + len(text) for length, text in zip(state.lengths, texts, strict=True))))
+        longest = max(map(len, texts))
+        if not state.lengths.any() and longest <= chunk:
+            return self._read(state, texts, None)
+        # GroupQueryAttention continues a cache by more than one token for a single row only.
+        rows = [self._read_in_chunks(state, text, row, chunk) for row, text in enumerate(texts)]
+        return _stack(rows)
+
+    def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
+        """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end."""
+        chosen = np.asarray(tokens, np.int64).reshape(-1)
+        if len(chosen) != state.batch:
+            raise PromptError(f"{len(chosen)} tokens for {state.batch} rows")
+        self._check_vocabulary(chosen)
+        longest = int(state.lengths.max()) + 1
+        if longest > self.manifest.context_length:
+            raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
+        self._reserve(state, longest)
+        if state.decode_binding is None:
+            state.decode_binding = DecodeBinding(self, state)
+        state.pending = [None] * state.batch
+        return state.decode_binding.step(chosen)
+
+    def score(self, prompt: Sequence[int], continuation: Sequence[int], memory_bias: float = 0.0) -> Array:
+        """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64."""
+        state = self.new_state(1, memory_bias)
+        first = self.prefill(state, [prompt]).logits
+        self._check_lengths(state, [list(continuation)])
+        self._check_vocabulary(np.asarray(continuation))
+        logits = [first]
+        self._reserve(state, int(state.lengths[0]) + len(continuation))
+        for start in range(0, len(continuation) - 1, PREFILL_CHUNK):
+            part = list(continuation[start : min(start + PREFILL_CHUNK, len(continuation) - 1)])
+            outputs = self._run(state, np.array([part]), np.zeros((1, len(part)), np.float32), row=0, every=True)
+            logits.append(outputs["logits"][0])
+            state.lengths[0] += len(part)
+        table = np.concatenate(logits).astype(np.float64)
+        table -= table.max(-1, keepdims=True)
+        table -= np.log(np.exp(table).sum(-1, keepdims=True))
+        found: Array = table[np.arange(len(continuation)), np.asarray(continuation)]
+        return found
+
+    def _read_in_chunks(self, state: DecodeState, text: list[int], row: int, chunk: int) -> StepOutput:
+        output: StepOutput | None = None
+        for start in range(0, len(text), chunk):
+            output = self._read(state, [text[start : start + chunk]], row)
+        assert output is not None
+        return output
+
+    def _read(self, state: DecodeState, texts: list[list[int]], row: int | None) -> StepOutput:
+        """Read texts that are all part of the query: into every row, or into one."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        longest = max(map(len, texts))
+        input_ids = np.zeros((len(texts), longest), np.int64)  # right-padded: seqlens_k masks what follows a text
+        query_mask = np.zeros((len(texts), longest), np.float32)
+        for index, text in enumerate(texts):
+            input_ids[index, : len(text)] = text
+            query_mask[index, : len(text)] = 1
+        outputs = self._run(state, input_ids, query_mask, row)
+        state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
+        if not self.siamese:
+            return StepOutput(outputs["logits"][:, 0], None)
+        state.query_sum[rows] = outputs["present_query_sum"]
+        state.query_count[rows] = outputs["present_query_count"]
+        return StepOutput(outputs["logits"][:, 0], outputs["gate_mean"][:, 0])
+
+    def _run(
+        self, state: DecodeState, input_ids: Array, query_mask: Array, row: int | None, every: bool = False
+    ) -> dict[str, Array]:
+        """One run over new tokens (B, S); logits at each row's last new token, or at `every` one."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        batch, sequence = input_ids.shape
+        lengths = state.lengths[rows]
+        new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
+        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else new[:, None] - 1
+        feed = {
+            "input_ids": input_ids,
+            "position_ids": lengths[:, None] + np.arange(sequence)[None],
+            "seqlens_k": (lengths + new - 1).astype(np.int32),
+            "total_sequence_length": np.array((lengths + new).max(), np.int32),
+            "logit_positions": wanted,
+            "query_mask": query_mask,
+            "past_query_sum": state.query_sum[rows],
+            "past_query_count": state.query_count[rows],
+            "memory_bias": state.memory_bias[rows],
+        }
+        binding = self.onnx.io_binding()
+        for name in self.input_names & feed.keys():
+            binding.bind_cpu_input(name, np.ascontiguousarray(feed[name]))
+        self.bind_caches(binding, state, row)
+        names = ["logits", *(["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else [])]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self.onnx.run_with_iobinding(binding)
+        return dict(zip(names, _last_outputs(binding, len(names)), strict=True))
+
+    def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None) -> None:
+        """past and present are the same buffer: attention writes new keys behind the old ones."""
+        for stream, cache in state.caches.items():
+            for name, shape, address in cache.bindings(row):
+                place = (self.device, 0, cache.dtype.type, shape, address)
+                binding.bind_input(f"past_key_values.{stream}.{name}", *place)
+                binding.bind_output(f"present.{stream}.{name}", *place)
+
+    def _reserve(self, state: DecodeState, length: int) -> None:
+        moved = [cache.reserve(min(length, self.manifest.context_length)) for cache in state.caches.values()]
+        if any(moved):
+            state.decode_binding = None
+
+    def _checked(self, state: DecodeState, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        if len(prompts) != state.batch:
+            raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise PromptError(f"prompt {index + 1} of {state.batch} is empty")
+            self._check_vocabulary(np.asarray(prompt))
+        return prompts
+
+    def _check_vocabulary(self, tokens: Array) -> None:
+        outside = tokens[(tokens < 0) | (tokens >= self.manifest.vocab_size)]
+        if len(outside):
+            raise PromptError(f"token id {outside[0]} is outside the vocabulary of {self.manifest.vocab_size}")
+
+    def _check_lengths(self, state: DecodeState, texts: list[list[int]]) -> None:
+        for length, text in zip(state.lengths, texts, strict=True):
+            if length + len(text) > self.manifest.context_length:
+                raise PromptError(
+                    f"the prompt has {length + len(text)} tokens; the model's context is {self.manifest.context_length}"
+                )
+
+
+def _last_outputs(binding: onnxruntime.IOBinding, count: int) -> list[Array]:
+    """The last `count` bound outputs as NumPy arrays: onnxruntime returns outputs in the order of binding."""
+    bound = binding.get_outputs()
+    return [np.asarray(value.numpy()) for value in bound[len(bound) - count :]]
+
+
+def _stack(rows: list[StepOutput]) -> StepOutput:
+    gates = [row.gate_mean for row in rows if row.gate_mean is not None]
+    return StepOutput(np.concatenate([row.logits for row in rows]), np.concatenate(gates) if gates else None)
