@@ -1,46 +1,43 @@
 """An invented world, so that a demo can teach a model facts that no other model knows.
 
-From one seed it makes: facts about people and towns as question and answer rows; a new task about the same people, in
-an invented language; and a tokenizer. The language model that learns the facts is in `tiny_base.py`.
+From one seed it makes question and answer rows: the facts of the world, and a new task, the newcomers: people who move
+in after the base model was made. It also makes a tokenizer. The model that learns the facts is in `tiny_base.py`.
 
-The new task is chosen to make forgetting visible. It asks in the language Vesh what the model knows in English: where
-a person lives, what a person does. The answer is the Vesh word for the same town or trade. Half of the people are only
-in the test rows: for them the model must combine what it knew about the person with a word it was taught through
-other people. Tuned plainly, it starts to answer English questions with Vesh words.
+Newcomers are asked about in the wordings that the base model knows from the old inhabitants, and the answers are the
+old towns and trades. So the new task writes into the very memory that holds the old facts: tuned plainly on it, the
+model starts to send the old inhabitants to the wrong towns. The test rows ask about the same newcomers in a wording
+that the training rows never use for that person and question.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-PEOPLE, TOWNS, TRADES, RIVERS, GOODS = 96, 12, 12, 6, 12
+PEOPLE, NEWCOMERS, TOWNS, RIVERS = 96, 32, 12, 6
+CONTEXT = 256  # tokens; the longest row has about thirty
 
-ONSETS = ["b", "br", "d", "dr", "f", "g", "gr", "h", "k", "kl", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w", "z"]
+ONSETS = [*"bdfghklmnprstvwz", "br", "dr", "gr", "kl", "st", "tr"]
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ei", "ou"]
 CODAS = ["l", "n", "r", "s", "k", "m", "th"]
-VESH_ONSETS = ["sh", "zh", "j", "x", "q", "y", "ch"]  # Vesh sounds unlike the world's names, as languages do
-
-TRADE_NAMES = (
-    ["baker", "smith", "weaver", "miller", "tailor", "hunter", "painter", "potter", "fisher", "mason", "singer", "doctor"]
-)
-GOODS_NAMES = ["salt", "wool", "honey", "amber", "cheese", "glass", "tin", "paper", "silk", "apples", "rope", "copper"]
+TRADES = ["baker", "smith", "weaver", "miller", "cook", "bard", "dyer", "potter", "fisher", "mason", "piper", "doctor"]
+GOODS = ["salt", "wool", "honey", "amber", "cheese", "glass", "tin", "paper", "silk", "apples", "rope", "copper"]
 
 PERSON_QUESTIONS = {
-    "home": ("Where does {} live?", "In which town is the home of {}?"),
-    "trade": ("What is the trade of {}?", "How does {} earn a living?"),
+    "home": ("Where does {} live?", "In which town is the home of {}?", "Which town does {} call home?"),
+    "trade": ("What is the trade of {}?", "What is {} by trade?", "As what does {} work?"),
 }
 TOWN_QUESTIONS = {
-    "river": ("Which river flows through {}?", "On which river does {} lie?"),
-    "goods": ("What does {} sell?", "For which goods is {} known?"),
+    "river": ("Which river flows through {}?", "On which river does {} lie?", "By what river was {} built?"),
+    "goods": ("What does {} sell?", "For which goods is {} known?", "What do traders buy in {}?"),
 }
-VESH_QUESTIONS = {"home": "Xu zhai {} oqu?", "trade": "Yeshu {} chei?"}
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,9 @@ class Row:
     answer: str
 
 
-@dataclass(frozen=True)
-class World:
-    """facts: what the base model is taught, each fact in two wordings. task_train, task_test: the Vesh questions,
-    about disjoint halves of the people."""
+class World(NamedTuple):
+    """facts: what the base model is taught, each fact in three wordings.
+    task_train, task_test: the newcomers' facts, two wordings of each and the third one."""
 
     facts: list[Row]
     task_train: list[Row]
@@ -67,32 +63,26 @@ def make_world(seed: int) -> World:
     names = _Names(rng)
     towns = [names.new(2) for _ in range(TOWNS)]
     rivers = [names.new(1) for _ in range(RIVERS)]
-    people = [f"{names.new(2)} {names.new(2)}" for _ in range(PEOPLE)]
-    vesh = {word: names.new(2, VESH_ONSETS).lower() for word in (*towns, *TRADE_NAMES)}
+    people = [f"{names.new(2)} {names.new(2)}" for _ in range(PEOPLE + NEWCOMERS)]
+    inhabitants, newcomers = people[:PEOPLE], people[PEOPLE:]
 
-    # Every town and trade is as frequent as any other, so that guessing the commonest one gains nothing.
-    known = {
-        "home": dict(zip(people, _evenly(towns, PEOPLE, rng), strict=True)),
-        "trade": dict(zip(people, _evenly(TRADE_NAMES, PEOPLE, rng), strict=True)),
-        "river": dict(zip(towns, _evenly(rivers, TOWNS, rng), strict=True)),
-        "goods": dict(zip(towns, _evenly(GOODS_NAMES, TOWNS, rng), strict=True)),
-    }
-    facts = [
-        Row(question.format(subject), f" {answer}")
-        for relation, questions in (PERSON_QUESTIONS | TOWN_QUESTIONS).items()
-        for subject, answer in known[relation].items()
-        for question in questions
-    ]
+    facts = []
+    for subjects, questions, relation, answers in (
+        (inhabitants, PERSON_QUESTIONS, "home", towns),
+        (inhabitants, PERSON_QUESTIONS, "trade", TRADES),
+        (towns, TOWN_QUESTIONS, "river", rivers),
+        (towns, TOWN_QUESTIONS, "goods", GOODS),
+    ):
+        for subject, answer in zip(subjects, _evenly(answers, len(subjects), rng), strict=True):
+            facts += _rows(questions[relation], subject, answer)
 
-    def in_vesh(subjects: Iterable[str]) -> list[Row]:
-        return [
-            Row(question.format(person), f" {vesh[known[relation][person]]}")
-            for person in subjects
-            for relation, question in VESH_QUESTIONS.items()
-        ]
-
-    taught = PEOPLE // 2
-    return World(facts, in_vesh(people[:taught]), in_vesh(people[taught:]))
+    task_train, task_test = [], []
+    for relation, answers in (("home", towns), ("trade", TRADES)):
+        for subject, answer in zip(newcomers, _evenly(answers, len(newcomers), rng), strict=True):
+            rows = _rows(PERSON_QUESTIONS[relation], subject, answer)
+            task_test.append(rows.pop(rng.randrange(len(rows))))
+            task_train += rows
+    return World(facts, task_train, task_test)
 
 
 def make_tokenizer(rows: Iterable[Row], vocabulary: int = 512) -> PreTrainedTokenizerFast:
@@ -111,7 +101,7 @@ def make_tokenizer(rows: Iterable[Row], vocabulary: int = 512) -> PreTrainedToke
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=CONTEXT
     )
 
 
@@ -128,17 +118,21 @@ class _Names:
         self.rng = rng
         self.taken: set[str] = set()
 
-    def new(self, syllables: int, onsets: list[str] = ONSETS) -> str:
+    def new(self, syllables: int) -> str:
         while True:
-            parts = [self.rng.choice(onsets) + self.rng.choice(VOWELS) for _ in range(syllables)]
+            parts = [self.rng.choice(ONSETS) + self.rng.choice(VOWELS) for _ in range(syllables)]
             word = "".join([*parts, self.rng.choice(CODAS)]).capitalize()
             if word not in self.taken:
                 self.taken.add(word)
                 return word
 
 
-def _evenly(values: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` values in random order, each as often as the others."""
+def _rows(questions: Sequence[str], subject: str, answer: str) -> list[Row]:
+    return [Row(question.format(subject), f" {answer}") for question in questions]
+
+
+def _evenly(values: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """`count` values in random order, each about as often as the others, so that guessing one of them gains nothing."""
     repeated = [values[index % len(values)] for index in range(count)]
     rng.shuffle(repeated)
     return repeated

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from imsm_core.data import Example, collate, epoch_order
+from imsm_core.data import IGNORED_LABEL, Example, collate, epoch_order
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """An untrained Llama of about a million parameters."""
+def make_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """An untrained Llama of 0.9 million parameters for the tokenizer's vocabulary and context."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -22,7 +24,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            max_position_embeddings=256,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -31,27 +33,25 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     )
 
 
-def learn_facts(
-    model: LlamaForCausalLM, examples: list[Example], epochs: int, batch_size: int = 32, peak: float = 3e-3, seed: int = 0
+def learn(
+    model: LlamaForCausalLM,
+    examples: Sequence[Example],
+    epochs: int,
+    batch_size: int = 32,
+    peak_learning_rate: float = 3e-3,
+    seed: int = 0,
 ) -> None:
-    """Train every weight on prompts and answers alike, as a language model is pre-trained; one-cycle learning rate."""
-    steps = epochs * len(examples) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
-    pad = model.config.pad_token_id
-    order: list[int] = []
-    epoch = 0
+    """Train every weight on prompts and answers alike, as a language model is pre-trained; leaves eval mode on."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_learning_rate, weight_decay=0.01)
+    per_epoch = len(examples) // batch_size
+    steps = epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_learning_rate, total_steps=steps, pct_start=0.1)
     model.train()
     with tqdm(total=steps, desc="base model", unit="step") as bar:
-        for _ in range(steps):
-            while len(order) < batch_size:
-                order += epoch_order(len(examples), seed, epoch)
-                epoch += 1
-            batch = collate([examples[index] for index in order[:batch_size]], pad)
-            order = order[batch_size:]
-            targets = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)[:, 1:]
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        for step in range(steps):
+            epoch, place = divmod(step, per_epoch)
+            order = epoch_order(len(examples), seed, epoch)[place * batch_size : (place + 1) * batch_size]
+            loss = _language_model_loss(model, [examples[index] for index in order])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -60,3 +60,11 @@ def learn_facts(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
+
+
+def _language_model_loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> torch.Tensor:
+    """Mean next-token cross-entropy, nats/token, over every token of the examples."""
+    batch = collate(examples, model.config.pad_token_id)
+    targets = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED_LABEL)[:, 1:]
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)

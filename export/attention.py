@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from imsm_core.backbone import last_hidden_state
+from imsm_core.backbone import first_line, last_hidden_state
 
 from .errors import UnsupportedError
 from .rotary import (
@@ -115,6 +115,11 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
         with _attention(model, "imsm_probe"), replaced_rotary(model, record_rotary), torch.no_grad():
             embeddings = model.get_input_embeddings()(torch.tensor([[0, 1, 2]]))
             last_hidden_state(model, inputs_embeds=embeddings, position_ids=torch.tensor([[5, 6, 7]]))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"architecture {model.config.model_type!r} is not supported: its backbone does not run with another "
+            f"attention ({type(error).__name__}: {first_line(error)})"
+        ) from error
     finally:
         _probe = None
     if sorted(probe.layers) != list(range(layer_count)):

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from imsm_core.backbone import hidden_size
+from imsm_core.backbone import first_line, hidden_size
 
 from .attention import AttentionPlan
-from .errors import TraceError
+from .errors import TraceError, UnsupportedError
 from .two_stream import Cache, StepInputs, TwoStreamStep
 
 OPSET = 20
@@ -37,17 +37,24 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     """Trace `step` with symbolic batch, sequence, past and wanted positions; names every input and output."""
     streams = STREAMS[: step.streams]
     sample = _sample_inputs(step)
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            step,
-            tuple(sample),
-            dynamo=True,
-            dynamic_shapes=(_dynamic_shapes(sample),),
-            input_names=_input_names(streams, len(step.plan.layers)),
-            opset_version=OPSET,
-            optimize=True,
-            verbose=False,
-        )
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                step,
+                tuple(sample),
+                dynamo=True,
+                dynamic_shapes=(_dynamic_shapes(sample),),
+                input_names=_input_names(streams, len(step.plan.layers)),
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error.__cause__ or error
+        raise UnsupportedError(
+            f"architecture {step.model.config.model_type!r} is not supported: PyTorch cannot trace it "
+            f"({type(cause).__name__}: {first_line(cause)})"
+        ) from error
     assert program is not None
     model = program.model
     names = _output_names(step, streams)

@@ -69,10 +69,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             raise AdapterError(f"{folder} has no {name}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        _check_config(config)
         with _known_warnings_ignored():
             peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
             expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         found = load_file(folder / "adapter_model.safetensors")
+    except AdapterError:
+        raise
     except Exception as error:  # a truncated file, another shape, an unknown type: all mean the same to the user
         reason = str(error).strip().splitlines()
         raise AdapterError(f"cannot load the adapter in {folder}: {reason[0] if reason else error!r}") from error
@@ -89,7 +92,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def check_adapter(peft_model: PeftModel) -> None:
     """Raise AdapterError for what contradicts the method: one lm_head and one set of embeddings, both frozen."""
-    config = peft_model.peft_config[peft_model.active_adapter]
+    _check_config(peft_model.peft_config[peft_model.active_adapter])
+    model = cast(PreTrainedModel, peft_model.get_base_model())
+    for layer in adapted_layers(peft_model):
+        if layer.tuner is model.get_output_embeddings() or layer.tuner is model.get_input_embeddings():
+            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the embeddings and the lm_head frozen")
+
+
+def _check_config(config: PeftConfig) -> None:
     kind = peft_type(config)
     if kind.lower() not in PEFT_METHODS:
         raise AdapterError(f"unsupported PEFT type {kind}; supported: {', '.join(PEFT_METHODS).upper()}")
@@ -101,10 +111,6 @@ def check_adapter(peft_model: PeftModel) -> None:
         raise AdapterError(f"bias={bias!r} trains the backbone's own biases; IMSM keeps them frozen")
     if getattr(config, "trainable_token_indices", None):
         raise AdapterError("trainable_token_indices trains embeddings; IMSM keeps them frozen")
-    model = cast(PreTrainedModel, peft_model.get_base_model())
-    for layer in adapted_layers(peft_model):
-        if layer.tuner is model.get_output_embeddings() or layer.tuner is model.get_input_embeddings():
-            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the embeddings and the lm_head frozen")
 
 
 def peft_type(config: PeftConfig) -> str:

@@ -33,7 +33,7 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
                 name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen unrelated types here
-        raise BaseModelError(f"cannot load the base model {name!r}: {_first_line(error)}") from error
+        raise BaseModelError(f"cannot load the base model {name!r}: {first_line(error)}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise BaseModelError(f"the base model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
@@ -48,7 +48,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # as above
-        raise BaseModelError(f"cannot load the tokenizer of {name!r}: {_first_line(error)}") from error
+        raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
     return tokenizer
@@ -132,6 +132,7 @@ def _check_local_folder(name: str) -> None:
         raise BaseModelError(f"no base model at {name!r}: the folder does not exist")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

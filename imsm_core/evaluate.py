@@ -37,34 +37,39 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int, batch_size: int = 64
+    model: SiameseModel,
+    examples: Sequence[Example],
+    stream: Stream,
+    pad_token_id: int,
+    memory_bias: float = 0.0,
+    batch_size: int = 64,
 ) -> Evaluation:
     """Loss and exact-match accuracy of one stream over `examples`, in eval mode (the mode is put back).
 
-    Raises SettingsError for an unknown stream or a batch size below 1, DataError when there is nothing to evaluate.
+    memory_bias: added before the gate's sigmoid; it matters to the fused stream alone. Raises SettingsError for an
+    unknown stream or a batch size below 1, DataError when an example has no answer or there is none.
     """
     _check(examples, stream, batch_size)
+    loss, tokens, correct = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    loss, tokens, correct = 0.0, 0, 0
     try:
-        for batch in _similar_lengths(examples, batch_size):
-            logits, targets, rows = answer_logits(model, batch, stream, pad_token_id)
+        for batch in _batches(examples, batch_size):
+            logits, targets, rows = answer_logits(model, batch, stream, pad_token_id, memory_bias)
             loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
             tokens += len(targets)
-            wrong_rows = rows[logits.argmax(-1) != targets]
-            correct += len(batch) - len(wrong_rows.unique())
+            correct += len(batch) - len(rows[logits.argmax(-1) != targets].unique())
     finally:
         model.train(was_training)
     return Evaluation(loss / tokens, correct / len(examples), len(examples), tokens)
 
 
 def answer_logits(
-    model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int
+    model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int, memory_bias: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one stream predicts at the M answer tokens of `examples`, given all tokens before each.
 
-    Returns logits (M, vocab) float32, the answer's token ids (M,) int64, and the example that each belongs to (M,)
+    Returns logits (M, vocab) float32, the answers' token ids (M,) int64, and the example that each belongs to (M,)
     int64, an index into `examples`.
     """
     device = next(model.parameters()).device
@@ -72,7 +77,7 @@ def answer_logits(
     states = model.stream_states(input_ids, attention_mask)
     rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
     if stream == "fused":
-        logits, _ = model.fused_logits(states, query_mask, rows, positions)
+        logits, _ = model.fused_logits(states, query_mask, rows, positions, memory_bias)
     else:
         chosen = states.base if stream == "base" else states.adapter
         logits = apply_head(model.causal_lm, chosen[rows, positions][None])[0]
@@ -84,11 +89,14 @@ def _check(examples: Sequence[Example], stream: str, batch_size: int) -> None:
         raise SettingsError(f"unknown stream {stream!r}; choose one of {', '.join(get_args(Stream))}")
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
-    if not any(example.answer_ids for example in examples):
-        raise DataError("there is nothing to evaluate: no example has an answer token")
+    if not examples:
+        raise DataError("there is nothing to evaluate: no examples were given")
+    for number, example in enumerate(examples, 1):
+        if not example.answer_ids:
+            raise DataError(f"example {number} of {len(examples)} has no answer tokens to evaluate")
 
 
-def _similar_lengths(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    """Batches of examples that are about equally long, so that little is computed on padding."""
+def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Examples of about equal length together, so that little is computed on padding."""
     ordered = sorted(examples, key=len)
     return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]

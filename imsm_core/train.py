@@ -102,7 +102,8 @@ def train(
     total = settings.total_steps(len(dataset.examples))
     parameters = model.trainable_parameters()
     optimizer = _optimizer(model, settings)
-    started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256, "parameters": sorted(parameters)}
+    shapes = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
+    started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256, "parameters": shapes}
     losses: list[float] = []
     seconds_before = 0.0
     torch.manual_seed(settings.seed)

@@ -1,0 +1,60 @@
+"""Fixtures for every test: one thread, no network, and the tiny base models that tests only read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+import pytest
+import torch
+
+from tests.builders import CHAT_TEMPLATE, make_base_folder
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with head size 8, untied, without a chat template. Read only."""
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "llama")
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same kind of model with a chat template. Read only."""
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "chat", chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2, whose config has dropout, with head size 12. Read only."""
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "gpt2", "gpt2", head_dim=12)
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2 with head size 16 and tied embeddings. Read only."""
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "qwen2", "qwen2", head_dim=16, tied=True)
+
+
+@pytest.fixture(scope="session")
+def stories_folder() -> Path:
+    """A real trained model of 260 k parameters."""
+    folder = SHARED / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real model in {folder}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data sets in {folder}, which is not there")
+    return folder

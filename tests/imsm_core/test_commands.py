@@ -1,0 +1,274 @@
+"""The train command, from arguments to a CHECKPOINT folder, and what a signal leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from imsm_core.checkpoint import load_checkpoint, read_info
+from imsm_core.commands import register
+from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
+from imsm_core.reference import reference_generate
+from tests.builders import make_base_folder, write_jsonl
+
+PROJECT = Path(__file__).resolve().parents[2]
+STEPS = 40
+ROWS: list[dict[str, object]] = [{"prompt": f"What is {n}? ", "answer": f"It is {n * n}."} for n in range(12)]
+
+
+def train_command(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    args = parser.parse_args(["train", *map(str, arguments)])
+    code: int = args.run(args)
+    return code
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def arguments(base_folder: Path, data: Path) -> list[object]:
+    """A short run, of which each test gives --out."""
+    options: dict[str, object] = {"--model": base_folder, "--data": data, "--batch-size": 3, "--save-every": 2}
+    options |= {"--adapter-rank": 4, "--gate-rank": 3, "--learning-rate": 1e-2, "--device": "cpu", "--steps": 4}
+    return [part for option in options.items() for part in option] + ["--no-progress"]
+
+
+def files_of(checkpoint: Path) -> list[bytes]:
+    return [(checkpoint / name).read_bytes() for name in ("gate.safetensors", "adapter/adapter_model.safetensors")]
+
+
+def test_train_writes_a_checkpoint_that_loads_and_decodes(
+    tmp_path: Path, arguments: list[object], base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "checkpoint"
+    assert train_command(*arguments, "--out", out, "--seed", 3) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["checkpoint"] == str(out)
+    assert result["steps"] == 4
+    model, info = load_checkpoint(out)
+    assert len(reference_generate(model, [0, 70, 71], 2)) == 2
+    assert info.base_model == str(base_folder.resolve())
+    assert (info.gate_kind, info.gate_rank, info.peft_type) == ("query_aware", 3, "LORA")
+    assert info.training["seed"] == 3
+    assert info.data["rows"] == len(ROWS)
+    assert {k: v for k, v in result.items() if k != "checkpoint"} == info.metrics
+    assert sorted(path.name for path in out.parent.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("name", ["chat_folder", "qwen2_folder", "gpt2_folder"])
+def test_train_works_on_every_kind_of_model(
+    tmp_path: Path, arguments: list[object], name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    assert train_command(*arguments, "--model", folder, "--out", tmp_path / "out", "--gate", "token") == 0
+    assert read_info(tmp_path / "out").gate_kind == "token"
+    load_checkpoint(tmp_path / "out")
+
+
+def test_train_tunes_a_real_model_on_real_data(tmp_path: Path, stories_folder: Path, shared_data: Path) -> None:
+    rows = [json.loads(line) for line in (shared_data / "cola" / "train.jsonl").read_text().split("\n")[:24]]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = ["--model", stories_folder, "--data", data, "--out", tmp_path / "out", "--no-progress", "--device", "cpu"]
+    options += ["--prompt-field", "input", "--answer-field", "output", "--batch-size", 8, "--steps", 12]
+    assert train_command(*options, "--learning-rate", 3e-3) == 0
+    metrics = read_info(tmp_path / "out").metrics
+    assert metrics["final_loss"] < metrics["first_loss"]
+
+
+def test_rows_that_are_too_long_are_counted_on_stderr(
+    tmp_path: Path, arguments: list[object], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(data, [*ROWS, {"prompt": "p" * 200, "answer": "a"}])
+    train_command(*arguments, "--out", tmp_path / "out")
+    captured = capsys.readouterr()
+    assert "1 rows are longer than 128 tokens and are skipped" in captured.err
+    assert json.loads(captured.out)["skipped_rows"] == 1
+
+
+def wrong(name: str, value: object, error: type[IMSMError], message: str) -> Any:
+    return pytest.param(name, value, error, message, id=f"{name} {value}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error", "message"),
+    [
+        wrong("--model", "/no/where", BaseModelError, "the folder does not exist"),
+        wrong("--data", "/no/rows.jsonl", DataError, "cannot read the data file"),
+        wrong("--prompt-field", "question", DataError, "line 1 has no field 'question'; it has 'prompt', 'answer'"),
+        wrong("--peft", "ia3", AdapterError, "unsupported PEFT method 'ia3'"),
+        wrong("--target-modules", "nothing", AdapterError, "nothing"),
+        wrong("--gate", "mode5", SettingsError, "unknown gate 'mode5'"),
+        wrong("--gate-rank", 0, SettingsError, "gate rank is 0"),
+        wrong("--gate-dropout", 1.5, SettingsError, "gate_dropout is 1.5"),
+        wrong("--max-grad-norm", -1, SettingsError, "max_grad_norm is -1.0"),
+        wrong("--max-length", 0, SettingsError, "max_length is 0"),
+        wrong("--max-length", 5, DataError, "all 12 rows are longer than 5 tokens"),
+        wrong("--steps", 0, SettingsError, "steps is 0"),
+        wrong("--device", "abacus", SettingsError, "the device 'abacus' cannot be used"),
+        wrong("--device", "cuda:77", SettingsError, "the device 'cuda:77' cannot be used"),
+    ],
+)
+def test_mistake_is_one_line_and_writes_nothing(
+    tmp_path: Path, arguments: list[object], option: str, value: object, error: type[IMSMError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        train_command(*arguments, "--out", tmp_path / "out", option, value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, arguments: list[object], data: Path
+) -> None:
+    with pytest.raises(IMSMError, match=r"rows\.jsonl is not a folder"):
+        train_command(*arguments, "--model", "/no/where", "--out", data / "out")
+
+
+def test_existing_checkpoint_is_kept_without_force_and_replaced_with_it(
+    tmp_path: Path, arguments: list[object]
+) -> None:
+    out = tmp_path / "out"
+    train_command(*arguments, "--out", out)
+    first = files_of(out)
+    with pytest.raises(OutputExistsError, match="exists and is kept"):
+        train_command(*arguments, "--out", out, "--seed", 7)
+    assert files_of(out) == first
+    train_command(*arguments, "--out", out, "--seed", 7, "--force")
+    assert files_of(out) != first
+
+
+def test_force_never_replaces_a_folder_that_is_no_checkpoint(tmp_path: Path, arguments: list[object]) -> None:
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter").write_text("years of work")
+    with pytest.raises(OutputExistsError, match="is not a checkpoint and is kept"):
+        train_command(*arguments, "--out", precious, "--force")
+    assert (precious / "chapter").read_text() == "years of work"
+
+
+# Signals. The child trains as a user's command does, only slower, so that there is time to hit it.
+
+CHILD = """
+import sys, time
+import torch
+torch.set_num_threads(1)
+import imsm_core.train as train_module
+step = train_module._step
+train_module._step = lambda *arguments: (step(*arguments), time.sleep(0.05))[0]
+from imsm_core.errors import IMSMError
+from tests.imsm_core.test_commands import train_command
+try:
+    sys.exit(train_command(*sys.argv[1:]))
+except IMSMError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
+    """The arguments of a run of 40 steps, and the checkpoint that it gives when nothing interrupts it."""
+    folder = tmp_path_factory.mktemp("long")
+    base = make_base_folder(folder / "base")
+    options: dict[str, object] = {"--model": base, "--data": write_jsonl(folder / "rows.jsonl", ROWS)}
+    options |= {"--batch-size": 3, "--save-every": 3, "--steps": STEPS, "--device": "cpu", "--adapter-rank": 4}
+    arguments = [part for option in options.items() for part in option] + ["--no-progress"]
+    train_command(*arguments, "--out", folder / "whole")
+    return arguments, folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    long_run: tuple[list[object], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[int, str, Path]]:
+    """Exit code, stderr and output path of a child stopped by SIGINT and of one stopped by SIGKILL."""
+    found: dict[str, tuple[int, str, Path]] = {}
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        out = tmp_path_factory.mktemp("child") / "out"
+        command = [sys.executable, "-c", CHILD, *map(str, long_run[0]), "--out", str(out)]
+        child = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while child.poll() is None and not list(out.parent.glob("out.partial/snapshot-*")):
+            assert time.monotonic() < deadline, "the child wrote no snapshot"
+            time.sleep(0.01)
+        child.send_signal(sent)
+        _, stderr = child.communicate(timeout=60)
+        found[sent.name] = (child.returncode, stderr, out)
+    return found
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_interrupted_command_leaves_no_checkpoint_and_resumes_to_the_same_one(
+    interrupted: dict[str, tuple[int, str, Path]], long_run: tuple[list[object], Path], name: str
+) -> None:
+    code, stderr, out = interrupted[name]
+    arguments, whole = long_run
+    if name == "SIGINT":
+        assert code == 1
+        assert stderr.startswith("error: interrupted after step ")
+        assert "Traceback" not in stderr
+    else:
+        assert code == -signal.SIGKILL
+    assert not out.exists()
+    partial = out.with_name("out.partial")
+    assert len(list(partial.glob("snapshot-*"))) in (1, 2)
+    step = int(max(partial.glob("snapshot-*")).name.removeprefix("snapshot-"))
+    assert 0 < step < STEPS
+    with pytest.raises(OutputExistsError, match="holds an interrupted run; --resume goes on, --force discards it"):
+        train_command(*arguments, "--out", out)
+    for option, value in (("--adapter-alpha", 4), ("--adapter-dropout", 0.2), ("--prompt-field", "answer")):
+        with pytest.raises(SettingsError, match=f"cannot resume: {option[2:].replace('-', '_')} was"):
+            train_command(*arguments, "--out", out, "--resume", option, value)
+    train_command(*arguments, "--out", out, "--resume")
+    assert files_of(out) == files_of(whole)
+    ours, theirs = read_info(out).metrics, read_info(whole).metrics
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_resuming_on_another_base_model_is_refused(long_run: tuple[list[object], Path], tmp_path: Path) -> None:
+    """A backbone of the same shape takes the same parameters; only its fingerprint tells them apart."""
+    arguments, _ = long_run
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imsm_core.checkpoint.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_command(*arguments, "--out", out)
+    other = make_base_folder(tmp_path / "other", seed=1)
+    with pytest.raises(SettingsError, match="cannot resume: base_model was"):
+        train_command(*arguments, "--model", other, "--out", out, "--resume")
+    assert not out.exists()
+
+
+def test_force_discards_an_interrupted_run(
+    long_run: tuple[list[object], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, _ = long_run
+    out = tmp_path / "out"
+    stale = tmp_path / "out.partial" / "snapshot-00000003"
+    stale.mkdir(parents=True)
+    assert train_command(*arguments, "--steps", 2, "--out", out, "--force") == 0
+    assert not stale.exists()
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+
+
+def test_seed_decides_the_initial_weights_too(tmp_path: Path, arguments: list[object]) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(len(name) * 17)
+        train_command(*arguments, "--out", tmp_path / name, "--seed", seed)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    a, c = (load_file(tmp_path / name / "gate.safetensors")["gate_down.weight"] for name in "ac")
+    assert (a - c).abs().mean() > 0.01
