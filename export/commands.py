@@ -5,8 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from imsm_core.console import run_commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line `imsm-export`."""
+    return run_commands("imsm-export", "Export siamese language models (IMSM) to ONNX.", register, argv)
 
 
 def register(subparsers: Any) -> None:

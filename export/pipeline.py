@@ -15,7 +15,7 @@ from imsm_core.files import publish_folder, refuse_existing
 from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
-from .artifact import write_graph, write_manifest, write_tokenizer
+from .artifact import MANIFEST, write_graph, write_manifest, write_tokenizer
 from .attention import plan_attention
 from .errors import UnsupportedError
 from .normalized import model_facts
@@ -55,7 +55,7 @@ def export_checkpoint(
     CheckpointError, BaseModelError, AdapterError, UnsupportedError or VerificationError, in each case without writing
     anything at `target`.
     """
-    refuse_existing(target, force)
+    refuse_existing(target, MANIFEST, force)
     report(f"load      {checkpoint}")
     model, info = load_checkpoint(checkpoint, base_model)
     tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
@@ -79,7 +79,7 @@ def export_model(
     layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length)
-    with publish_folder(target, force) as draft:
+    with publish_folder(target, MANIFEST, force) as draft:
         # 2. Trace and rewrite.
         report(f"trace     {facts.architecture}, {facts.layers} layers, rotary: {plan.rotary.mode}")
         with replaced_layers(causal_lm, layers):

@@ -24,6 +24,7 @@ from .gates import Gate, make_gate
 from .siamese import SiameseModel
 
 FORMAT_VERSION = 1
+INFO = "imsm.json"
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class CheckpointInfo:
 
 def save_checkpoint(model: SiameseModel, info: CheckpointInfo, target: Path, force: bool = False) -> None:
     """Write the folder whole or not at all. Raises OutputExistsError if it exists and `force` is false."""
-    with publish_folder(target, force) as draft:
+    with publish_folder(target, INFO, force) as draft:
         model.peft_model.save_pretrained(str(draft / "adapter"), save_embedding_layers=False)
         gate = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.gate.state_dict().items()}
         save_file(gate, draft / "gate.safetensors", metadata={"kind": info.gate_kind})
-        (draft / "imsm.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        (draft / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
 def read_info(folder: Path) -> CheckpointInfo:
     """Parse imsm.json. Raises CheckpointError naming what is missing or unknown."""
-    path = folder / "imsm.json"
+    path = folder / INFO
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
     try:

@@ -6,9 +6,17 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from .console import run_commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line `imsm-train`."""
+    return run_commands("imsm-train", "Tune siamese language models (IMSM).", register, argv)
 
 
 def register(subparsers: Any) -> None:
@@ -74,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from .adapters import attach_adapter, peft_config, peft_type
     from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
-    from .checkpoint import CheckpointInfo, save_checkpoint
+    from .checkpoint import INFO, CheckpointInfo, save_checkpoint
     from .data import load_jsonl
     from .errors import OutputExistsError, SettingsError
     from .files import refuse_existing
@@ -103,9 +111,7 @@ def _train(args: argparse.Namespace) -> int:
         raise SettingsError(f"max_length is {args.max_length}; it must be at least 2, a prompt's and an answer's token")
     device = _device(args.device)
     out = args.out.resolve()
-    refuse_existing(out, args.force)
-    if out.exists() and any(out.iterdir()) and not (out / "imsm.json").is_file():
-        raise OutputExistsError(f"{out} is not a checkpoint and is kept; --force replaces only checkpoints")
+    refuse_existing(out, INFO, args.force)
     partial = partial_folder(out)
     if newest_snapshot(partial) is not None and not args.resume:
         if not args.force:

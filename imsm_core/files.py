@@ -14,17 +14,17 @@ from .errors import OutputError, OutputExistsError
 
 
 @contextmanager
-def publish_folder(target: Path, force: bool = False) -> Iterator[Path]:
+def publish_folder(target: Path, marker: str, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its name when the block ends without an exception.
 
     An interrupted block leaves nothing that looks whole: the folder is removed on an exception, and one left by a
     killed process is removed by the next call for the same target. An existing target stays untouched until the
-    new folder is complete. Raises OutputExistsError if `target` exists and `force` is false, OutputError if it
-    cannot be written.
+    new folder is complete. marker, force and errors: as `refuse_existing`.
     """
-    refuse_existing(target, force)
+    if target.parent.is_dir():
+        _clear_abandoned(target)
+    refuse_existing(target, marker, force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
     draft = target.with_name(f".{target.name}.draft-{os.getpid()}")
     draft.mkdir()
     try:
@@ -40,13 +40,16 @@ def publish_folder(target: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def refuse_existing(target: Path, force: bool) -> None:
+def refuse_existing(target: Path, marker: str, force: bool) -> None:
     """Raise OutputExistsError if `target` exists and may not be replaced, OutputError if it cannot be written: before
-    the long work, not after it."""
+    the long work, not after it. `force` replaces only an empty folder or one that holds the file `marker`, so that a
+    mistyped name costs nobody's work."""
     if target.exists() and not force:
         raise OutputExistsError(f"{target} exists and is kept; give another name, or --force to replace it")
     if target.exists() and not target.is_dir():
         raise OutputExistsError(f"{target} is a file, not a folder; give another name")
+    if target.exists() and any(target.iterdir()) and not (target / marker).is_file():
+        raise OutputExistsError(f"{target} is kept: it has no {marker}, and --force replaces only what this made")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{target} cannot be written: {parent} is not a folder")
@@ -60,9 +63,14 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove_abandoned(target: Path) -> None:
+def _clear_abandoned(target: Path) -> None:
+    """Remove what killed processes left; a folder that was moved aside when its successor did not arrive comes back."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(draft|replaced)-(\d+)")
-    for path in target.parent.iterdir():
+    for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match and (int(match[2]) == os.getpid() or not Path("/proc", match[2]).exists()):  # a container reuses ids
+        if match is None or (int(match[2]) != os.getpid() and Path("/proc", match[2]).exists()):
+            continue  # this process's own number is abandoned too: a container reuses them
+        if match[1] == "replaced" and not target.exists():
+            path.rename(target)
+        else:
             shutil.rmtree(path, ignore_errors=True)

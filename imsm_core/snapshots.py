@@ -46,7 +46,7 @@ def save_snapshot(
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     partial.mkdir(parents=True, exist_ok=True)
     target = partial / f"snapshot-{step:08d}"
-    with publish_folder(target, force=True) as draft:
+    with publish_folder(target, "state.json", force=True) as draft:
         save_file(tensors, draft / "state.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
     for other in _snapshots(partial):

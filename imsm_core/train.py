@@ -73,6 +73,8 @@ class TrainSettings:
 class Interrupted(IMSMError):
     """Ctrl-C: the run stopped after a whole step; if it has a folder for snapshots, one was written."""
 
+    exit_code = 130
+
     def __init__(self, step: int, total: int, partial: Path | None) -> None:
         way_on = f"; the same command with --resume goes on ({partial})" if partial is not None else ""
         super().__init__(f"interrupted after step {step} of {total}{way_on}")

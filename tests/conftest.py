@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.builders import CHAT_TEMPLATE, make_base_folder
+from tests.exported import Exported, export_tiny
 
 torch.set_num_threads(1)
 
@@ -58,3 +59,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the data sets in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A tiny Llama with a query-aware gate, exported. Read only: tests that damage it use `tests.exported.copied`."""
+    return export_tiny(tmp_path_factory.mktemp("tiny"))

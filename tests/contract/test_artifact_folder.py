@@ -1,0 +1,93 @@
+"""The ARTIFACT folder: what docs/ARTIFACT.md promises of its files, checked on an export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx.external_data_helper import uses_external_data
+from tokenizers import Tokenizer
+
+from tests.exported import Exported
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def proto(tiny: Exported) -> onnx.ModelProto:
+    return onnx.load(tiny.artifact / "model.onnx", load_external_data=False)
+
+
+def test_the_folder_has_exactly_the_files_that_the_manifest_names(tiny: Exported) -> None:
+    names = {path.name for path in tiny.artifact.iterdir()}
+    assert names == {*tiny.manifest["files"], "imsm_model.json"}
+    assert names == {"model.onnx", "model.onnx.data", "imsm_model.json", "tokenizer.json", "generation_config.json"}
+
+
+def test_sizes_and_hashes_are_the_files(tiny: Exported) -> None:
+    for name, entry in tiny.manifest["files"].items():
+        content = (tiny.artifact / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_every_weight_is_external_and_in_one_file(proto: onnx.ModelProto) -> None:
+    large = [tensor for tensor in proto.graph.initializer if len(tensor.dims) >= 2]
+    assert large
+    assert all(uses_external_data(tensor) for tensor in large)
+    locations = {entry.value for tensor in large for entry in tensor.external_data if entry.key == "location"}
+    assert locations == {"model.onnx.data"}
+
+
+def test_inputs_and_outputs_are_those_of_the_manifest(tiny: Exported, proto: onnx.ModelProto) -> None:
+    for side, values in (("inputs", proto.graph.input), ("outputs", proto.graph.output)):
+        found = [
+            (value.name, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
+            for value in values
+        ]
+        assert found == [(entry["name"], entry["shape"]) for entry in tiny.manifest["graph"][side]]
+
+
+def test_each_layer_has_one_attention_node_per_stream(proto: onnx.ModelProto) -> None:
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds.count("GroupQueryAttention") == 2 * 2
+    assert kinds.count("GatherND") == 2  # the wanted positions, before the gate and the lm_head
+
+
+def test_every_backbone_projection_is_one_product_for_both_streams(proto: onnx.ModelProto) -> None:
+    weights = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    shapes = [weights.get(node.input[1]) for node in proto.graph.node if node.op_type == "MatMul"]
+    assert shapes.count([32, 259]) == 1  # lm_head
+    assert shapes.count([60, 32]) == 2  # down_proj of two layers
+
+
+def test_the_graph_holds_no_paths_of_the_machine_that_made_it(tiny: Exported) -> None:
+    content = (tiny.artifact / "model.onnx").read_bytes()
+    assert b"site-packages" not in content
+    assert str(ROOT).encode() not in content
+
+
+def test_the_schema_document_describes_every_key_and_tensor(tiny: Exported) -> None:
+    text = (ROOT / "docs" / "ARTIFACT.md").read_text(encoding="utf-8")
+    for key in tiny.manifest:
+        assert f"`{key}`" in text, f"docs/ARTIFACT.md does not describe {key}"
+    for entry in (*tiny.manifest["graph"]["inputs"], *tiny.manifest["graph"]["outputs"]):
+        name = entry["name"]
+        if name.startswith(("past_key_values.", "present.")):
+            name = name.split(".")[0] + ".{stream}.{layer}.{key|value}"
+        assert f"`{name}`" in text, f"docs/ARTIFACT.md does not describe {name}"
+
+
+def test_the_tokenizer_is_the_base_models(tiny: Exported) -> None:
+    ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (tiny.artifact, tiny.base))
+    text = "Ünïcode, 東京 and\ttabs"
+    assert ours.encode(text).ids == theirs.encode(text).ids
+
+
+def test_the_manifest_is_json_with_a_format_version(tiny: Exported) -> None:
+    document = json.loads((tiny.artifact / "imsm_model.json").read_text())
+    assert document["format_version"] == 1
+    assert document["producers"]["torch"]
+    assert document["tokens"]["eos_token_ids"] == [1]

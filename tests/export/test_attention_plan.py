@@ -1,0 +1,103 @@
+"""What the probe finds out about an architecture, and what it refuses by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from export.attention import plan_attention
+from export.errors import UnsupportedError
+from export.normalized import model_facts
+
+LAYERS = 2
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny(kind: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SHAPE | changes))).eval()
+
+
+def test_llama_rotates_inside_attention() -> None:
+    plan = plan_attention(tiny("llama"), LAYERS, 32)
+    assert plan.rotary.mode == "fused"
+    assert not plan.rotary.interleaved
+    assert plan.rotary.cos is not None
+    assert plan.rotary.cos.shape == (32, 8)
+    assert [(layer.heads, layer.kv_heads, layer.head_size) for layer in plan.layers] == [(4, 2, 16)] * LAYERS
+
+
+def test_cohere_is_found_to_rotate_interleaved() -> None:
+    assert plan_attention(tiny("cohere"), LAYERS, 32).rotary.interleaved
+
+
+@pytest.mark.parametrize(("head_dim", "cached"), [(8, 8), (12, 16), (24, 24)])
+def test_head_sizes_that_the_kernel_cannot_rotate_get_nodes_and_odd_ones_are_padded(head_dim: int, cached: int) -> None:
+    plan = plan_attention(tiny("qwen3", head_dim=head_dim), LAYERS, 32)
+    assert plan.rotary.mode == "node"
+    assert {layer.cached_head_size for layer in plan.layers} == {cached}
+
+
+def test_partial_rotation_gets_nodes() -> None:
+    assert plan_attention(tiny("stablelm"), LAYERS, 32).rotary.mode == "node"
+
+
+def test_learned_positions_need_no_rotation() -> None:
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=32)
+    ).eval()
+    assert plan_attention(model, LAYERS, 32).rotary.mode == "none"
+
+
+def test_windows_and_soft_capping_are_taken_per_layer() -> None:
+    plan = plan_attention(tiny("gemma2", sliding_window=8, attn_logit_softcapping=30.0, head_dim=16), LAYERS, 32)
+    assert [layer.sliding_window for layer in plan.layers] == [8, None]
+    assert {layer.softcap for layer in plan.layers} == {30.0}
+
+
+def test_an_architecture_outside_the_attention_interface_is_named() -> None:
+    with pytest.raises(UnsupportedError, match="architecture 'bloom' is not supported: 0 of its 2 layers"):
+        plan_attention(tiny("bloom", n_layer=LAYERS), LAYERS, 32)
+
+
+def test_a_rotation_that_changes_with_the_length_is_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedError, match="'dynamic' changes with the length"):
+        plan_attention(tiny("llama", rope_parameters=rope), LAYERS, 32)
+
+
+def test_probing_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama")
+    tokens = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=tokens).logits
+    plan_attention(model, LAYERS, 32)
+    torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=0, atol=0)
+
+
+def test_facts_come_from_configs_that_spell_them_differently() -> None:
+    assert model_facts(tiny("llama")).layers == LAYERS
+    gpt2 = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=48)
+    )
+    facts = model_facts(gpt2)
+    assert (facts.layers, facts.hidden_size, facts.context_length) == (3, 32, 48)
+
+
+def test_a_longer_context_than_the_models_is_refused() -> None:
+    assert model_facts(tiny("llama"), 16).context_length == 16
+    with pytest.raises(UnsupportedError, match=r"context length 33 is not in 1 \.\. 32"):
+        model_facts(tiny("llama"), 33)
