@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from invented_world import CONTEXT, make_tokenizer, make_world, write_jsonl
 from tiny_base import learn, make_base
 from transformers import PreTrainedTokenizerFast
@@ -56,6 +57,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the world, the weights and the order of the rows")
     args = parser.parse_args()
     disable_progress_bar()
+    torch.set_num_threads(
+        1
+    )  # the matrices are too small to share out: two threads are slower, on a busy machine tenfold
 
     train_phases(args.output, args.seed)
     return 0

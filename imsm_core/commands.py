@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .console import run_commands
+from .console import HelpFormatter, run_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="tune an adapter and a gate on a base model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=_train)
     add = parser.add_argument
@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
     from .data import load_jsonl
     from .errors import OutputExistsError, SettingsError
     from .files import refuse_existing
-    from .gates import make_gate
+    from .gates import check_gate_kind, make_gate
     from .siamese import SiameseModel
     from .snapshots import newest_snapshot, partial_folder
     from .train import TrainSettings, train
@@ -109,6 +109,7 @@ def _train(args: argparse.Namespace) -> int:
     config = peft_config(args.peft, args.adapter_rank, args.adapter_alpha, args.adapter_dropout, args.target_modules)
     if args.max_length is not None and args.max_length < 2:
         raise SettingsError(f"max_length is {args.max_length}; it must be at least 2, a prompt's and an answer's token")
+    check_gate_kind(args.gate)
     device = _device(args.device)
     out = args.out.resolve()
     refuse_existing(out, INFO, args.force)

@@ -10,6 +10,13 @@ from typing import Any
 from .errors import IMSMError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def run_commands(
     name: str, description: str, register: Callable[[Any], None], argv: Sequence[str] | None = None
 ) -> int:

@@ -151,9 +151,14 @@ GATES: dict[str, type[Gate]] = {
 }
 
 
-def make_gate(kind: str, hidden_size: int, rank: int = 8, dropout: float = 0.0) -> Gate:
-    """A new gate of `kind` for d = hidden_size. Raises SettingsError for an unknown kind or a rank below 1."""
+def check_gate_kind(kind: str) -> None:
+    """Raise SettingsError for an unknown kind."""
     if kind not in GATES:
         raise SettingsError(f"unknown gate {kind!r}; choose one of {', '.join(GATES)}")
+
+
+def make_gate(kind: str, hidden_size: int, rank: int = 8, dropout: float = 0.0) -> Gate:
+    """A new gate of `kind` for d = hidden_size. Raises SettingsError for an unknown kind or a rank below 1."""
+    check_gate_kind(kind)
     gate_class: type[Gate] = GATES[kind]
     return gate_class(hidden_size, rank, dropout)

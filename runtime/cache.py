@@ -37,7 +37,8 @@ class KVCache:
         for name, layer in self._named_layers():
             grown = np.zeros((self.batch, layer.kv_heads, capacity, layer.head_size), self.dtype)
             if self.capacity:
-                grown[:, :, : self.capacity] = self._buffers.pop(name).numpy()
+                old = self._buffers.pop(name)  # its NumPy view does not keep it alive
+                grown[:, :, : self.capacity] = old.numpy()
             self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
         self.capacity = capacity
         return True

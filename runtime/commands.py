@@ -19,6 +19,13 @@ ParityCheck = Callable[[Path, Path, str | None], dict[str, Any]]
 """(artifact, checkpoint, base model) -> parity report; given by a command line that has PyTorch."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The torch-free command line, `imsm`."""
     parser = argparse.ArgumentParser(prog="imsm", description="Generate text from exported IMSM models.")
@@ -59,9 +66,7 @@ def register(subparsers: Any, check_parity: ParityCheck | None = None) -> None:
 
 
 def _command(subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
-    parser = subparsers.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = subparsers.add_parser(name, help=text, description=text, formatter_class=HelpFormatter)
     parser.set_defaults(run=run)
     return parser
 

@@ -78,15 +78,15 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
 ) -> None:
     target = tmp_path / "artifact"
     command = [sys.executable, "cli.py", "export", str(tiny.checkpoint), str(target)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("trace"):
-            break
-    time.sleep(0.5)
-    process.send_signal(kill)
-    rest = process.stderr.read()
-    assert process.wait() == code
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("trace"):
+                break
+        time.sleep(0.5)
+        process.send_signal(kill)
+        rest = process.stderr.read()
+    assert process.returncode == code
     assert "Traceback" not in rest
     assert not target.exists()
     if kill == signal.SIGINT:

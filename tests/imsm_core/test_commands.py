@@ -155,7 +155,7 @@ def test_force_never_replaces_a_folder_that_is_no_checkpoint(tmp_path: Path, arg
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="is not a checkpoint and is kept"):
+    with pytest.raises(OutputExistsError, match=r"is kept: it has no imsm\.json"):
         train_command(*arguments, "--out", precious, "--force")
     assert (precious / "chapter").read_text() == "years of work"
 

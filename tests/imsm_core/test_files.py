@@ -14,13 +14,15 @@ from imsm_core.files import publish_folder, refuse_existing, sha256_of_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 
+MARKER = "file"
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def publish(target: Path, text: str, force: bool = False, error: BaseException | None = None) -> None:
-    with publish_folder(target, force) as draft:
+    with publish_folder(target, MARKER, force) as draft:
         (draft / "file").write_text(text)
         if error is not None:
             raise error
@@ -28,7 +30,7 @@ def publish(target: Path, text: str, force: bool = False, error: BaseException |
 
 def test_folder_appears_under_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "out"
-    with publish_folder(target) as draft:
+    with publish_folder(target, MARKER) as draft:
         assert not target.exists()
         assert draft.parent == target.parent
         (draft / "file").write_text("whole")
@@ -76,20 +78,20 @@ def test_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
 def test_target_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file is not a folder"):
-        refuse_existing(tmp_path / "file" / "out", force=False)
+        refuse_existing(tmp_path / "file" / "out", MARKER, force=False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_target_in_a_folder_without_permission_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="no permission to write"):
-        refuse_existing(tmp_path / "closed" / "out", force=False)
+        refuse_existing(tmp_path / "closed" / "out", MARKER, force=False)
 
 
 def test_killed_process_leaves_nothing_that_looks_whole_and_the_next_call_cleans_up(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from imsm_core.files import publish_folder\n"
-        "with publish_folder(Path(sys.argv[1])) as draft:\n"
+        "with publish_folder(Path(sys.argv[1]), 'marker.json') as draft:\n"
         "    (draft / 'file').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
@@ -119,3 +121,11 @@ def test_draft_of_a_process_that_lives_and_of_another_target_stay(tmp_path: Path
 def test_sha256_is_the_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256_of_file(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+    publish(tmp_path / "out", "old")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-999999999")
+    with pytest.raises(OutputExistsError):
+        publish(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "file").read_text() == "old"

@@ -1,0 +1,88 @@
+"""From prompts to text: where generation stops, what it reports, and conversations."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from runtime import Model, PromptError, SettingsError, generate, generate_step, load, make_sampler, stream_generate
+from tests.exported import PROMPT, Exported, copied, edit_manifest
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Exported) -> Model:
+    return load(tiny.artifact)
+
+
+def test_generation_stops_after_max_new_tokens(model: Model) -> None:
+    result = generate(model, "Hello", max_new_tokens=5)
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 5
+    assert result.text == model.codec.decode(result.token_ids)
+
+
+def test_generation_stops_at_an_end_token(tiny: Exported, tmp_path: Path) -> None:
+    greedy = generate(load(tiny.artifact), "Hello", max_new_tokens=6).token_ids
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    edit_manifest(artifact, tokens=tiny.manifest["tokens"] | {"eos_token_ids": [greedy[3]]})
+    result = generate(load(artifact), "Hello", max_new_tokens=6)
+    assert result.token_ids == greedy[: greedy.index(greedy[3]) + 1]
+    assert result.finish_reason == "stop"
+
+
+def test_generation_stops_where_the_context_is_full(model: Model) -> None:
+    result = generate(model, [5] * 120, max_new_tokens=100)
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 9  # the last one is chosen with the context full and is never fed
+
+
+def test_streamed_chunks_are_the_result(model: Model) -> None:
+    chunks = list(stream_generate(model, "Hello", max_new_tokens=8))
+    result = generate(model, "Hello", max_new_tokens=8)
+    assert "".join(chunk.text for chunk in chunks) == result.text
+    assert [chunk.token.id for chunk in chunks if chunk.token] == result.token_ids
+    assert [chunk.finish_reason for chunk in chunks] == [None] * 7 + ["length"]
+
+
+def test_gate_means_come_one_per_token_and_follow_the_bias(model: Model) -> None:
+    free = generate(model, "Hello", max_new_tokens=4).gate_means
+    assert free is not None
+    assert len(free) == 4
+    assert all(0 < mean < 1 for mean in free)
+    assert generate(model, "Hello", max_new_tokens=4, memory_bias=1e4).gate_means == [1.0] * 4
+
+
+def test_sampling_with_a_seed_repeats(model: Model) -> None:
+    runs = [generate(model, "Hello", max_new_tokens=12, sampler=make_sampler(1.5, seed=4)).token_ids for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0] != generate(model, "Hello", max_new_tokens=12).token_ids
+
+
+def test_a_conversation_that_goes_on_equals_one_fresh_run(model: Model) -> None:
+    state = model.session.new_state(1)
+    reply = [token.id for token in islice(generate_step(model.session, PROMPT, state=state), 5)]
+    assert state.pending == [reply[-1]]  # chosen, not yet fed
+    more = [30, 31, 32]
+    second = [token.id for token in islice(generate_step(model.session, more, state=state), 5)]
+    fresh = generate_step(model.session, [*PROMPT, *reply, *more])
+    assert second == [token.id for token in islice(fresh, 5)]
+
+
+def test_bad_settings_are_refused_before_the_first_token(model: Model) -> None:
+    with pytest.raises(SettingsError, match="max_new_tokens is 0"):
+        next(stream_generate(model, "Hello", max_new_tokens=0))
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        next(stream_generate(model, ""))
+    with pytest.raises(PromptError, match="129 tokens; the model's context is 128"):
+        generate(model, "x" * 128)  # and the start token
+    with pytest.raises(PromptError, match="a state of one row"):
+        next(generate_step(model.session, PROMPT, state=model.session.new_state(2)))
+
+
+def test_timings_count_what_was_done(model: Model) -> None:
+    timings = generate(model, "Hello", max_new_tokens=3).timings
+    assert (timings.prompt_tokens, timings.new_tokens) == (6, 3)
+    assert timings.ttft_ms > 0
+    assert timings.tokens_per_s == pytest.approx(1e3 / timings.ms_per_token, rel=1)

@@ -1,0 +1,76 @@
+"""The command line: every command explains itself, every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cli
+import export
+import imsm_core
+import runtime
+from tests.exported import Exported
+
+COMMANDS = ("train", "export", "verify", "inspect", "generate", "bench", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([command, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    options = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  -")]
+    assert options
+    assert "None" not in text  # a default that says nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "/no/where", "--data", "DATA", "--out", "OUT"], "no base model at '/no/where'"),
+        (["train", "--model", "BASE", "--data", "/no/file", "--out", "OUT"], "cannot read the data file /no/file"),
+        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT"], "line 1 has no field 'prompt'"),
+        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--peft", "magic"], "unsupported PEFT method"),
+        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--gate", "garden"], "unknown gate 'garden'"),
+        (["train", "--model", "BASE", "--data", "DATA", "--out", "ARTIFACT"], "exists and is kept"),
+        (["export", "/no/where", "OUT"], "no checkpoint at /no/where"),
+        (["export", "CKPT", "ARTIFACT"], "exists and is kept"),
+        (["export", "CKPT", "OUT", "--precision", "int1"], "unknown precision 'int1'"),
+        (["export", "CKPT", "OUT", "--context-length", "4096"], "context length 4096 is not in 1 .. 128"),
+        (["inspect", "/no/where"], "no artifact at /no/where"),
+        (["inspect", "CKPT"], "has no imsm_model.json"),
+        (["generate", "ARTIFACT", "--prompt", ""], "the prompt is empty"),
+        (["generate", "ARTIFACT", "--prompt", "X" * 200], "201 tokens; the model's context is 128"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--provider", "quantum"], "unknown execution provider 'quantum'"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--threads", "0"], "threads is 0"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--memory-bias", "nan"], "memory_bias is not a number"),
+        (["verify", "ARTIFACT", "--checkpoint", "/no/where"], "no checkpoint at /no/where"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tiny: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "?", "answer": "!"}\n')
+    names = {
+        "BASE": tiny.base,
+        "CKPT": tiny.checkpoint,
+        "ARTIFACT": tiny.artifact,
+        "DATA": data,
+        "OUT": tmp_path / "out",
+    }
+    assert cli.main([str(names.get(word, word)) for word in arguments]) == 2
+    *progress, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not any("error" in before.lower() or "Traceback" in before for before in progress)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", [imsm_core, export, runtime])
+def test_every_public_name_is_there(package: object) -> None:
+    for name in package.__all__:  # type: ignore[attr-defined]
+        assert getattr(package, name) is not None
