@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from invented_world import CONTEXT, make_tokenizer, make_world, write_jsonl
+from show_artifact import show_artifact
 from tiny_base import learn, make_base
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
@@ -62,6 +63,7 @@ def main() -> int:
     )  # the matrices are too small to share out: two threads are slower, on a busy machine tenfold
 
     train_phases(args.output, args.seed)
+    show_artifact(args.output)
     return 0
 
 
