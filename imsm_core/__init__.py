@@ -1,6 +1,6 @@
 """Train a siamese language model: one frozen backbone, one PEFT adapter, one gate.
 
-    from imsm_core import SiameseModel, attach_adapter, load_base_model, make_gate, peft_config, train
+    from imsm_core import TrainSettings, TuneSettings, tune
 
 Names are imported when they are first used, so that importing an error class does not import PyTorch.
 """
@@ -17,7 +17,8 @@ _HOMES = {
     "gates": ("GATES", "Gate", "Memories", "make_gate"),
     "reference": ("reference_generate", "reference_step"),
     "siamese": ("SiameseModel",),
-    "train": ("TrainSettings", "train"),
+    "training": ("TrainSettings", "train"),
+    "tuning": ("TuneSettings", "tune"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .console import HelpFormatter, run_commands
+
+Settings = TypeVar("Settings")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,104 +78,26 @@ def register(subparsers: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
+    from .training import TrainSettings
+    from .tuning import TuneSettings, tune
 
-    from .adapters import attach_adapter, peft_config, peft_type
-    from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
-    from .checkpoint import INFO, CheckpointInfo, save_checkpoint
-    from .data import load_jsonl
-    from .errors import OutputExistsError, SettingsError
-    from .files import refuse_existing
-    from .gates import check_gate_kind, make_gate
-    from .siamese import SiameseModel
-    from .snapshots import newest_snapshot, partial_folder
-    from .train import TrainSettings, train
-
-    # 1. Everything that can be refused is refused before the long work.
-    settings = TrainSettings(
-        learning_rate=args.learning_rate,
-        gate_learning_rate=args.gate_learning_rate,
-        weight_decay=args.weight_decay,
-        warmup_ratio=args.warmup_ratio,
-        max_grad_norm=args.max_grad_norm,
-        epochs=args.epochs,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        gradient_accumulation=args.gradient_accumulation,
-        gate_dropout=args.gate_dropout,
-        seed=args.seed,
-        save_every=args.save_every,
+    metrics = tune(
+        args.model,
+        args.data,
+        args.out,
+        _pick(TuneSettings, args),
+        _pick(TrainSettings, args),
+        revision=args.revision,
+        device=args.device,
+        resume=args.resume,
+        force=args.force,
+        progress=not args.no_progress,
     )
-    config = peft_config(args.peft, args.adapter_rank, args.adapter_alpha, args.adapter_dropout, args.target_modules)
-    if args.max_length is not None and args.max_length < 2:
-        raise SettingsError(f"max_length is {args.max_length}; it must be at least 2, a prompt's and an answer's token")
-    check_gate_kind(args.gate)
-    device = _device(args.device)
-    out = args.out.resolve()
-    refuse_existing(out, INFO, args.force)
-    partial = partial_folder(out)
-    if newest_snapshot(partial) is not None and not args.resume:
-        if not args.force:
-            raise OutputExistsError(f"{partial} holds an interrupted run; --resume goes on, --force discards it")
-        shutil.rmtree(partial)
-
-    # 2. Base model, data, adapter, gate.
-    tokenizer = load_tokenizer(args.model, args.revision)
-    base = load_base_model(args.model, args.revision)
-    context = getattr(base.config, "max_position_embeddings", None) or 1024
-    max_length = min(args.max_length or 1024, context)
-    dataset = load_jsonl(args.data, tokenizer, args.prompt_field, args.answer_field, max_length, args.raw)
-    if dataset.skipped:
-        print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
-    base_fingerprint = fingerprint(base)
-    torch.manual_seed(args.seed)
-    gate = make_gate(args.gate, hidden_size(base), args.gate_rank, args.gate_dropout)
-    model = SiameseModel(attach_adapter(base, config), gate).to(device)
-
-    # 3. Train and write.
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    origin = {
-        "base_model": base_fingerprint,
-        "prompt_field": args.prompt_field,
-        "answer_field": args.answer_field,
-        "raw": args.raw,
-        "max_length": max_length,
-        "peft": args.peft,
-        "adapter_rank": args.adapter_rank,
-        "adapter_alpha": args.adapter_alpha,
-        "adapter_dropout": args.adapter_dropout,
-        "target_modules": args.target_modules,
-        "gate": args.gate,
-        "gate_rank": gate.rank,
-    }
-    metrics = train(model, dataset, settings, pad_token_id, partial, args.resume, not args.no_progress, origin)
-    info = CheckpointInfo(
-        base_model=str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
-        base_revision=args.revision,
-        base_fingerprint=base_fingerprint,
-        gate_kind=args.gate,
-        gate_rank=gate.rank,
-        peft_type=peft_type(config),
-        training=asdict(settings) | {"max_length": max_length, "raw": args.raw},
-        data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
-        metrics=metrics,
-    )
-    save_checkpoint(model, info, out, args.force)
-    shutil.rmtree(partial, ignore_errors=True)
     print(json.dumps({"checkpoint": str(args.out), **metrics}))
     return 0
 
 
-def _device(name: str) -> str:
-    """The device that `name` stands for. Raises SettingsError if this machine or this PyTorch lacks it."""
-    import torch
-
-    from .errors import SettingsError
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
-        raise SettingsError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
+def _pick(settings: type[Settings], args: argparse.Namespace) -> Settings:
+    """A settings dataclass from the options of the same names."""
+    names = [field.name for field in fields(settings)]  # type: ignore[arg-type]
+    return settings(**{name: getattr(args, name) for name in names})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -15,6 +16,7 @@ from tests.builders import CHAT_TEMPLATE, make_base_folder
 from tests.exported import Exported, export_tiny
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background starts us with Ctrl-C ignored
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

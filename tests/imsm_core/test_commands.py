@@ -166,7 +166,7 @@ CHILD = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-import imsm_core.train as train_module
+import imsm_core.training as train_module
 step = train_module._step
 train_module._step = lambda *arguments: (step(*arguments), time.sleep(0.05))[0]
 from imsm_core.errors import IMSMError
@@ -244,7 +244,7 @@ def test_resuming_on_another_base_model_is_refused(long_run: tuple[list[object],
     arguments, _ = long_run
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("imsm_core.checkpoint.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("imsm_core.tuning.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_command(*arguments, "--out", out)
     other = make_base_folder(tmp_path / "other", seed=1)

@@ -15,7 +15,7 @@ from imsm_core.evaluate import answer_logits, evaluate
 from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate, reference_step
 from imsm_core.siamese import SiameseModel
-from imsm_core.train import answer_loss
+from imsm_core.training import answer_loss
 from tests.builders import PAD, make_siamese
 
 EXAMPLES = [

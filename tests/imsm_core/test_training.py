@@ -21,7 +21,7 @@ from imsm_core.errors import CheckpointError, SettingsError
 from imsm_core.gates import GATES
 from imsm_core.siamese import SiameseModel
 from imsm_core.snapshots import newest_snapshot
-from imsm_core.train import Diverged, Interrupted, TrainSettings, answer_loss, train
+from imsm_core.training import Diverged, Interrupted, TrainSettings, answer_loss, train
 from tests.builders import EOS, PAD, make_siamese
 
 EXAMPLES = [

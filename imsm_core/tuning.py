@@ -1,0 +1,131 @@
+"""From a base model's name and a data file to a CHECKPOINT folder: what the `train` command does."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapters import attach_adapter, peft_config, peft_type
+from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
+from .checkpoint import INFO, CheckpointInfo, save_checkpoint
+from .data import load_jsonl
+from .errors import OutputExistsError, SettingsError
+from .files import refuse_existing
+from .gates import check_gate_kind, make_gate
+from .siamese import SiameseModel
+from .snapshots import newest_snapshot, partial_folder
+from .training import TrainSettings, train
+
+LONGEST = 1024
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What is tuned on which fields. max_length: tokens of the longest row that is kept; None is the model's context,
+    at most 1024. target_modules: None is every linear layer but the lm_head. Defaults are the released ones."""
+
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    raw: bool = False
+    max_length: int | None = None
+    peft: str = "lora"
+    adapter_rank: int = 16
+    adapter_alpha: int = 16
+    adapter_dropout: float = 0.1
+    target_modules: Sequence[str] | None = None
+    gate: str = "query_aware"
+    gate_rank: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise SettingsError(
+                f"max_length is {self.max_length}; it must be at least 2, a prompt's and an answer's token"
+            )
+        check_gate_kind(self.gate)
+
+
+def tune(
+    model: str,
+    data: Path,
+    out: Path,
+    settings: TuneSettings | None = None,
+    training: TrainSettings | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tune an adapter and a gate on the base model `model` (a folder or a hub id) and write `out`; returns metrics.
+
+    data: JSONL. device: cpu, cuda, or auto. resume: go on with an interrupted run of the same call. force: replace
+    `out`, and discard an interrupted run of it. Raises the errors of `imsm_core.errors`, each before the long work
+    where it can be known, and `training.Interrupted` on Ctrl-C.
+    """
+    settings, training = settings or TuneSettings(), training or TrainSettings()
+    # 1. Everything that can be refused is refused before the long work.
+    config = peft_config(
+        settings.peft,
+        settings.adapter_rank,
+        settings.adapter_alpha,
+        settings.adapter_dropout,
+        settings.target_modules,
+    )
+    device = _device(device)
+    target = out.resolve()
+    refuse_existing(target, INFO, force)
+    partial = partial_folder(target)
+    if newest_snapshot(partial) is not None and not resume:
+        if not force:
+            raise OutputExistsError(f"{partial} holds an interrupted run; --resume goes on, --force discards it")
+        shutil.rmtree(partial)
+
+    # 2. Base model, data, adapter, gate.
+    tokenizer = load_tokenizer(model, revision)
+    base = load_base_model(model, revision)
+    context = getattr(base.config, "max_position_embeddings", None) or LONGEST
+    max_length = min(settings.max_length or LONGEST, context)
+    dataset = load_jsonl(data, tokenizer, settings.prompt_field, settings.answer_field, max_length, settings.raw)
+    if dataset.skipped:
+        print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
+    base_fingerprint = fingerprint(base)
+    torch.manual_seed(training.seed)
+    gate = make_gate(settings.gate, hidden_size(base), settings.gate_rank, training.gate_dropout)
+    siamese = SiameseModel(attach_adapter(base, config), gate).to(device)
+
+    # 3. Train and write.
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    origin = asdict(settings) | {"base_model": base_fingerprint, "max_length": max_length}
+    metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
+    info = CheckpointInfo(
+        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        base_revision=revision,
+        base_fingerprint=base_fingerprint,
+        gate_kind=settings.gate,
+        gate_rank=gate.rank,
+        peft_type=peft_type(config),
+        training=asdict(training) | {"max_length": max_length, "raw": settings.raw},
+        data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
+        metrics=metrics,
+    )
+    save_checkpoint(siamese, info, target, force)
+    shutil.rmtree(partial, ignore_errors=True)
+    return metrics
+
+
+def _device(name: str) -> str:
+    """The device that `name` stands for. Raises SettingsError if this machine or this PyTorch lacks it."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+        raise SettingsError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
