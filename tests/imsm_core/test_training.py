@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imsm_core import train as train_module
+from imsm_core import training as train_module
 from imsm_core.backbone import load_base_model
 from imsm_core.data import Dataset, Example
 from imsm_core.errors import CheckpointError, SettingsError
