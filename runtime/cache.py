@@ -7,11 +7,9 @@ graphs: it is given names and geometry.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from .manifest import LayerCache
 
@@ -58,10 +56,6 @@ class KVCache:
                 yield name, (self.batch, *row_shape), address
             else:
                 yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.dtype.itemsize
-
-    def to_numpy(self, name: str) -> NDArray[Any]:
-        """A copy of one buffer, named layer.part, for inspection."""
-        return np.array(self._buffers[name].numpy())
 
     def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
         for index, layer in enumerate(self.layers):

@@ -123,10 +123,10 @@ class Session:
     def score(self, prompt: Sequence[int], continuation: Sequence[int], memory_bias: float = 0.0) -> Array:
         """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64."""
         state = self.new_state(1, memory_bias)
-        first = self.prefill(state, [prompt]).logits
-        self._check_lengths(state, [list(continuation)])
-        self._check_vocabulary(np.asarray(continuation))
-        logits = [first]
+        self._check_lengths(state, [[*prompt, *continuation]])
+        chosen = np.asarray(continuation, np.int64)
+        self._check_vocabulary(chosen)
+        logits = [self.prefill(state, [prompt]).logits]
         self._reserve(state, int(state.lengths[0]) + len(continuation))
         for start in range(0, len(continuation) - 1, PREFILL_CHUNK):
             part = list(continuation[start : min(start + PREFILL_CHUNK, len(continuation) - 1)])
@@ -136,7 +136,7 @@ class Session:
         table = np.concatenate(logits).astype(np.float64)
         table -= table.max(-1, keepdims=True)
         table -= np.log(np.exp(table).sum(-1, keepdims=True))
-        found: Array = table[np.arange(len(continuation)), np.asarray(continuation)]
+        found: Array = table[np.arange(len(chosen)), chosen]
         return found
 
     def _read_in_chunks(self, state: DecodeState, text: list[int], row: int, chunk: int) -> StepOutput:
