@@ -82,9 +82,10 @@ def export_pair(shape: dict[str, Any], rank: int, artifacts: dict[str, Path], sc
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     from export.pipeline import ExportSettings, export_model
-    from imsm_core.adapters import attach_adapter, peft_config
+    from imsm_core.adapters import attach_adapter
     from imsm_core.checkpoint import CheckpointInfo
     from imsm_core.gates import make_gate
+    from imsm_core.methods import peft_config
     from imsm_core.siamese import SiameseModel
 
     torch.manual_seed(0)

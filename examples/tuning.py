@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imsm_core.adapters import attach_adapter, peft_config
+from imsm_core.adapters import attach_adapter
 from imsm_core.backbone import hidden_size, load_base_model
 from imsm_core.data import Dataset
 from imsm_core.gates import Gate, Gated, Memories, make_gate
+from imsm_core.methods import peft_config
 from imsm_core.siamese import SiameseModel
 from imsm_core.training import TrainSettings, train
 

@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "adapters": ("attach_adapter", "load_adapter", "peft_config"),
+    "adapters": ("attach_adapter", "load_adapter"),
     "backbone": ("fingerprint", "hidden_size", "load_base_model", "load_tokenizer"),
     "checkpoint": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
     "data": ("Dataset", "Example", "load_jsonl"),
     "errors": ("IMSMError",),
     "gates": ("GATES", "Gate", "Memories", "make_gate"),
+    "methods": ("peft_config",),
     "reference": ("reference_generate", "reference_step"),
     "siamese": ("SiameseModel",),
     "training": ("TrainSettings", "train"),

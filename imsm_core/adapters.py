@@ -1,116 +1,116 @@
-"""The PEFT methods that training offers, with the paper's defaults. One line here adds one."""
+"""A PEFT adapter on a frozen base model: attaching a new one, loading a saved one, and where it sits.
+
+Works with any method that changes layers one by one or puts virtual tokens in front of the text; `refusals.py` says
+what contradicts IMSM and why. The backbone's weights stay as they were, bit by bit: that is checked, not assumed.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .backbone import first_line
+from .biases import keep_original_biases
 from .errors import AdapterError
+from .refusals import BackboneSnapshot, check_config
 
-
-def _lora(rank: int, alpha: int, dropout: float, target_modules: str | list[str]) -> PeftConfig:
-    return LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
-    )
-
-
-PEFT_METHODS: dict[str, Callable[[int, int, float, str | list[str]], PeftConfig]] = {"lora": _lora}
-
-
-def peft_config(
-    method: str, rank: int = 16, alpha: int = 16, dropout: float = 0.1, target_modules: Sequence[str] | None = None
-) -> PeftConfig:
-    """The PEFT config of `method` on `target_modules` (None: every linear layer but the lm_head).
-
-    Defaults are the authors' released ones. Raises AdapterError for a method that training does not offer.
-    """
-    if method not in PEFT_METHODS:
-        raise AdapterError(f"unsupported PEFT method {method!r}; choose one of {', '.join(PEFT_METHODS)}")
-    if rank < 1:
-        raise AdapterError(f"adapter rank is {rank}; it must be at least 1")
-    if not alpha > 0:
-        raise AdapterError(f"adapter alpha is {alpha}; it must be above 0")
-    if not 0 <= dropout < 1:
-        raise AdapterError(f"adapter dropout is {dropout}; it must be in [0, 1)")
-    return PEFT_METHODS[method](rank, alpha, dropout, list(target_modules) if target_modules else "all-linear")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if a target module matches no
-    layer."""
+    """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if the method is refused, does not
+    fit the model, or a target module matches no layer."""
     wanted: str | set[str] | None = getattr(config, "target_modules", None)
+    check_config(config)
+    before = BackboneSnapshot(model)
     try:
-        with _known_warnings_ignored():
+        with known_warnings_ignored():
             peft_model = get_peft_model(model, config)
-    except ValueError as error:
-        raise AdapterError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from error
-    check_adapter(peft_model)
+    except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not take
+        raise AdapterError(f"the adapter does not fit the model: {first_line(error)}") from error
+    _settle(peft_model, before)
     names = [f".{layer.name}" for layer in adapted_layers(peft_model)]
     for target in sorted(wanted) if isinstance(wanted, set) else []:
         if not any(name.endswith(f".{target}") for name in names):  # PEFT is content if one of them matches
             raise AdapterError(f"the target module {target!r} matches no layer of the model")
+    if not any(parameter.requires_grad for parameter in peft_model.parameters()):
+        raise AdapterError(f"nothing is left to train: this {peft_type(config)} config has no trainable parameter")
     return peft_model
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter of a standard PEFT folder on `model`. Raises AdapterError; reads safetensors only."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    """The adapter of a standard PEFT folder on `model`. Raises AdapterError; reads safetensors only.
+
+    Adapters of virtual tokens come back frozen: their files hold the tokens, not the encoder that was trained.
+    """
+    for name in FILES:
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} has no {name}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        _check_config(config)
-        with _known_warnings_ignored():
-            peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
+        check_config(config)
+        before = BackboneSnapshot(model)
+        trainable = not config.is_prompt_learning
+        with known_warnings_ignored():
+            peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
             expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        found = load_file(folder / "adapter_model.safetensors")
+            possible = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+        found = load_file(folder / FILES[1])
     except AdapterError:
         raise
     except Exception as error:  # a truncated file, another shape, an unknown type: all mean the same to the user
-        reason = str(error).strip().splitlines()
-        raise AdapterError(f"cannot load the adapter in {folder}: {reason[0] if reason else error!r}") from error
-    check_adapter(peft_model)
-    if differing := sorted(expected.keys() ^ found.keys()):  # PEFT would go on with initial values
+        raise AdapterError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
+    # PEFT would go on with initial values. Base embeddings, which PEFT may store too, must equal the base model's.
+    if differing := sorted((expected.keys() - found.keys()) | (found.keys() - possible.keys() - expected.keys())):
         raise AdapterError(
             f"the weights in {folder} are not those of its adapter_config.json: {len(differing)} missing or too many, "
             f"such as {differing[0]}"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values() if tensor.is_floating_point()):
         raise AdapterError(f"the adapter in {folder} holds values that are not finite")
+    _settle(peft_model, before)
     return peft_model
 
 
-def check_adapter(peft_model: PeftModel) -> None:
-    """Raise AdapterError for what contradicts the method: one lm_head and one set of embeddings, both frozen."""
-    _check_config(peft_model.peft_config[peft_model.active_adapter])
-    model = cast(PreTrainedModel, peft_model.get_base_model())
+def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:
+    """Put the frozen lm_head back, keep the backbone's original biases, and refuse what is not IMSM."""
+    _free_lm_head(peft_model)
+    head = causal_lm(peft_model).get_output_embeddings()
     for layer in adapted_layers(peft_model):
-        if layer.tuner is model.get_output_embeddings() or layer.tuner is model.get_input_embeddings():
-            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the embeddings and the lm_head frozen")
+        if any(module is head for module in layer.tuner.modules()):
+            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the lm_head frozen, for both streams")
+    biases = before.trained_biases()
+    if head is not None and any(bias is parameter for bias, _ in biases.values() for parameter in head.parameters()):
+        raise AdapterError("the adapter trains the lm_head's bias; IMSM keeps the lm_head frozen, for both streams")
+    before.check_unchanged(peft_model)
+    keep_original_biases(peft_model, biases)
 
 
-def _check_config(config: PeftConfig) -> None:
-    kind = peft_type(config)
-    if kind.lower() not in PEFT_METHODS:
-        raise AdapterError(f"unsupported PEFT type {kind}; supported: {', '.join(PEFT_METHODS).upper()}")
-    modules_to_save = getattr(config, "modules_to_save", None)
-    if modules_to_save:
-        raise AdapterError(f"modules_to_save={modules_to_save} trains whole modules; IMSM keeps them frozen")
-    bias = getattr(config, "bias", "none")
-    if bias != "none":
-        raise AdapterError(f"bias={bias!r} trains the backbone's own biases; IMSM keeps them frozen")
-    if getattr(config, "trainable_token_indices", None):
-        raise AdapterError("trainable_token_indices trains embeddings; IMSM keeps them frozen")
+def _free_lm_head(peft_model: PeftModel) -> None:
+    """Trained tokens of tied embeddings: PEFT wraps the lm_head along with the embeddings. The method's lm_head is
+    frozen and common to both streams, so the wrapper goes; its values are the embeddings' own and are saved there."""
+    model = causal_lm(peft_model)
+    head: Any = model.get_output_embeddings()
+    layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else head
+    if isinstance(layer, TrainableTokensLayer) and layer.tied_adapter is not None:
+        model.set_output_embeddings(layer.get_base_layer())
+
+
+def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
+    """The Hugging Face causal LM inside the PEFT model, with the adapter's layers in place."""
+    return cast(PreTrainedModel, peft_model.get_base_model())
 
 
 def peft_type(config: PeftConfig) -> str:
@@ -119,23 +119,29 @@ def peft_type(config: PeftConfig) -> str:
 
 
 @contextmanager
-def _known_warnings_ignored() -> Iterator[None]:
-    """Without what PEFT warns of and this package handles: GPT-2's transposed layers, for which it corrects the
-    config itself, adapter weights that differ from their config and a tied lm_head, which are refused, and a
-    transformers function that PEFT still calls by its old name."""
+def known_warnings_ignored() -> Iterator[None]:
+    """Without what PEFT warns of and this package handles or refuses by itself."""
     with warnings.catch_warnings():
         for message in (
-            "fan_in_fan_out is set to",
-            "Found missing adapter keys",
-            "Model has `tie_word_embeddings=True`",
-            "`is_gradient_checkpointing` is deprecated",
+            "fan_in_fan_out is set to",  # GPT-2's transposed layers, for which PEFT corrects the config
+            "Found missing adapter keys",  # refused in `load_adapter`
+            "Model has `tie_word_embeddings=True`",  # the lm_head stays frozen, the embeddings are the stream's own
+            "`is_gradient_checkpointing` is deprecated",  # a transformers function that PEFT calls by its old name
+            "Careful, disabling adapter layers with bias",  # the base stream swaps the original biases in
+            "Unsupported layer type",  # norms, which have no input size and need none
+            "`lora_bias=True` was passed but the targeted layer",  # concerns merging
+            "Detected that the base layer has no bias term",  # concerns merging
+            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape: \S*lora_B\.bias",  # a bias has one dimension
+            "Failed to load the CUDA extension",  # BOFT's kernel; PyTorch computes the same
+            "Setting boft_n_butterfly_factor to 1",
         ):
             warnings.filterwarnings("ignore", message)
         yield
 
 
 class AdaptedLayer(NamedTuple):
-    """A layer that the adapter touches: its name inside the causal LM, PEFT's tuner layer, the frozen layer in it."""
+    """A module that the adapter stream runs in another form: its name inside the causal LM, PEFT's module, and the
+    frozen original in it, which the base stream runs."""
 
     name: str
     tuner: nn.Module
@@ -143,10 +149,17 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapted_layers(peft_model: PeftModel) -> list[AdaptedLayer]:
-    """Every layer that the adapter touches, in the model's order."""
-    modules = peft_model.get_base_model().named_modules()
-    return [
-        AdaptedLayer(name, cast(nn.Module, module), module.get_base_layer())
-        for name, module in modules
-        if isinstance(module, BaseTunerLayer)
-    ]
+    """Every module of the causal LM that differs between the streams, in the model's order; of nested ones the
+    outermost. Empty for methods that only add virtual tokens. Trained biases are not in it (`backbone_biases`)."""
+    layers: list[AdaptedLayer] = []
+    for name, module in causal_lm(peft_model).named_modules():
+        if layers and name.startswith(f"{layers[-1].name}."):
+            continue
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        adapters = module._get_available_adapters()  # empty: a method that keeps its values in the model
+        if adapters and peft_model.active_adapter not in adapters:
+            continue
+        frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        layers.append(AdaptedLayer(name, cast(nn.Module, module), frozen))
+    return layers

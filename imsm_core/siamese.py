@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapted_layers
+from .adapters import adapted_layers, known_warnings_ignored
 from .backbone import apply_head, last_hidden_state
+from .biases import backbone_biases, original_biases
 from .gates import Gate, Gated, Memories
 
 
@@ -31,6 +32,7 @@ class SiameseModel(nn.Module):
 
     def __init__(self, peft_model: PeftModel, gate: Gate) -> None:
         super().__init__()
+        backbone_biases(peft_model)  # refuses a base stream that cannot be had
         self.peft_model = peft_model
         self.gate = gate.to(next(peft_model.parameters()).device)
 
@@ -62,7 +64,7 @@ class SiameseModel(nn.Module):
         """PEFT's own context leaves the adapter trainable when it ends, even one that was frozen."""
         flags = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
         try:
-            with self.peft_model.disable_adapter():
+            with known_warnings_ignored(), self.peft_model.disable_adapter(), original_biases(self.peft_model):
                 yield
         finally:
             for parameter, requires_grad in flags:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from .adapters import attach_adapter, peft_config, peft_type
+from .adapters import attach_adapter, peft_type
 from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from .checkpoint import INFO, CheckpointInfo, save_checkpoint
 from .data import load_jsonl
 from .errors import OutputExistsError, SettingsError
 from .files import refuse_existing
 from .gates import check_gate_kind, make_gate
+from .methods import peft_config
 from .siamese import SiameseModel
 from .snapshots import newest_snapshot, partial_folder
 from .training import TrainSettings, train

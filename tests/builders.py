@@ -25,10 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from imsm_core.adapters import attach_adapter, peft_config
+from imsm_core.adapters import attach_adapter
 from imsm_core.backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from imsm_core.checkpoint import CheckpointInfo, save_checkpoint
 from imsm_core.gates import make_gate
+from imsm_core.methods import peft_config
 from imsm_core.siamese import SiameseModel
 
 HEADS, KV_HEADS, LAYERS, CONTEXT = 4, 2, 2, 128

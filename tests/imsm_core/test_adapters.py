@@ -8,14 +8,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    CartridgeConfig,
+    KasaConfig,
+    LilyConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    OSFConfig,
+    PeftConfig,
+    PeftModel,
+    PolyConfig,
+    ShadowConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
 
-from imsm_core.adapters import adapted_layers, attach_adapter, load_adapter, peft_config
+from imsm_core.adapters import adapted_layers, attach_adapter, load_adapter
 from imsm_core.backbone import load_base_model
+from imsm_core.biases import backbone_biases
 from imsm_core.errors import AdapterError
+from imsm_core.gates import make_gate
+from imsm_core.methods import peft_config
+from imsm_core.siamese import SiameseModel
+from tests.adapters import TOKENS, make_siamese_with
 from tests.builders import make_siamese
 
+TINY_PHI = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -66,11 +94,10 @@ def test_target_module_that_matches_nothing_is_refused_even_beside_one_that_does
         attach(base_folder, "q_porj")
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("name", ["base_folder", "qwen2_folder"])
-def test_head_and_embeddings_stay_frozen(name: str, target: str, request: pytest.FixtureRequest) -> None:
-    with pytest.raises(AdapterError, match=f"touches .*{target}"):
-        attach(request.getfixturevalue(name), "q_proj", target)
+def test_head_stays_frozen(name: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(AdapterError, match="touches lm_head; IMSM keeps the lm_head frozen"):
+        attach(request.getfixturevalue(name), "q_proj", "lm_head")
 
 
 def test_layer_that_lora_cannot_adapt_is_an_error_of_one_line(base_folder: Path) -> None:
@@ -178,34 +205,127 @@ def test_damaged_adapter_is_an_error_of_one_line(base_folder: Path, adapter_fold
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"), "PEFT type IA3"),
-        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PEFT type PREFIX_TUNING"),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"), "modules_to_save"),
-        (LoraConfig(target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"), "embed_tokens"),
-        (
-            LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4], task_type="CAUSAL_LM"),
-            "trainable_token_indices",
-        ),
-    ],
-    ids=["ia3", "prefix", "modules_to_save", "embeddings", "token_indices"],
-)
-def test_adapter_that_peft_alone_made_is_refused_where_it_contradicts_the_method(
-    base_folder: Path, tmp_path: Path, config: PeftConfig, message: str
+TASK = {"task_type": "CAUSAL_LM"}
+Q_PROJ = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+REFUSED: dict[str, tuple[PeftConfig, str]] = {
+    "multitask": (
+        MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, **TASK),
+        "PEFT type MULTITASK_PROMPT_TUNING is not supported: it needs a task id",
+    ),
+    "poly": (PolyConfig(**Q_PROJ), "PEFT type POLY is not supported: it needs a task id"),
+    "adaption_prompt": (
+        AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **TASK),
+        "PEFT type ADAPTION_PROMPT is not supported: it replaces whole attention modules",
+    ),
+    "shadow": (ShadowConfig(**Q_PROJ), "PEFT type SHADOW is not supported: it runs a second network"),
+    "osf": (OSFConfig(**Q_PROJ), "PEFT type OSF is not supported: it replaces the backbone's own weights"),
+    "lily": (LilyConfig(**Q_PROJ), "PEFT type LILY is not supported: its router averages over the whole text"),
+    "head": (LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"), "touches lm_head"),
+    "saved head": (LoraConfig(**Q_PROJ, modules_to_save=["lm_head"]), "touches lm_head"),
+    "head's tokens": (LoraConfig(**Q_PROJ, trainable_token_indices={"lm_head": [3]}), "touches lm_head"),
+    "alora": (LoraConfig(**Q_PROJ, alora_invocation_tokens=[3, 4]), "alora_invocation_tokens is not supported"),
+    "replication": (LoraConfig(**Q_PROJ, layer_replication=[[0, 2], [0, 2]]), "layer_replication is not supported"),
+    "kasa": (LoraConfig(**Q_PROJ, kasa_config=KasaConfig()), "kasa_config is not supported: it changes the backbone"),
+    "task": (LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"), "for the task SEQ_CLS; IMSM needs"),
+} | {
+    init: (
+        LoraConfig(**Q_PROJ, init_lora_weights=init),
+        f"init_lora_weights='{init}' is not supported: it changes the backbone",
+    )
+    for init in ("pissa", "pissa_niter_4", "olora")
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapter_that_contradicts_the_method_is_refused_by_name_and_reason(base_folder: Path, name: str) -> None:
+    config, message = REFUSED[name]
+    with pytest.raises(AdapterError, match=message) as caught:
+        attach_adapter(load_base_model(str(base_folder)), config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["saved head", "head", "pissa", "alora"])
+def test_refused_adapter_that_peft_alone_made_is_refused_when_it_is_loaded(
+    base_folder: Path, tmp_path: Path, name: str
 ) -> None:
+    config, message = REFUSED[name]
     folder = write_adapter(base_folder, config, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=message):
         load_adapter(load_base_model(str(base_folder)), folder)
 
 
-def test_adapter_that_trains_the_backbones_biases_is_refused(qwen2_folder: Path, tmp_path: Path) -> None:
-    """Such an adapter changes the base stream: its biases stay changed when it is disabled."""
-    config = LoraConfig(target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
-    folder = write_adapter(qwen2_folder, config, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="bias='lora_only'"):
-        load_adapter(load_base_model(str(qwen2_folder)), folder)
+def test_adapter_whose_initial_values_change_the_backbone_is_found_out_by_value(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an option of PEFT's that this package has never heard of would."""
+    monkeypatch.setattr("imsm_core.refusals._LORA_INITS", ())
+    with pytest.raises(AdapterError, match=r"changes the backbone's own weights.*q_proj\.weight"):
+        attach_adapter(load_base_model(str(base_folder)), REFUSED["pissa"][0])
+
+
+def test_adapter_that_trains_the_heads_bias_is_refused(tmp_path: Path) -> None:
+    model = PhiForCausalLM(PhiConfig(**TINY_PHI)).eval().requires_grad_(False)
+    with pytest.raises(AdapterError, match="trains the lm_head's bias"):
+        attach_adapter(model, LoraConfig(**Q_PROJ, bias="all"))
+
+
+def test_adapter_that_trains_the_backbones_biases_keeps_the_originals(qwen2_folder: Path) -> None:
+    plain = load_base_model(str(qwen2_folder))
+    model = make_siamese_with(qwen2_folder, "lora_only_biases")
+    biases = backbone_biases(model.peft_model)
+    assert set(biases) == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in (0, 1) for p in "qkv"}
+    for name, (frozen, trained) in biases.items():
+        assert torch.equal(frozen, plain.get_parameter(name))
+        assert trained.requires_grad
+        assert not torch.equal(frozen, trained)
+
+
+def test_peft_model_whose_original_biases_are_lost_is_refused(qwen2_folder: Path) -> None:
+    peft_model = get_peft_model(load_base_model(str(qwen2_folder)), LoraConfig(**Q_PROJ, bias="all"))
+    with pytest.raises(AdapterError, match="bias='all' trains the backbone's biases, and their original values"):
+        SiameseModel(peft_model, make_gate("mean_logits", 64))
+
+
+def test_adapter_with_nothing_to_train_is_refused(base_folder: Path) -> None:
+    config = CartridgeConfig(num_virtual_tokens=2, num_frozen_tokens=2, task_type="CAUSAL_LM", inference_mode=True)
+    with pytest.raises(AdapterError, match="nothing is left to train: this CARTRIDGE config"):
+        attach_adapter(load_base_model(str(base_folder)), config)
+
+
+@pytest.mark.parametrize("name", ["trainable_tokens", "lora_tokens"])
+@pytest.mark.parametrize("base", ["base_folder", "qwen2_folder", "gpt2_folder"])
+def test_trained_tokens_of_tied_embeddings_leave_the_head_frozen(
+    base: str, name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(base)
+    model, plain = make_siamese_with(folder, name), load_base_model(str(folder))
+    head = model.causal_lm.get_output_embeddings()
+    assert type(head) is nn.Linear
+    assert torch.equal(head.weight, plain.get_output_embeddings().weight)
+    embeddings = model.causal_lm.get_input_embeddings()
+    with torch.no_grad():
+        changed = (embeddings(torch.arange(256)) != plain.get_input_embeddings()(torch.arange(256))).any(-1)
+    assert changed.nonzero().flatten().tolist() == TOKENS
+    assert (model.causal_lm.config.tie_word_embeddings is False) == (base == "base_folder")
+
+
+def test_adapted_layers_name_each_module_that_differs_with_the_frozen_one_in_it(base_folder: Path) -> None:
+    model, plain = make_siamese_with(base_folder, "lora_norms"), load_base_model(str(base_folder))
+    layers = {layer.name: layer for layer in adapted_layers(model.peft_model)}
+    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    norms = {name for name, _ in plain.named_modules() if name.endswith("norm")}
+    assert set(layers) == linear | norms
+    for name, layer in layers.items():
+        assert torch.equal(layer.frozen.weight, plain.get_submodule(name).weight)
+        assert type(layer.frozen) is type(plain.get_submodule(name))
+        assert layer.tuner is model.causal_lm.get_submodule(name)
+
+
+def test_of_nested_tuner_layers_the_outermost_is_listed(base_folder: Path) -> None:
+    config = LoraConfig(target_parameters=["q_proj.weight"], target_modules=["k_proj"], **TASK)
+    layers = adapted_layers(attach_adapter(load_base_model(str(base_folder)), config))
+    assert [layer.name.rsplit(".", 1)[-1] for layer in layers] == ["q_proj", "k_proj"] * 2
+    assert all(type(layer.frozen) is nn.Linear for layer in layers)
 
 
 def test_unknown_peft_type_is_refused(base_folder: Path, adapter_folder: Path) -> None:
