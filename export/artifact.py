@@ -17,7 +17,7 @@ from .attention import AttentionPlan
 from .errors import UnsupportedError
 from .normalized import ModelFacts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 

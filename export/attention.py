@@ -33,6 +33,7 @@ from .rotary import (
     rotary_node,
     tables,
 )
+from .streams import split_streams
 
 HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention's kernels refuse other head sizes; heads are padded with zeros up to it
 FUSED_ROTARY_MULTIPLE = 16  # ... and with do_rotary other sizes than these
@@ -69,17 +70,22 @@ class AttentionPlan:
 class StepTensors:
     """What one traced step gives the attention of every layer and collects from it. past and present are indexed
     [stream][layer] and hold (key, value), each (B, kv_heads, length, cached_head_size). position_ids: (streams * B,
-    S). cos, sin: the rotary tables, if the plan has them."""
+    S). seqlens_k, total_sequence_length: one per stream, virtual tokens counted in. cos, sin: the rotary tables, if the
+    plan has them."""
 
     plan: AttentionPlan
     streams: int
     position_ids: Tensor
-    seqlens_k: Tensor
-    total_sequence_length: Tensor
+    seqlens_k: list[Tensor]
+    total_sequence_length: list[Tensor]
     cos: Tensor | None
     sin: Tensor | None
     past: list[list[tuple[Tensor, Tensor]]]
     present: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    def lengths(self, stream: int) -> tuple[Tensor, Tensor]:
+        """seqlens_k and total_sequence_length of a stream."""
+        return self.seqlens_k[stream], self.total_sequence_length[stream]
 
 
 _step: StepTensors | None = None
@@ -230,25 +236,12 @@ def _emit(
     return stacked.view(rows, sequence, layer.heads, layer.cached_head_size)[..., : layer.head_size], None
 
 
-def split_streams(x: Tensor, streams: int) -> list[Tensor]:
-    """(streams * B, ...) -> one (B, ...) per stream, as one ONNX Split node (torch's own split exports as sequences
-    when B is symbolic)."""
-    if streams == 1:
-        return [x]
-    shape = (x.shape[0] // streams, *x.shape[1:])
-    return list(
-        torch.onnx.ops.symbolic_multi_out(
-            "Split", [x], {"axis": 0, "num_outputs": streams}, dtypes=[x.dtype] * streams, shapes=[shape] * streams
-        )
-    )
-
-
 def _group_query_attention(
     layer: LayerAttention, step: StepTensors, stream: int, index: int, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """query: (B, S, heads * D); key, value: (B, S, kv_heads * D). Returns the output like query, and present."""
     past_key, past_value = step.past[stream][index]
-    inputs: list[Tensor | None] = [query, key, value, past_key, past_value, step.seqlens_k, step.total_sequence_length]
+    inputs: list[Tensor | None] = [query, key, value, past_key, past_value, *step.lengths(stream)]
     attributes: dict[str, Any] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "scale": layer.scale}
     if layer.rotated and step.plan.rotary.mode == "fused":
         inputs += [step.cos, step.sin]

@@ -23,8 +23,9 @@ class ModelFacts:
     context_length: int
 
 
-def model_facts(model: PreTrainedModel, context_length: int | None = None) -> ModelFacts:
-    """context_length: a shorter context than the model's, which makes the rotary tables smaller.
+def model_facts(model: PreTrainedModel, context_length: int | None = None, virtual_tokens: int = 0) -> ModelFacts:
+    """context_length: a shorter context than the model's, which makes the rotary tables smaller. virtual_tokens: how
+    many stand before the text and take positions from it.
 
     Raises UnsupportedError if the config lacks one of the facts or the wanted context is longer than the model's.
     """
@@ -42,6 +43,11 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None) -> Mo
     longest = getattr(config, "max_position_embeddings", None) or context_length
     if longest is None:
         raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
-    if context_length is not None and not 0 < context_length <= longest:
-        raise UnsupportedError(f"context length {context_length} is not in 1 .. {longest}, which the model allows")
+    if getattr(config, "max_position_embeddings", None):
+        longest -= virtual_tokens
+    if longest < 1 or (context_length is not None and not 0 < context_length <= longest):
+        beside = f" beside {virtual_tokens} virtual tokens" if virtual_tokens else ""
+        raise UnsupportedError(
+            f"context length {context_length or longest} is not in 1 .. {longest}, which the model allows{beside}"
+        )
     return ModelFacts(kind, layers, hidden_size(model), vocabulary, int(context_length or longest))

@@ -9,12 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from imsm_core import prompts
 from imsm_core.backbone import load_tokenizer
+from imsm_core.biases import original_biases
 from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
 from imsm_core.files import publish_folder, refuse_existing
 from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
+from .adapters.report import check_delta_size, describe_adapter, report_adapter
 from .artifact import MANIFEST, write_graph, write_manifest, write_tokenizer
 from .attention import plan_attention
 from .errors import UnsupportedError
@@ -23,6 +26,7 @@ from .passes import run_passes
 from .trace import trace
 from .two_stream import TwoStreamStep
 from .verify import ParityReport, verify_graph
+from .virtual_tokens import save_virtual_cache, virtual_cache
 
 PRECISIONS = ("fp32",)
 Report = Callable[[str], None]
@@ -30,11 +34,13 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """base_only: one stream without adapter and gate, for comparing. context_length: None is the model's own."""
+    """base_only: one stream without adapter and gate, for comparing. context_length: None is the model's own.
+    max_delta_mb: the most that changes stored as whole matrices may take, in 10^6 bytes; None is any size."""
 
     precision: str = "fp32"
     context_length: int | None = None
     base_only: bool = False
+    max_delta_mb: float | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -75,27 +81,36 @@ def export_model(
     model.eval()
     # 1. What can be refused is refused before the long work.
     causal_lm = model.causal_lm
-    facts = model_facts(causal_lm, settings.context_length)
-    layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
+    virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
+    facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
+    with original_biases(model.peft_model):
+        layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
-        plan = plan_attention(causal_lm, facts.layers, facts.context_length)
+        plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
+    virtual = virtual_cache(model, plan) if virtual_tokens else {}
+    adapter = None if settings.base_only else describe_adapter(info.peft_type, layers, virtual)
+    if adapter is not None:
+        report_adapter(adapter, causal_lm, report)
+        check_delta_size(adapter, settings.max_delta_mb)
     with publish_folder(target, MANIFEST, force) as draft:
         # 2. Trace and rewrite.
         report(f"trace     {facts.architecture}, {facts.layers} layers, rotary: {plan.rotary.mode}")
-        with replaced_layers(causal_lm, layers):
-            step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan).eval()
+        with original_biases(model.peft_model), replaced_layers(causal_lm, layers):
+            step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan, virtual_tokens).eval()
             traced = trace(step)
         counts = run_passes(traced.model)
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
         # 3. Write, verify what was written, describe it.
         write_graph(traced.model, draft)
+        save_virtual_cache(virtual, draft)
         parity = verify_graph(draft, model, traced.streams, facts.context_length)
         report_parity(parity, report)
         sections = {
             "precision": settings.precision,
             "gate": None if settings.base_only else {"kind": info.gate_kind, "rank": info.gate_rank},
-            "adapter": None if settings.base_only else {"peft_type": info.peft_type, "layers": sorted(layers)},
+            "adapter": adapter,
+            "virtual_tokens": dict(zip(traced.streams, (0, virtual_tokens), strict=False)),
             "base_model": {
                 "name": info.base_model,
                 "revision": info.base_revision,

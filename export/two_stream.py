@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from imsm_core.backbone import apply_head, last_hidden_state
 from imsm_core.gates import Gate, Memories
 
-from .adapters import ADAPTER_ROWS
-from .attention import AttentionPlan, StepTensors, emitting, split_streams
+from .adapters import ADAPTER_ROWS, TwoStreamEmbedding
+from .attention import AttentionPlan, StepTensors, emitting
+from .streams import split_streams
 
 Cache = list[list[tuple[Tensor, Tensor]]]
 """[stream][layer] -> (key, value), each (B, kv_heads, length, head_size)."""
@@ -26,9 +27,9 @@ class StepInputs(NamedTuple):
     """One step's inputs, in the order in which the graph has them. S new tokens, N wanted positions, P cached tokens.
 
     input_ids, position_ids: (B, S) int64. seqlens_k: (B,) int32, tokens of the row after this step, minus one.
-    total_sequence_length: () int32, the largest of them, plus one. logit_positions: (B, N) int64, into S.
-    query_mask: (B, S) float32, 1 at the prompt's tokens. past_query_sum: (B, 2, d) float32, (base, adapter);
-    past_query_count: (B,) float32. memory_bias: (B,) float32. past: the caches.
+    total_sequence_length: () int32, the largest of them, plus one. These count the text alone, no virtual tokens.
+    logit_positions: (B, N) int64, into S. query_mask: (B, S) float32, 1 at the prompt's tokens. past_query_sum:
+    (B, 2, d) float32, (base, adapter); past_query_count: (B,) float32. memory_bias: (B,) float32. past: the caches.
     """
 
     input_ids: Tensor
@@ -44,14 +45,16 @@ class StepInputs(NamedTuple):
 
 
 class TwoStreamStep(nn.Module):
-    """Traced with two streams and a gate, or with the base stream alone (`gate` None)."""
+    """Traced with two streams and a gate, or with the base stream alone (`gate` None). virtual_tokens: how many tokens
+    stand before the text in the adapter stream, whose cache and positions they lengthen."""
 
-    def __init__(self, model: PreTrainedModel, gate: Gate | None, plan: AttentionPlan) -> None:
+    def __init__(self, model: PreTrainedModel, gate: Gate | None, plan: AttentionPlan, virtual_tokens: int = 0) -> None:
         super().__init__()
         self.model = model
         self.gate = gate
         self.plan = plan
         self.streams = 1 if gate is None else 2
+        self.virtual_tokens = (0,) if gate is None else (0, virtual_tokens)
         self.rotary_cos: Tensor | None
         self.rotary_sin: Tensor | None
         self.register_buffer("rotary_cos", plan.rotary.cos, persistent=False)
@@ -60,21 +63,23 @@ class TwoStreamStep(nn.Module):
     def forward(self, *flat: Any) -> dict[str, Any]:
         """The outputs by name; `present` is a Cache."""
         inputs = StepInputs(*flat)
-        embeddings = self.model.get_input_embeddings()(inputs.input_ids)  # (B, S, d)
-        stacked = torch.cat([embeddings] * self.streams)  # (streams * B, S, d)
-        position_ids = torch.cat([inputs.position_ids] * self.streams)
+        embedding = self.model.get_input_embeddings()
+        stacked = embedding(inputs.input_ids)  # (streams * B, S, d)
+        if not isinstance(embedding, TwoStreamEmbedding):
+            stacked = torch.cat([stacked] * self.streams)
+        position_ids = torch.cat([_plus(inputs.position_ids, extra) for extra in self.virtual_tokens])
         step = StepTensors(
             self.plan,
             self.streams,
             position_ids,
-            inputs.seqlens_k,
-            inputs.total_sequence_length,
+            [_plus(inputs.seqlens_k, extra) for extra in self.virtual_tokens],
+            [_plus(inputs.total_sequence_length, extra) for extra in self.virtual_tokens],
             self.rotary_cos,
             self.rotary_sin,
             inputs.past,
         )
-        batch = torch.ones_like(embeddings[:, :1, :1])  # (B, 1, 1)
-        mask = torch.cat([torch.zeros_like(batch)] * (self.streams - 1) + [batch])
+        ones = torch.ones_like(inputs.query_mask)[..., None]  # (B, S, 1)
+        mask = torch.cat([torch.zeros_like(ones)] * (self.streams - 1) + [ones])
         with emitting(self.model, step), ADAPTER_ROWS.of(mask):
             hidden = last_hidden_state(self.model, inputs_embeds=stacked, position_ids=position_ids)
         states = split_streams(hidden, self.streams)
@@ -101,6 +106,10 @@ class TwoStreamStep(nn.Module):
         outputs["present_query_count"] = query_count
         fused: Tensor = gated.fused
         return fused
+
+
+def _plus(tensor: Tensor, extra: int) -> Tensor:
+    return tensor + extra if extra else tensor
 
 
 def _gather(states: Tensor, positions: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from imsm_core.backbone import apply_head, last_hidden_state
 from imsm_core.gates import Memories
@@ -21,6 +23,7 @@ from imsm_core.siamese import SiameseModel, masked_mean
 
 from .artifact import GRAPH
 from .errors import VerificationError
+from .virtual_tokens import VirtualCache, load_virtual_cache
 
 Array = NDArray[Any]
 COMPARED = ("hidden_base", "hidden_adapter", "gate", "logits")
@@ -60,7 +63,8 @@ class ParityReport:
 
 def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], context_length: int) -> ParityReport:
     """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode). Raises VerificationError."""
-    cached = _CachedGraph(folder / GRAPH, streams)
+    virtual = load_virtual_cache(folder)
+    cached = _CachedGraph(folder / GRAPH, streams, virtual)
     layers = sum(1 for name in cached.inputs if name.startswith("past_key_values.base.")) // 2
     report = ParityReport(FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE)
     vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
@@ -70,6 +74,8 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
     long = max(2, min(12, context_length - steps))
     lengths = (long, max(1, long * 7 // 12))
     prompts = [[int(token) for token in generator.integers(0, vocabulary, length)] for length in lengths]
+    for place, token in enumerate(_trained_tokens(model.peft_model)[: long // 2]):
+        prompts[0][2 * place] = token  # random text hardly ever meets them
 
     # 1. The graph: prefill of the ragged batch, then greedy decode steps.
     prefill = cached.prefill(prompts)
@@ -82,7 +88,7 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
         tokens = [int(row.argmax()) for row in stepped[-1]["logits"][:, 0]]
     # 2. The graph again, in two chunks of the first prompt.
     pieces = [prompts[0][: long // 2], prompts[0][long // 2 :]]
-    chunked = _CachedGraph(folder / GRAPH, streams, cached.session).chunks(pieces)
+    chunked = _CachedGraph(folder / GRAPH, streams, virtual, cached.session).chunks(pieces)
 
     # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
     expected = [_expected(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
@@ -102,6 +108,12 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
     if report.failures:
         raise VerificationError(f"the graph does not compute what PyTorch computes: {report.failures[0]}")
     return report
+
+
+def _trained_tokens(peft_model: PeftModel) -> list[int]:
+    """The tokens whose embeddings the adapter trained."""
+    layers = [module for module in peft_model.modules() if isinstance(module, TrainableTokensLayer)]
+    return [int(token) for layer in layers for token in layer.token_indices.get(peft_model.active_adapter, [])]
 
 
 @torch.no_grad()
@@ -126,7 +138,11 @@ class _CachedGraph:
     """The graph run with plain NumPy arrays: slower than the runtime and independent of it."""
 
     def __init__(
-        self, path: Path, streams: tuple[str, ...], session: onnxruntime.InferenceSession | None = None
+        self,
+        path: Path,
+        streams: tuple[str, ...],
+        virtual: VirtualCache,
+        session: onnxruntime.InferenceSession | None = None,
     ) -> None:
         if session is None:
             options = onnxruntime.SessionOptions()
@@ -136,6 +152,7 @@ class _CachedGraph:
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         self.streams = streams
+        self.virtual = {f"past_key_values.adapter.{name}": array for name, array in virtual.items()}
         self.state: dict[str, Array] = {}
         self.lengths = np.zeros(0, np.int64)
 
@@ -147,9 +164,20 @@ class _CachedGraph:
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = prompt
             query_mask[row, : len(prompt)] = 1
-        self._reset(rows)
-        self.lengths = np.array([len(prompt) for prompt in prompts])
-        return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)))
+        lengths = np.array([len(prompt) for prompt in prompts])
+        # GroupQueryAttention continues a cache, such as one of virtual tokens, for a single row only.
+        parts = [slice(row, row + 1) for row in range(rows)] if self.virtual else [slice(0, rows)]
+        outputs, states = [], []
+        for part in parts:
+            self._reset(part.stop - part.start)
+            self.lengths = lengths[part]
+            outputs.append(
+                self._run(input_ids[part], query_mask[part], np.arange(longest)[None].repeat(len(lengths[part]), 0))
+            )
+            states.append(self.state)
+        self.state = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+        self.lengths = lengths
+        return {name: np.concatenate([output[name] for output in outputs]) for name in COMPARED if name in outputs[0]}
 
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""
@@ -174,6 +202,7 @@ class _CachedGraph:
             for name, value in self.inputs.items()
             if name.startswith("past_")
         }
+        self.state |= {name: array[None].repeat(rows, 0) for name, array in self.virtual.items()}
 
     def _run(self, input_ids: Array, query_mask: Array, positions: Array) -> dict[str, Array]:
         rows, sequence = input_ids.shape

@@ -6,10 +6,12 @@ graphs: it is given names and geometry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from .manifest import LayerCache
 
@@ -17,18 +19,31 @@ BLOCK = 256
 
 
 class KVCache:
-    """Buffers of shape (batch, kv_heads, capacity, head_size) on `device`, named layer.part."""
+    """Buffers of shape (batch, kv_heads, capacity, head_size) on `device`, named layer.part.
 
-    def __init__(self, layers: Sequence[LayerCache], batch: int, dtype: str = "float32", device: str = "cpu") -> None:
+    virtual: what every row begins with, before its text: layer.part -> (kv_heads, V, head_size).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCache],
+        batch: int,
+        dtype: str = "float32",
+        device: str = "cpu",
+        virtual: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         self.layers = tuple(layers)
         self.batch = batch
         self.dtype = np.dtype(dtype)
         self.device = device
+        self.virtual = dict(virtual or {})
+        self.virtual_tokens = next((array.shape[1] for array in self.virtual.values()), 0)
         self.capacity = 0
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
 
     def reserve(self, length: int) -> bool:
-        """Make room for `length` tokens a row; returns whether the buffers moved (bindings are then stale)."""
+        """Make room for `length` tokens of text a row; returns whether the buffers moved (bindings are then stale)."""
+        length += self.virtual_tokens
         if length <= self.capacity:
             return False
         capacity = -(-length // BLOCK) * BLOCK
@@ -37,6 +52,8 @@ class KVCache:
             if self.capacity:
                 old = self._buffers.pop(name)  # its NumPy view does not keep it alive
                 grown[:, :, : self.capacity] = old.numpy()
+            elif self.virtual:
+                grown[:, :, : self.virtual_tokens] = self.virtual[name]
             self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
         self.capacity = capacity
         return True

@@ -13,8 +13,8 @@ from typing import Any
 
 from .errors import ArtifactError
 
-MANIFEST, GRAPH = "imsm_model.json", "model.onnx"
-FORMAT_VERSION = 1
+MANIFEST, GRAPH, VIRTUAL_TOKENS = "imsm_model.json", "model.onnx", "virtual_tokens.npz"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact."""
+    """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact. virtual_tokens:
+    per stream, how many stand before the text."""
 
     architecture: str
     hidden_size: int
@@ -54,6 +55,7 @@ class Manifest:
     streams: tuple[str, ...]
     gate_kind: str | None
     caches: dict[str, tuple[LayerCache, ...]]
+    virtual_tokens: dict[str, int]
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
     eos_token_ids: tuple[int, ...]
@@ -75,7 +77,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path} is damaged: {error}") from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+        raise ArtifactError(
+            f"{path} has format version {version}; this program reads {FORMAT_VERSION}; export it again"
+        )
     try:
         return _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -116,6 +120,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
             stream: tuple(LayerCache(int(layer["kv_heads"]), int(layer["head_size"])) for layer in layers)
             for stream, layers in document["cache"].items()
         },
+        virtual_tokens={stream: int(count) for stream, count in document["virtual_tokens"].items()},
         inputs=tuple(map(_signature, graph["inputs"])),
         outputs=tuple(map(_signature, graph["outputs"])),
         eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),

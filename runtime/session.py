@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnxruntime
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from .cache import KVCache
 from .decode_binding import DecodeBinding
-from .errors import PromptError, SettingsError
-from .manifest import GRAPH, check_files, read_manifest
+from .errors import ArtifactError, PromptError, SettingsError
+from .manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
 from .providers import ON_DEVICE, PROVIDERS, open_session
 from .signature import check_signature
 from .state import DecodeState, StepOutput
@@ -44,6 +45,7 @@ class Session:
         check_signature(self.onnx, self.manifest)
         in_use = PROVIDERS[provider] in self.onnx.get_providers()
         self.device = ON_DEVICE.get(provider, "cpu") if in_use else "cpu"
+        self.virtual = _read_virtual_tokens(self.folder, self.manifest)
         self.input_names = {signature.name for signature in self.manifest.inputs}
 
     @property
@@ -65,7 +67,13 @@ class Session:
         dtypes = {signature.name: signature.dtype for signature in self.manifest.inputs}
         return DecodeState(
             caches={
-                stream: KVCache(layers, batch, dtypes[f"past_key_values.{stream}.0.key"], self.device)
+                stream: KVCache(
+                    layers,
+                    batch,
+                    dtypes[f"past_key_values.{stream}.0.key"],
+                    self.device,
+                    self.virtual if self.manifest.virtual_tokens[stream] else None,
+                )
                 for stream, layers in self.manifest.caches.items()
             },
             lengths=np.zeros(batch, np.int64),
@@ -99,9 +107,10 @@ class Session:
         state.reply_count[:] = 0
         self._reserve(state, int(max(length + len(text) for length, text in zip(state.lengths, texts, strict=True))))
         longest = max(map(len, texts))
-        if not state.lengths.any() and longest <= chunk:
+        fresh = not state.lengths.any() and not self.virtual
+        if fresh and longest <= chunk:
             return self._read(state, texts, None)
-        # GroupQueryAttention continues a cache by more than one token for a single row only.
+        # GroupQueryAttention continues a cache, or virtual tokens, by more than one token for a single row only.
         rows = [self._read_in_chunks(state, text, row, chunk) for row, text in enumerate(texts)]
         return _stack(rows)
 
@@ -226,6 +235,26 @@ class Session:
                 raise PromptError(
                     f"the prompt has {length + len(text)} tokens; the model's context is {self.manifest.context_length}"
                 )
+
+
+def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
+    """layer.part -> (kv_heads, V, head_size): what the adapter stream's cache begins with. Raises ArtifactError."""
+    count = manifest.virtual_tokens.get("adapter", 0)
+    if not count:
+        return {}
+    expected = {
+        f"{index}.{part}": (layer.kv_heads, count, layer.head_size)
+        for index, layer in enumerate(manifest.caches["adapter"])
+        for part in ("key", "value")
+    }
+    try:
+        with np.load(folder / VIRTUAL_TOKENS) as arrays:
+            found = dict(arrays)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} cannot be read: {error}") from error
+    if {name: array.shape for name, array in found.items()} != expected:
+        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} does not hold the virtual tokens that the manifest describes")
+    return found
 
 
 def _last_outputs(binding: onnxruntime.IOBinding, count: int) -> list[Array]:

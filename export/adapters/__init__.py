@@ -1,81 +1,75 @@
 """The two-stream forms of PEFT's tuner layers: one file per adapter family, one registration line each.
 
 A two-stream form is a module that replaces a tuner layer before the trace. Its input holds the rows of both streams,
-(2 * B, S, in_features), base rows first; it applies the frozen layer to all of them, so that its weight is read once,
-and the adapter's change to the adapter's rows alone.
+(2 * B, ...), base rows first; it applies the frozen layer to all of them, so that its weight is read once, and the
+adapter's change to the adapter's rows alone. What no family claims goes to `fallback`, which knows no PEFT type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
-from torch import Tensor, nn
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
 
-from imsm_core.adapters import adapted_layers, peft_type
+from imsm_core.adapters import adapted_layers, causal_lm, peft_type
 
-from ..errors import UnsupportedError
+from . import adalora, fallback, ia3, ln_tuning, loha, lokr, lora, rotation, trainable_tokens, vblora, vera
+from .biases import add_bias_changes
+from .rows import ADAPTER_ROWS, TwoStreamEmbedding, TwoStreamForm
 
-TwoStreamForm = Callable[[str, nn.Module, str], nn.Module]
-"""(name of the layer, PEFT tuner layer, name of the active adapter) -> its two-stream form; raises UnsupportedError."""
+TWO_STREAM_FORMS: dict[str, TwoStreamForm] = {
+    "LORA": lora.two_stream_lora,
+    "ADALORA": adalora.two_stream_adalora,
+    "IA3": ia3.two_stream_ia3,
+    "VERA": vera.two_stream_vera,
+    "LOHA": loha.two_stream_loha,
+    "LOKR": lokr.two_stream_lokr,
+    "OFT": rotation.two_stream_oft,
+    "BOFT": rotation.two_stream_boft,
+    "LN_TUNING": ln_tuning.two_stream_norm,
+    "VBLORA": vblora.two_stream_vblora,
+    "TRAINABLE_TOKENS": trainable_tokens.two_stream_tokens,
+}
+"""By PEFT type, as `peft.PeftType` spells it."""
 
-TWO_STREAM_FORMS: dict[str, TwoStreamForm] = {}
-
-
-def register(peft_type: str) -> Callable[[TwoStreamForm], TwoStreamForm]:
-    """Register the two-stream form of a PEFT type, as `peft.PeftType` spells it."""
-
-    def add(form: TwoStreamForm) -> TwoStreamForm:
-        TWO_STREAM_FORMS[peft_type] = form
-        return form
-
-    return add
-
-
-class AdapterRows:
-    """Which rows of a stacked input belong to the adapter stream; set anew for every traced step.
-
-    mask: (2 * B, 1, 1), 0 for the base stream's rows and 1 for the adapter stream's.
-    """
-
-    def __init__(self) -> None:
-        self._mask: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor:
-        """Raises RuntimeError outside `of`."""
-        if self._mask is None:
-            raise RuntimeError("a two-stream layer ran outside a traced step")
-        return self._mask
-
-    @contextmanager
-    def of(self, mask: Tensor) -> Iterator[None]:
-        """Use `mask` inside the block."""
-        self._mask = mask
-        try:
-            yield
-        finally:
-            self._mask = None
-
-
-ADAPTER_ROWS = AdapterRows()
+__all__ = [
+    "ADAPTER_ROWS",
+    "TWO_STREAM_FORMS",
+    "TwoStreamEmbedding",
+    "base_layers",
+    "replaced_layers",
+    "two_stream_layers",
+]
 
 
 def two_stream_layers(peft_model: PeftModel) -> dict[str, nn.Module]:
     """The two-stream form of every layer that the adapter touches, by its name inside the causal LM.
 
-    Raises UnsupportedError naming the layer and the PEFT type for what has none.
+    Runs where the backbone has its original biases (`imsm_core.biases.original_biases`). Raises UnsupportedError
+    naming the layer and the PEFT type for what has none.
     """
-    from . import lora  # noqa: F401  registers itself
-
     adapter = peft_model.active_adapter
-    kind = peft_type(peft_model.peft_config[adapter])
-    if kind not in TWO_STREAM_FORMS:
-        raise UnsupportedError(f"PEFT type {kind} has no two-stream form; exportable: {', '.join(TWO_STREAM_FORMS)}")
-    return {
-        layer.name: TWO_STREAM_FORMS[kind](layer.name, layer.tuner, adapter) for layer in adapted_layers(peft_model)
-    }
+    family = TWO_STREAM_FORMS.get(peft_type(peft_model.peft_config[adapter]), fallback.no_form)
+    embeddings = causal_lm(peft_model).get_input_embeddings()
+    forms: dict[str, nn.Module] = {}
+    for layer in adapted_layers(peft_model):
+        reads_tokens = layer.tuner is embeddings
+        if isinstance(layer.tuner, ModulesToSaveWrapper):
+            copies = layer.tuner.modules_to_save
+            forms[layer.name] = fallback.split_form(copies[adapter], layer.frozen, reads_tokens)
+            continue
+        if isinstance(layer.tuner, TrainableTokensWrapper):
+            form = trainable_tokens.two_stream_tokens(layer.name, layer.tuner.token_adapter, layer.frozen, adapter)
+        else:
+            form = family(layer.name, layer.tuner, layer.frozen, adapter)
+        if form is None or (isinstance(form, TwoStreamEmbedding) and not reads_tokens):
+            form = fallback.two_stream_fallback(layer.name, layer.tuner, layer.frozen, reads_tokens)
+        forms[layer.name] = form
+    add_bias_changes(peft_model, forms)
+    return forms
 
 
 def base_layers(peft_model: PeftModel) -> dict[str, nn.Module]:

@@ -1,50 +1,98 @@
-"""LoRA (arXiv 2106.09685): y = W x + scaling * B A x on the adapter's rows, W x on the base's.
+"""LoRA (arXiv 2106.09685): y = W x + scaling * B A x, and DoRA (arXiv 2402.09353), which also rescales each output:
+y = m * (W x + scaling * B A x) with m = magnitude / |W + scaling * B A|, row by row.
 
-W stays shared and unmerged. Both products run on all rows with the base's rows zeroed in between: at r columns that
-costs less than cutting the adapter's rows out and putting them back, and the base's rows stay exact, since they get
-+ 0.
+W stays shared and unmerged; rsLoRA and alpha patterns only change `scaling`.
 """
 
 from __future__ import annotations
 
-from peft.tuners.lora import LoraLayer
+import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UnsupportedError
-from . import ADAPTER_ROWS, register
+from .rows import ADAPTER_ROWS, LowRank, PeftLayer, TwoStreamEmbedding, constant, linear_weight, on_adapter_rows
+
+# Variants whose change depends on more than the layer's input.
+REFUSED_VARIANTS = {
+    "ALoraLinearVariant": "starts at its invocation tokens",
+    "ArrowLinearVariant": "routes between adapters",
+}
 
 
-class TwoStreamLora(nn.Module):
-    """A frozen linear layer and one LoRA. lora_a: (r, in), lora_b: (out, r) with `scaling` folded in, bias: (out,)
-    scaled, or None."""
+class TwoStreamDora(LowRank):
+    """magnitude: (out,), m above; base_bias: the frozen layer's own bias, which DoRA does not scale, or None."""
 
-    def __init__(self, base_layer: nn.Module, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_a = nn.Parameter(lora_a, requires_grad=False)
-        self.lora_b = nn.Parameter(lora_b, requires_grad=False)
-        self.lora_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    def __init__(
+        self, base_layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, base_bias: Tensor | None
+    ) -> None:
+        unscaled = None if base_bias is None else (1 - magnitude) * base_bias
+        super().__init__(base_layer, a, b * magnitude[:, None], unscaled)
+        self.adapter_magnitude = constant(magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (2 * B, S, in) -> (2 * B, S, out)."""
-        low = functional.linear(x, self.lora_a) * ADAPTER_ROWS.mask  # (2 * B, S, r), base rows 0
-        y: Tensor = self.base_layer(x) + functional.linear(low, self.lora_b)
-        return y if self.lora_bias is None else y + self.lora_bias * ADAPTER_ROWS.mask
+        """As LowRank, with the frozen product scaled on the adapter's rows."""
+        mask = ADAPTER_ROWS.mask_for(x)
+        low = functional.linear(x, self.adapter_a) * mask
+        frozen: Tensor = self.base_layer(x)
+        y = frozen * on_adapter_rows(self.adapter_magnitude, x) + functional.linear(low, self.adapter_b)
+        return y if self.adapter_bias is None else y + self.adapter_bias * mask
 
 
-@register("LORA")
-def two_stream_lora(name: str, layer: nn.Module, adapter: str) -> nn.Module:
-    """The two-stream form of a PEFT LoRA layer on a linear layer (nn.Linear or Conv1D)."""
-    assert isinstance(layer, LoraLayer)
+class TwoStreamLoraEmbedding(TwoStreamEmbedding):
+    """E[ids] + (A^T)[ids] B^T. a: (vocab, r), b: (d, r) with the scale folded in."""
+
+    def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_a = constant(a)
+        self.adapter_b = constant(b)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, S) -> (2 * B, S, d)."""
+        frozen: Tensor = self.base_layer(input_ids)
+        change = functional.linear(functional.embedding(input_ids, self.adapter_a), self.adapter_b)
+        return torch.cat([frozen, frozen + change])
+
+
+def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
+    """The two-stream form of a PEFT LoRA layer on a linear layer (nn.Linear or Conv1D) or on the embeddings."""
+    if isinstance(layer, ParamWrapper):
+        raise UnsupportedError(
+            f"{name} has LoRA on the parameter {layer.parameter_name!r} (target_parameters), "
+            "whose product the layer computes by itself; only LoRA on whole layers has a two-stream form"
+        )
+    variant = layer.lora_variant.get(adapter)
+    kind = type(variant).__name__
+    if kind in REFUSED_VARIANTS:
+        raise UnsupportedError(f"{name} uses LoRA's variant {kind}, which {REFUSED_VARIANTS[kind]}; it has no form")
+    if adapter in layer.lora_embedding_A and variant is None:
+        return _embedding(layer, frozen, adapter)
     if adapter not in layer.lora_A:
-        raise UnsupportedError(f"{name} has no LoRA matrices for {adapter!r} (LoRA on {type(layer).__name__})")
-    if layer.lora_variant.get(adapter) is not None:
-        variant = type(layer.lora_variant[adapter]).__name__.removesuffix("Variant").removesuffix("Linear")
-        raise UnsupportedError(f"{name} uses LoRA's variant {variant}, which has no two-stream form")
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
-        raise UnsupportedError(f"{name} has LoRA on a {type(layer).__name__}, which has no two-stream form")
-    scaling = layer.scaling[adapter]
-    bias = None if up.bias is None else up.bias.detach() * scaling
-    return TwoStreamLora(layer.get_base_layer(), down.weight.detach(), up.weight.detach() * scaling, bias)
+        return None
+    down, up, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+    weight = linear_weight(frozen)
+    if weight is None or not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
+        return None
+    a, b = down.weight.detach(), up.weight.detach() * scaling
+    if variant is None:
+        return LowRank(frozen, a, b, None if up.bias is None else up.bias.detach() * scaling)
+    if kind == "DoraLinearVariant" and up.bias is None:
+        magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
+        norm = torch.linalg.norm(weight + b @ a, dim=1)
+        bias = getattr(frozen, "bias", None)
+        return TwoStreamDora(frozen, a, b, magnitude / norm, None if bias is None else bias.detach())
+    return None
+
+
+def _embedding(layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module:
+    a, b = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
+    scale = layer.scaling[adapter] * embedding_scale(frozen)
+    return TwoStreamLoraEmbedding(frozen, a.T, b * scale)
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """The factor that some embeddings (Gemma's) put on what they look up."""
+    scale = getattr(embedding, "embed_scale", None)
+    return 1.0 if scale is None else float(scale)

@@ -1,4 +1,5 @@
-"""Readable names for symbolic dimensions: batch, sequence, past, total and wanted instead of s22 and s40."""
+"""Readable names for symbolic dimensions: batch, sequence, wanted, and past and total of each stream, whose caches
+differ in length where one has virtual tokens. They replace names such as s22 and s40."""
 
 from __future__ import annotations
 
@@ -37,8 +38,10 @@ def name_dimensions(model: ir.Model) -> int:
 
 
 def _names(name: str) -> tuple[str | None, ...] | None:
-    if name.startswith("past_key_values."):
-        return ("batch", None, "past", None)
-    if name.startswith("present."):
-        return ("batch", None, "total", None)
+    direction, _, rest = name.partition(".")
+    stream = rest.partition(".")[0]
+    if direction == "past_key_values":
+        return ("batch", None, f"past_{stream}", None)
+    if direction == "present":
+        return ("batch", None, f"total_{stream}", None)
     return _NAMED.get(name)

@@ -1,0 +1,114 @@
+"""The two-stream form of any other tuner layer, found out by running it.
+
+Most PEFT methods change a linear layer to another one. The layer is run on the unit vectors to see which: a change of
+low rank becomes two factors, any other one matrix. A layer that is not linear, a norm say, runs on the adapter's rows
+by itself, beside the frozen one on the base's; it reads a shared weight twice, and the file still holds it once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from imsm_core.backbone import first_line
+
+from ..errors import UnsupportedError
+from ..streams import split_streams
+from .rows import DenseDelta, LowRank, PeftLayer, TwoStreamBias, TwoStreamEmbedding, linear_weight
+
+SAME = 1e-4  # a change that predicts the layer's output to this part of its largest value is the layer's change
+
+
+class SplitRows(nn.Module):
+    """The frozen layer on the base's rows, PEFT's on the adapter's."""
+
+    form = "split rows"
+
+    def __init__(self, base_layer: nn.Module, adapter_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer = adapter_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (2 * B, ...) -> the same with the layer's width."""
+        base, adapter = split_streams(x, 2)
+        return torch.cat([self.base_layer(base), self.adapter_layer(adapter)])
+
+
+class SplitEmbedding(TwoStreamEmbedding):
+    """Each stream has an embedding of its own."""
+
+    def __init__(self, base_layer: nn.Module, adapter_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_layer = adapter_layer
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, S) -> (2 * B, S, d)."""
+        return torch.cat([self.base_layer(input_ids), self.adapter_layer(input_ids)])
+
+
+def no_form(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
+    """A family without a form of its own."""
+    return None
+
+
+def split_form(layer: nn.Module, frozen: nn.Module, reads_tokens: bool) -> nn.Module:
+    """Each stream runs a layer of its own. reads_tokens: the layer is the one that turns token ids into embeddings."""
+    return SplitEmbedding(frozen, layer) if reads_tokens else SplitRows(frozen, layer)
+
+
+@torch.no_grad()
+def two_stream_fallback(name: str, layer: nn.Module, frozen: nn.Module, reads_tokens: bool) -> nn.Module:
+    """The two-stream form of a layer that no family claims. Raises UnsupportedError if it cannot be run by itself."""
+    weight = linear_weight(frozen)
+    if weight is None:
+        return split_form(layer, frozen, reads_tokens)
+    try:
+        found = _linear_change(layer, frozen, weight.shape[1])
+    except Exception as error:  # a layer that wants more than its input may fail in any way
+        raise UnsupportedError(
+            f"{name} is a {type(layer).__name__} that needs more than its input to run "
+            f"({type(error).__name__}: {first_line(error)}); it has no two-stream form"
+        ) from error
+    if found is None:
+        return SplitRows(frozen, layer)
+    delta, bias = found
+    factors = _factors(delta, float(weight.abs().max()))
+    if factors is None:
+        return DenseDelta(frozen, delta, bias)
+    if not len(factors[0]):
+        return frozen if bias is None else TwoStreamBias(frozen, bias)
+    return LowRank(frozen, *factors, bias)
+
+
+def _linear_change(layer: nn.Module, frozen: nn.Module, width: int) -> tuple[Tensor, Tensor | None] | None:
+    """(delta (out, in), bias (out,) or None) such that layer(x) = frozen(x) + delta x + bias; None if there is none."""
+    origin = torch.zeros(1, 1, width)
+    units = torch.eye(width)[None]
+
+    def change(x: Tensor) -> Tensor:
+        return layer(x)[0].double() - frozen(x)[0].double()  # type: ignore[no-any-return]
+
+    bias = change(origin)[0]
+    delta = (change(units) - bias).T
+    sample = torch.randn(1, 8, width, generator=torch.Generator().manual_seed(0))
+    expected = layer(sample)[0].double()
+    predicted = frozen(sample)[0].double() + sample[0].double() @ delta.T + bias
+    if not (predicted - expected).abs().max() <= SAME * (1e-3 + expected.abs().max()):
+        return None
+    return delta.float(), bias.float() if bias.any() else None
+
+
+def _factors(delta: Tensor, weight_scale: float) -> tuple[Tensor, Tensor] | None:
+    """(a (r, in), b (out, r)) with b a = delta up to rounding, or None if delta itself is smaller.
+
+    delta is a difference of float32 outputs, so that values below the rounding of those are nothing.
+    """
+    rows, columns = delta.shape
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    rounding = torch.finfo(torch.float32).eps * (rows + columns) ** 0.5 * (weight_scale + float(delta.abs().max()))
+    rank = int((values > rounding).sum())
+    if rank * (rows + columns) >= rows * columns:
+        return None
+    return right[:rank].float(), (left[:, :rank] * values[:rank]).float()

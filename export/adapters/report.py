@@ -1,0 +1,63 @@
+"""What an adapter became in the graph: which forms, and how much it adds to the file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ..errors import UnsupportedError
+from .rows import DenseDelta
+
+
+def describe_adapter(
+    peft_type: str, layers: Mapping[str, nn.Module], virtual: Mapping[str, NDArray[np.float32]]
+) -> dict[str, Any]:
+    """The manifest's `adapter` section: the layers, how many have which form, and bytes (float32) of all that the
+    adapter adds and of the changes stored as whole matrices."""
+    sizes: dict[int, int] = {}
+    for layer in layers.values():
+        for parameter in _own_parameters(layer):
+            sizes[id(parameter)] = 4 * parameter.numel()
+    dense = sum(4 * layer.adapter_delta.numel() for layer in layers.values() if isinstance(layer, DenseDelta))
+    return {
+        "peft_type": peft_type,
+        "layers": sorted(layers),
+        "forms": dict(sorted(Counter(getattr(layer, "form", "frozen") for layer in layers.values()).items())),
+        "bytes": sum(sizes.values()) + sum(array.nbytes for array in virtual.values()),
+        "dense_delta_bytes": dense,
+    }
+
+
+def report_adapter(adapter: dict[str, Any], model: nn.Module, report: Callable[[str], None]) -> None:
+    """One line, and one more where a change is stored as whole matrices: told before the long work."""
+    forms = ", ".join(f"{count} {form}" for form, count in adapter["forms"].items()) or "virtual tokens"
+    report(f"adapter   {adapter['peft_type']}: {forms}; adds {adapter['bytes'] / 1e6:.2f} MB")
+    if adapter["dense_delta_bytes"]:
+        backbone = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "base_layer" in name)
+        report(
+            f"adapter   {adapter['dense_delta_bytes'] / 1e6:.2f} MB of that are whole matrices, because the change of "
+            f"this method has no smaller exact form (the layers it changes: {backbone / 1e6:.2f} MB)"
+        )
+
+
+def check_delta_size(adapter: dict[str, Any], limit_mb: float | None) -> None:
+    """Raise UnsupportedError if whole matrices take more than `limit_mb` (10^6 bytes)."""
+    found = adapter["dense_delta_bytes"] / 1e6
+    if limit_mb is not None and found > limit_mb:
+        raise UnsupportedError(
+            f"{adapter['peft_type']} changes whole matrices: {found:.2f} MB of them would be added, more than the "
+            f"--max-delta-mb {limit_mb:g} that is allowed"
+        )
+
+
+def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a two-stream form that the frozen model does not have."""
+    named = list(layer.named_parameters())
+    own = [any(part.startswith("adapter_") for part in name.split(".")) for name, _ in named]
+    frozen = {id(parameter) for (_, parameter), mine in zip(named, own, strict=True) if not mine}
+    return [parameter for _, parameter in named if id(parameter) not in frozen]
