@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapted_layers, known_warnings_ignored
+from .adapters import adapted_layers, causal_lm, known_warnings_ignored
 from .backbone import apply_head, last_hidden_state
 from .biases import backbone_biases, original_biases
 from .gates import Gate, Gated, Memories
+from .prompts import adapter_hidden_state
 
 
 class StreamStates(NamedTuple):
@@ -39,7 +40,7 @@ class SiameseModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face causal LM inside the PEFT model, with the adapter's layers in place."""
-        return cast(PreTrainedModel, self.peft_model.get_base_model())
+        return causal_lm(self.peft_model)
 
     def train(self, mode: bool = True) -> SiameseModel:
         """Training mode for the adapter and the gate alone: the frozen backbone never drops anything out, so that
@@ -53,11 +54,10 @@ class SiameseModel(nn.Module):
 
     def stream_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamStates:
         """input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. No gradient enters the base
-        stream."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        stream. Raises DataError if the adapter's virtual tokens make the text longer than the model's context."""
         with torch.no_grad(), self._adapter_disabled():
-            base = last_hidden_state(self.causal_lm, **inputs)
-        return StreamStates(base, last_hidden_state(self.causal_lm, **inputs))
+            base = last_hidden_state(self.causal_lm, input_ids=input_ids, attention_mask=attention_mask)
+        return StreamStates(base, adapter_hidden_state(self.peft_model, input_ids, attention_mask))
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

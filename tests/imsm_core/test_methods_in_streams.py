@@ -17,8 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarn
 
 TOKENS = torch.tensor([[0, 70, 80, 90, 100, 110, 120, 130, 140], [0, 71, 81, 91, 101, 2, 2, 2, 2]])
 ATTENTION = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
-VIRTUAL = ("prefix_tuning", "prefix_projection", "prompt_tuning", "p_tuning", "p_tuning_lstm", "cartridge")
-PER_LAYER = [name for name in ADAPTERS if name not in VIRTUAL]
 LINEAR_ONLY = (  # PEFT has no form of these for GPT-2's transposed layers
     *("loha", "lokr", "lokr_full", "lokr_factored", "oft", "oft_cayley", "oft_shared", "boft", "hra", "c3a", "road"),
     *("miss", "shira", "delora", "psoft", "peanut", "beft", "glora", "supertuning"),
@@ -26,7 +24,7 @@ LINEAR_ONLY = (  # PEFT has no form of these for GPT-2's transposed layers
 CASES = [
     (base, name)
     for base in ("base_folder", "qwen2_folder", "gpt2_folder")
-    for name in PER_LAYER
+    for name in ADAPTERS
     if not (base == "gpt2_folder" and name in LINEAR_ONLY)
 ]
 
