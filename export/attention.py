@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from imsm_core.backbone import first_line, last_hidden_state
 
 from .errors import UnsupportedError
+from .experts import ExpertsPlan, emitting_experts, plan_experts
 from .masks import MaskRule, causal_window
 from .rotary import (
     FUNCTION,
@@ -69,10 +70,11 @@ class LayerAttention:
 
 @dataclass
 class AttentionPlan:
-    """How the attention of a model is written into the graph."""
+    """How the attention of a model, and its experts if it has any, are written into the graph."""
 
     layers: list[LayerAttention]
     rotary: RotaryPlan
+    experts: ExpertsPlan
 
 
 @dataclass
@@ -144,7 +146,7 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
         ) from error
     finally:
         _probe = None
-    return AttentionPlan([probe.layers[i] for i in range(layer_count)], rotary)
+    return AttentionPlan([probe.layers[i] for i in range(layer_count)], rotary, plan_experts(model))
 
 
 def _why_layers_are_missing(model: PreTrainedModel, found: int, layer_count: int) -> str:
@@ -184,6 +186,7 @@ def emitting(model: PreTrainedModel, step: StepTensors) -> Iterator[None]:
     try:
         with (
             _attention(model, "imsm_emit"),
+            emitting_experts(model, step.plan.experts),
             replaced_rotary(model, _EMITTED_ROTARY.get(step.plan.rotary.mode)),
         ):
             yield
