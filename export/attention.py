@@ -24,6 +24,7 @@ from imsm_core.backbone import first_line, last_hidden_state
 
 from .errors import UnsupportedError
 from .experts import ExpertsPlan, emitting_experts, plan_experts
+from .families import through_interface
 from .masks import MaskRule, causal_window
 from .rotary import (
     FUNCTION,
@@ -200,7 +201,8 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = name
     try:
-        yield
+        with through_interface(model):
+            yield
     finally:
         config._attn_implementation = before
 
