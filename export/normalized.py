@@ -11,6 +11,8 @@ from imsm_core.backbone import hidden_size
 
 from .errors import UnsupportedError
 
+_LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # as configs spell it; not optimum's business
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -40,7 +42,7 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
         layers, vocabulary = int(normalized.num_layers), int(normalized.vocab_size)
     except AttributeError as error:
         raise UnsupportedError(f"the config of architecture {kind!r} does not say how many layers it has") from error
-    longest = getattr(config, "max_position_embeddings", None) or context_length
+    longest = next((int(getattr(config, name)) for name in _LONGEST if getattr(config, name, None)), context_length)
     if longest is None:
         raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
     if getattr(config, "max_position_embeddings", None):

@@ -13,6 +13,7 @@ pairs 2i with 2i + 1.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -92,16 +93,42 @@ def tables(model: PreTrainedModel, context: int, interleaved: bool) -> tuple[Ten
     rotary = getattr(model.base_model, "rotary_emb", None)
     if not isinstance(rotary, nn.Module) or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return None
-    kind = getattr(rotary, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise UnsupportedError(
-            f"rotary embedding of type {kind!r} changes with the length of the text, "
-            "so that cached keys would have to be rotated anew; it has no table"
-        )
-    cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
+    cos, sin = _tables_of(copy.deepcopy(rotary), context, {})
     half = cos.shape[-1] // 2
     pick = slice(0, None, 2) if interleaved else slice(0, half)
     return cos[0, :, pick].float().contiguous(), sin[0, :, pick].float().contiguous()
+
+
+def refuse_changing_rotation(model: PreTrainedModel, context: int) -> None:
+    """Raises UnsupportedError if a rotation of the model changes with the length of the text, up to `context`."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if kinds is None or list(inspect.signature(module.forward).parameters)[:2] != ["x", "position_ids"]:
+            continue
+        rotary = copy.deepcopy(module)  # some keep what they computed for the longest text so far
+        for layer_type in [{"layer_type": name} for name in kinds] if isinstance(kinds, dict) else [{}]:
+            shorter = {length: _tables_of(rotary, length, layer_type) for length in (1, max(1, context // 2))}
+            longest = _tables_of(rotary, context, layer_type)
+            for length, found in shorter.items():
+                if not all(torch.equal(one[:, :length], other) for one, other in zip(longest, found, strict=True)):
+                    raise UnsupportedError(_why_no_table(rotary))
+
+
+def _tables_of(rotary: nn.Module, length: int, layer_type: dict[str, str]) -> tuple[Tensor, ...]:
+    """Each (1, length, D): cos and sin, or one complex table."""
+    found = rotary(torch.zeros(1), torch.arange(length)[None], **layer_type)
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _why_no_table(rotary: nn.Module) -> str:
+    kind = getattr(rotary, "rope_type", "default")
+    rope = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(rotary, "original_max_seq_len", None)
+    remedy = f"; a --context-length of {original} or less has one" if original else ""
+    return (
+        f"rotary embedding of type {kind!r} changes with the length of the text, so that cached keys would have to be "
+        f"rotated anew; it has no table{remedy}"
+    )
 
 
 def rotary_node(x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

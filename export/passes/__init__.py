@@ -10,7 +10,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..errors import TraceError
-from . import clean, name_dimensions, norms, reshapes, weight_layout
+from . import clean, fold_layout, name_dimensions, norms, reshapes, weight_layout
 
 Pass = Callable[[ir.Model], int]
 
@@ -18,6 +18,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("fuse_rms_norm", norms.fuse_rms_norm),
     ("fuse_skip_rms_norm", norms.fuse_skip_rms_norm),
     ("merge_reshapes", reshapes.merge_reshapes),
+    ("fold_layout", fold_layout.fold_layout),
     ("lay_out_weights", weight_layout.lay_out_weights),
     ("drop_unused_inputs", clean.drop_unused_inputs),
     ("name_dimensions", name_dimensions.name_dimensions),

@@ -70,14 +70,27 @@ def test_windows_and_soft_capping_are_taken_per_layer() -> None:
 
 
 def test_an_architecture_outside_the_attention_interface_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="architecture 'bloom' is not supported: 0 of its 2 layers"):
-        plan_attention(tiny("bloom", n_layer=LAYERS), LAYERS, 32)
+    with pytest.raises(UnsupportedError, match="architecture 'xglm' is not supported: 0 of its 2 layers"):
+        plan_attention(tiny("xglm", d_model=32, num_layers=LAYERS, attention_heads=4, ffn_dim=48), LAYERS, 32)
 
 
-def test_a_rotation_that_changes_with_the_length_is_refused() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnsupportedError, match="'dynamic' changes with the length"):
-        plan_attention(tiny("llama", rope_parameters=rope), LAYERS, 32)
+def test_a_rotation_that_changes_with_the_length_has_a_table_up_to_the_length_where_it_changes() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 16,
+    }
+    model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    message = (
+        "'phi3' is not supported: .* 'longrope' changes with the length .* a --context-length of 16 or less has one"
+    )
+    with pytest.raises(UnsupportedError, match=message):
+        plan_attention(model, LAYERS, 32)
+    tables = plan_attention(model, LAYERS, 16).rotary
+    assert tables.cos is not None
+    assert tables.cos.shape == (16, 8)
 
 
 def test_probing_leaves_the_model_as_it_was() -> None:
