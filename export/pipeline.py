@@ -93,16 +93,17 @@ def export_model(
         report_adapter(adapter, causal_lm, report)
         check_delta_size(adapter, settings.max_delta_mb)
     with publish_folder(target, MANIFEST, force) as draft:
-        # 2. Trace and rewrite.
+        # 2. Trace, rewrite, write.
         report(f"trace     {facts.architecture}, {facts.layers} layers, rotary: {plan.rotary.mode}")
-        with original_biases(model.peft_model), replaced_layers(causal_lm, layers):
-            step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan, virtual_tokens).eval()
-            traced = trace(step)
-        counts = run_passes(traced.model)
+        with original_biases(model.peft_model):  # until the weights are written: the trace only refers to them
+            with replaced_layers(causal_lm, layers):
+                step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan, virtual_tokens)
+                traced = trace(step.eval())
+            counts = run_passes(traced.model)
+            write_graph(traced.model, draft)
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
-        # 3. Write, verify what was written, describe it.
-        write_graph(traced.model, draft)
+        # 3. Verify what was written, describe it.
         save_virtual_cache(virtual, draft)
         parity = verify_graph(draft, model, traced.streams, facts.context_length)
         report_parity(parity, report)

@@ -157,27 +157,28 @@ class _CachedGraph:
         self.lengths = np.zeros(0, np.int64)
 
     def prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
-        """A ragged batch, right-padded, with logits at every position."""
+        """A ragged batch, right-padded, with logits at every position. Where the cache begins with virtual tokens one
+        row after the other, since GroupQueryAttention continues a cache for a single row only."""
+        if not self.virtual:
+            return self._prefill(prompts)
+        outputs, states = [], []
+        for prompt in prompts:
+            outputs.append(self._prefill([prompt]))
+            states.append(self.state)
+        self.state = {name: _stack_padded([state[name] for state in states]) for name in states[0]}
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        return {name: _stack_padded([output[name] for output in outputs]) for name in outputs[0]}
+
+    def _prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
         rows, longest = len(prompts), max(map(len, prompts))
         input_ids = np.zeros((rows, longest), np.int64)
         query_mask = np.zeros((rows, longest), np.float32)
         for row, prompt in enumerate(prompts):
             input_ids[row, : len(prompt)] = prompt
             query_mask[row, : len(prompt)] = 1
-        lengths = np.array([len(prompt) for prompt in prompts])
-        # GroupQueryAttention continues a cache, such as one of virtual tokens, for a single row only.
-        parts = [slice(row, row + 1) for row in range(rows)] if self.virtual else [slice(0, rows)]
-        outputs, states = [], []
-        for part in parts:
-            self._reset(part.stop - part.start)
-            self.lengths = lengths[part]
-            outputs.append(
-                self._run(input_ids[part], query_mask[part], np.arange(longest)[None].repeat(len(lengths[part]), 0))
-            )
-            states.append(self.state)
-        self.state = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
-        self.lengths = lengths
-        return {name: np.concatenate([output[name] for output in outputs]) for name in COMPARED if name in outputs[0]}
+        self._reset(rows)
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)))
 
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""
@@ -222,3 +223,9 @@ class _CachedGraph:
             present = name.replace("past_key_values", "present").replace("past_query", "present_query")
             self.state[name] = outputs[present]
         return outputs
+
+
+def _stack_padded(arrays: list[Array]) -> Array:
+    """One array of all rows, each (1, ...) padded at the end with zeros to the longest."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    return np.concatenate([np.pad(a, [(0, more) for more in shape - a.shape]) for a in arrays])

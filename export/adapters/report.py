@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import UnsupportedError
-from .rows import DenseDelta
+from .rows import DenseDelta, TwoStreamBias
 
 
 def describe_adapter(
@@ -23,11 +23,12 @@ def describe_adapter(
     for layer in layers.values():
         for parameter in _own_parameters(layer):
             sizes[id(parameter)] = 4 * parameter.numel()
-    dense = sum(4 * layer.adapter_delta.numel() for layer in layers.values() if isinstance(layer, DenseDelta))
+    modules = [module for layer in layers.values() for module in layer.modules()]
+    dense = sum(4 * module.adapter_delta.numel() for module in modules if isinstance(module, DenseDelta))
     return {
         "peft_type": peft_type,
         "layers": sorted(layers),
-        "forms": dict(sorted(Counter(getattr(layer, "form", "frozen") for layer in layers.values()).items())),
+        "forms": dict(sorted(Counter(map(_form, layers.values())).items())),
         "bytes": sum(sizes.values()) + sum(array.nbytes for array in virtual.values()),
         "dense_delta_bytes": dense,
     }
@@ -53,6 +54,13 @@ def check_delta_size(adapter: dict[str, Any], limit_mb: float | None) -> None:
             f"{adapter['peft_type']} changes whole matrices: {found:.2f} MB of them would be added, more than the "
             f"--max-delta-mb {limit_mb:g} that is allowed"
         )
+
+
+def _form(layer: nn.Module) -> str:
+    """low rank, diagonal, ... ; frozen where the adapter turned out to change nothing."""
+    if isinstance(layer, TwoStreamBias) and hasattr(layer.base_layer, "form"):
+        return f"{_form(layer.base_layer)} with bias"
+    return str(getattr(layer, "form", "frozen"))
 
 
 def _own_parameters(layer: nn.Module) -> list[nn.Parameter]:
