@@ -7,6 +7,8 @@ by itself, beside the frozen one on the base's; it reads a shared weight twice, 
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +67,9 @@ def two_stream_fallback(name: str, layer: nn.Module, frozen: nn.Module, reads_to
     if weight is None:
         return split_form(layer, frozen, reads_tokens)
     try:
-        found = _linear_change(layer, frozen, weight.shape[1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
+            found = _linear_change(layer, frozen, weight.shape[1])
     except Exception as error:  # a layer that wants more than its input may fail in any way
         raise UnsupportedError(
             f"{name} is a {type(layer).__name__} that needs more than its input to run "

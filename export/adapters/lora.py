@@ -59,9 +59,11 @@ class TwoStreamLoraEmbedding(TwoStreamEmbedding):
 def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
     """The two-stream form of a PEFT LoRA layer on a linear layer (nn.Linear or Conv1D) or on the embeddings."""
     if isinstance(layer, ParamWrapper):
+        if linear_weight(frozen) is not None:
+            return None
         raise UnsupportedError(
-            f"{name} has LoRA on the parameter {layer.parameter_name!r} (target_parameters), "
-            "whose product the layer computes by itself; only LoRA on whole layers has a two-stream form"
+            f"{name} has LoRA on the parameter {layer.parameter_name!r} of a {type(frozen).__name__} "
+            "(target_parameters); only LoRA on whole layers and on linear layers' weights has a two-stream form"
         )
     variant = layer.lora_variant.get(adapter)
     kind = type(variant).__name__
