@@ -250,7 +250,7 @@ def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
     try:
         with np.load(folder / VIRTUAL_TOKENS) as arrays:
             found = dict(arrays)
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise ArtifactError(f"{folder / VIRTUAL_TOKENS} cannot be read: {error}") from error
     if {name: array.shape for name, array in found.items()} != expected:
         raise ArtifactError(f"{folder / VIRTUAL_TOKENS} does not hold the virtual tokens that the manifest describes")

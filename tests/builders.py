@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from imsm_core.adapters import attach_adapter
+from imsm_core.adapters import attach_adapter, peft_type
 from imsm_core.backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from imsm_core.checkpoint import CheckpointInfo, save_checkpoint
 from imsm_core.gates import make_gate
@@ -141,7 +141,7 @@ def save_tiny_checkpoint(model: SiameseModel, base_folder: Path, path: Path, for
         base_fingerprint=fingerprint(load_base_model(str(base_folder))),
         gate_kind=model.gate.kind,
         gate_rank=model.gate.rank,
-        peft_type="LORA",
+        peft_type=peft_type(model.peft_model.peft_config[model.peft_model.active_adapter]),
         training={"seed": 7},
         data={"rows": 3},
         metrics={"final_loss": 1.5},

@@ -17,6 +17,7 @@ import torch
 from export.pipeline import ExportSettings, export_model
 from imsm_core.backbone import load_tokenizer
 from imsm_core.siamese import SiameseModel
+from tests.adapters import make_siamese_with
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 
 PROMPT = [0, 80, 104, 77, 35, 102, 114, 67, 118, 90, 61]
@@ -42,11 +43,16 @@ def export_tiny(
     target_modules: Sequence[str] | None = None,
     chat_template: str | None = None,
     zero: str = "",
+    adapter: str | None = None,
     settings: ExportSettings | None = None,
 ) -> Exported:
-    """Make and export a tiny model. zero: parameters whose names contain it are set to 0 after randomising."""
+    """Make and export a tiny model. zero: parameters whose names contain it are set to 0 after randomising. adapter:
+    one of `tests.adapters.ADAPTERS` instead of a LoRA on `target_modules`."""
     base = make_base_folder(folder / "base", kind, head_dim=head_dim, tied=tied, chat_template=chat_template)
-    model = make_siamese(base, gate_kind, target_modules=target_modules)
+    if adapter is None:
+        model = make_siamese(base, gate_kind, target_modules=target_modules)
+    else:
+        model = make_siamese_with(base, adapter, gate_kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if zero and zero in name:

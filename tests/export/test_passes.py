@@ -189,8 +189,8 @@ def test_dimensions_get_their_names_and_fixed_sizes_stay() -> None:
     assert name_dimensions(model) == 3
     shapes = {value.name: str(value.shape) for value in (*model.graph.inputs, *model.graph.outputs)}
     assert shapes["input_ids"] == "[batch,sequence]"
-    assert shapes["past_key_values.base.0.key"] == "[batch,2,past,16]"
-    assert shapes["present.base.0.key"] == "[batch,2,total,16]"
+    assert shapes["past_key_values.base.0.key"] == "[batch,2,past_base,16]"
+    assert shapes["present.base.0.key"] == "[batch,2,total_base,16]"
     assert shapes["other"] == "[s9]"
 
 
