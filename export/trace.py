@@ -50,10 +50,8 @@ def trace(step: TwoStreamStep) -> TracedGraph:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error.__cause__ or error
         raise UnsupportedError(
-            f"architecture {step.model.config.model_type!r} is not supported: PyTorch cannot trace it "
-            f"({type(cause).__name__}: {first_line(cause)})"
+            f"architecture {step.model.config.model_type!r} is not supported: {_why(error.__cause__ or error)}"
         ) from error
     assert program is not None
     model = program.model
@@ -63,6 +61,13 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
     return TracedGraph(model, streams)
+
+
+def _why(cause: BaseException) -> str:
+    name = type(cause).__name__
+    if "DataDependent" in name:  # PyTorch has a class of its own for each place where it finds out
+        return "which of its operations run depends on values, which a graph cannot express"
+    return f"PyTorch cannot trace it ({name}: {first_line(cause)})"
 
 
 def cache_name(direction: str, stream: str, layer: int, part: str) -> str:
