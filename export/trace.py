@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -143,12 +144,13 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its progress and its optional dependencies; a user can do nothing about either."""
+    """The exporter reports its progress, its optional dependencies and, where it fails, the whole graph so far; a user
+    can do nothing about any of them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
