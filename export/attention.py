@@ -31,7 +31,7 @@ from .rotary import (
     RotaryCall,
     RotaryPlan,
     modelling_module,
-    probe_call,
+    recognise,
     refuse_changing_rotation,
     replaced_rotary,
     rotary_node,
@@ -130,12 +130,13 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
     _probe = probe = _Probe(context)
     original = getattr(modelling_module(model), FUNCTION, None)
 
-    def record_rotary(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def record_rotary(*args: Any, **kwargs: Any) -> Any:
         assert original is not None
-        call = probe_call(original, query, key, *args, **kwargs)
+        result = original(*args, **kwargs)
+        call = recognise(original, result, *args, **kwargs)
         probe.rotary_calls.append(call)
         probe.pending = call
-        return call.query, key
+        return result
 
     try:
         with _attention(model, "imsm_probe"), replaced_rotary(model, record_rotary), torch.no_grad():

@@ -89,7 +89,7 @@ def _emit(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     assert _plan is not None
     swiglu = _plan[experts]
     if swiglu is None:
-        return _every_expert(experts, hidden_states, top_k_index, top_k_weights)
+        return every_expert(experts, hidden_states, top_k_index, top_k_weights)
     logs = top_k_weights.float().clamp(min=_SMALLEST_WEIGHT).log()
     router = hidden_states.new_full((1, experts.num_experts), _NOT_ROUTED).expand(hidden_states.shape[0], -1)
     up, down = experts.gate_up_proj, experts.down_proj
@@ -146,7 +146,7 @@ def _rows(experts: Any, name: str, as_is: bool) -> Tensor | None:
     return bias if as_is else _interleaved(bias)
 
 
-def _every_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def every_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Every expert for every token, weighted by 0 where the token is not routed to it."""
     count = experts.num_experts
     weights = torch.zeros_like(hidden_states[:, :1]).expand(-1, count).scatter(1, top_k_index, top_k_weights)

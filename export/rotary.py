@@ -72,11 +72,14 @@ def replaced_rotary(model: PreTrainedModel, function: Callable[..., Any] | None)
         setattr(module, FUNCTION, original)
 
 
-def probe_call(original: Callable[..., Any], query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> RotaryCall:
-    """Run the architecture's function once and say which rotation it is; style None: none that we know."""
-    rotated, _ = original(query, key, *args, **kwargs)
-    bound = inspect.signature(original).bind(query, key, *args, **kwargs).arguments
+def recognise(function: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> RotaryCall:
+    """Which rotation the architecture's function computed; style None: none that we know, or not of (query, key)."""
+    query = args[0]
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
     cos, sin = bound.get("cos"), bound.get("sin")
+    if not isinstance(result, tuple) or len(result) != 2:
+        return RotaryCall(query, None, query.shape[-1])
+    rotated = result[0]
     style: Literal["half", "interleaved"] | None = None
     if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.ndim == 3 and cos.shape[-1] == query.shape[-1]:
         half = cos.shape[-1] // 2

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -50,10 +51,8 @@ def trace(step: TwoStreamStep) -> TracedGraph:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error.__cause__ or error
         raise UnsupportedError(
-            f"architecture {step.model.config.model_type!r} is not supported: PyTorch cannot trace it "
-            f"({type(cause).__name__}: {first_line(cause)})"
+            f"architecture {step.model.config.model_type!r} is not supported: {_why(error.__cause__ or error)}"
         ) from error
     assert program is not None
     model = program.model
@@ -63,6 +62,13 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
     return TracedGraph(model, streams)
+
+
+def _why(cause: BaseException) -> str:
+    name = type(cause).__name__
+    if "DataDependent" in name:  # PyTorch has a class of its own for each place where it finds out
+        return "which of its operations run depends on values, which a graph cannot express"
+    return f"PyTorch cannot trace it ({name}: {first_line(cause)})"
 
 
 def cache_name(direction: str, stream: str, layer: int, part: str) -> str:
@@ -138,12 +144,13 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its progress and its optional dependencies; a user can do nothing about either."""
+    """The exporter reports its progress, its optional dependencies and, where it fails, the whole graph so far; a user
+    can do nothing about any of them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

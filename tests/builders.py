@@ -91,7 +91,11 @@ def make_base_folder(
 ) -> Path:
     """A base model in Hugging Face form, safetensors and tokenizer, of kind llama, qwen2, qwen3 or gpt2 (whose
     embeddings are always tied)."""
-    config = make_config(kind, head_dim, tied)
+    return write_base_folder(path, make_config(kind, head_dim, tied), seed, chat_template)
+
+
+def write_base_folder(path: Path, config: PreTrainedConfig, seed: int = 0, chat_template: str | None = None) -> Path:
+    """A base model of any causal LM's config, in Hugging Face form, with random weights and a tokenizer."""
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -74,6 +74,46 @@ def test_an_architecture_outside_the_attention_interface_is_named() -> None:
         plan_attention(tiny("xglm", d_model=32, num_layers=LAYERS, attention_heads=4, ffn_dim=48), LAYERS, 32)
 
 
+def test_an_architecture_with_a_state_is_named() -> None:
+    mamba = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    )
+    with pytest.raises(
+        UnsupportedError, match="'mamba' is not supported: its layers keep a state that is not a key/val"
+    ):
+        plan_attention(mamba, 1, 32)
+    lfm2 = tiny("lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(UnsupportedError, match=r"'lfm2' is not supported: its layers keep a state .* \(conv\)"):
+        plan_attention(lfm2, LAYERS, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("bert", {}, "its attention mask is neither causal nor a causal sliding window"),
+        ("llama4_text", {"attention_chunk_size": 8, "head_dim": 16}, "its attention mask is neither causal"),
+        ("doge", {}, "DogeAttention makes its attention mask by itself"),
+        ("diffllama", {}, "its attention layer 0 runs more than once in a step"),
+    ],
+)
+def test_attention_that_the_node_cannot_express_is_named(kind: str, changes: dict[str, Any], reason: str) -> None:
+    model = tiny(kind, **changes)
+    with pytest.raises(UnsupportedError, match=f"architecture '{kind}' is not supported: {reason}"):
+        plan_attention(model, LAYERS, 32)
+
+
+def test_the_window_is_the_masks_whatever_the_layer_passes_on() -> None:
+    model = tiny("exaone4", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    assert [layer.sliding_window for layer in plan_attention(model, LAYERS, 32).layers] == [8, None]
+    assert [layer.sliding_window for layer in plan_attention(model, LAYERS, 8).layers] == [None, None]
+
+
+def test_unequal_heads_are_padded_to_one_size() -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    plan = plan_attention(tiny("youtu", num_key_value_heads=4, **latent), LAYERS, 32)
+    assert {(layer.head_size, layer.value_size, layer.cached_head_size) for layer in plan.layers} == {(16, 12, 16)}
+
+
 def test_a_rotation_that_changes_with_the_length_has_a_table_up_to_the_length_where_it_changes() -> None:
     rope = {
         "rope_type": "longrope",

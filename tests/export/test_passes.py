@@ -13,6 +13,7 @@ import pytest
 from export.errors import TraceError
 from export.passes import run_passes
 from export.passes.clean import drop_unused_inputs, strip_metadata
+from export.passes.fold_layout import fold_layout
 from export.passes.name_dimensions import name_dimensions
 from export.passes.norms import fuse_rms_norm, fuse_skip_rms_norm
 from export.passes.reshapes import merge_reshapes
@@ -208,3 +209,33 @@ def test_a_weight_left_in_pytorchs_layout_fails_the_whole_run(monkeypatch: pytes
     monkeypatch.setattr("export.passes.PASSES", ())
     with pytest.raises(TraceError, match="1 weights are still transposed"):
         run_passes(model)
+
+
+EXPERTS = np.random.default_rng(2).standard_normal((2, 6, 8)).astype(np.float32)
+INTERLEAVED = """g (float[2, 6, 8] w, float[b, 8] x) => (float[2, b, 6] y)
+    <int64[4] halves = {2, 2, 3, 8}, int64[3] rows = {2, 6, 8}>
+    { h = Reshape(w, halves)
+      t = Transpose<perm = [0, 2, 1, 3]>(h)
+      r = Reshape(t, rows)
+      p = Transpose<perm = [0, 2, 1]>(r)
+      y = MatMul(x, p) }"""
+
+
+def test_a_weight_that_is_only_laid_out_anew_is_laid_out_in_the_file() -> None:
+    model = with_weight(graph(INTERLEAVED), "w", EXPERTS)
+    before = run(model, x=X[0])
+    assert fold_layout(model) == 4
+    assert kinds(model) == ["MatMul"]
+    assert [value.shape.numpy() for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT] == [
+        (2, 8, 6)
+    ]
+    np.testing.assert_array_equal(run(model, x=X[0])[0], before[0])
+
+
+def test_a_weight_that_is_read_in_two_layouts_is_stored_once() -> None:
+    twice = INTERLEAVED.replace("h = Reshape(w, halves)", "h = Reshape(w, halves)\n a = Abs(w)")
+    assert fold_layout(with_weight(graph(twice), "w", EXPERTS)) == 0
+
+
+def test_an_input_is_not_laid_out() -> None:
+    assert fold_layout(graph(INTERLEAVED)) == 0
