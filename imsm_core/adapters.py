@@ -45,6 +45,8 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     for target in sorted(wanted) if isinstance(wanted, set) else []:
         if not any(name.endswith(f".{target}") for name in names):  # PEFT is content if one of them matches
             raise AdapterError(f"the target module {target!r} matches no layer of the model")
+    if getattr(config, "use_asa", False):
+        raise AdapterError("AdaMSS with use_asa is trained by a callback that IMSM does not run; set it to false")
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise AdapterError(f"nothing is left to train: this {peft_type(config)} config has no trainable parameter")
     return peft_model
@@ -155,7 +157,8 @@ def known_warnings_ignored() -> Iterator[None]:
             "Unsupported layer type",  # norms, which have no input size and need none
             "`lora_bias=True` was passed but the targeted layer",  # concerns merging
             "Detected that the base layer has no bias term",  # concerns merging
-            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape: \S*lora_B\.bias",  # a bias has one dimension
+            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape",  # biases, and AdaLoRA's layers left without rank
+            r"The following rank_pattern keys did not match any targeted module.*\['[^']*\.lora_E'",  # AdaLoRA's keys
             "Failed to load the CUDA extension",  # BOFT's kernel; PyTorch computes the same
             "Setting boft_n_butterfly_factor to 1",
         ):
