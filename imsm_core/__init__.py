@@ -15,6 +15,7 @@ _HOMES = {
     "data": ("Dataset", "Example", "load_jsonl"),
     "errors": ("IMSMError",),
     "gates": ("GATES", "Gate", "Memories", "make_gate"),
+    "imports": ("assemble",),
     "methods": ("peft_config",),
     "reference": ("reference_generate", "reference_step"),
     "siamese": ("SiameseModel",),

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .backbone import first_line
-from .biases import keep_original_biases
+from .biases import backbone_biases, keep_original_biases
 from .errors import AdapterError
 from .refusals import BackboneSnapshot, check_config
 
@@ -45,6 +45,8 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     for target in sorted(wanted) if isinstance(wanted, set) else []:
         if not any(name.endswith(f".{target}") for name in names):  # PEFT is content if one of them matches
             raise AdapterError(f"the target module {target!r} matches no layer of the model")
+    if getattr(config, "use_asa", False):
+        raise AdapterError("AdaMSS with use_asa is trained by a callback that IMSM does not run; set it to false")
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
         raise AdapterError(f"nothing is left to train: this {peft_type(config)} config has no trainable parameter")
     return peft_model
@@ -65,14 +67,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         trainable = not config.is_prompt_learning
         with known_warnings_ignored():
             peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-            expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
             possible = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+            _free_lm_head(peft_model)
+            expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         found = load_file(folder / FILES[1])
     except AdapterError:
         raise
     except Exception as error:  # a truncated file, another shape, an unknown type: all mean the same to the user
         raise AdapterError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
-    # PEFT would go on with initial values. Base embeddings, which PEFT may store too, must equal the base model's.
+    # PEFT would go on with initial values. It may store the base embeddings too, which must equal the base model's.
     if differing := sorted((expected.keys() - found.keys()) | (found.keys() - possible.keys() - expected.keys())):
         raise AdapterError(
             f"the weights in {folder} are not those of its adapter_config.json: {len(differing)} missing or too many, "
@@ -84,18 +87,41 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return peft_model
 
 
+def save_adapter(peft_model: PeftModel, folder: Path) -> None:
+    """Write the active adapter as a standard PEFT folder, which must not exist."""
+    name = peft_model.active_adapter
+    with known_warnings_ignored():
+        peft_model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    if name != "default":  # PEFT writes the others into a folder of their own names
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+
+
 def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:
     """Put the frozen lm_head back, keep the backbone's original biases, and refuse what is not IMSM."""
     _free_lm_head(peft_model)
-    head = causal_lm(peft_model).get_output_embeddings()
-    for layer in adapted_layers(peft_model):
-        if any(module is head for module in layer.tuner.modules()):
-            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the lm_head frozen, for both streams")
     biases = before.trained_biases()
+    head = causal_lm(peft_model).get_output_embeddings()
     if head is not None and any(bias is parameter for bias, _ in biases.values() for parameter in head.parameters()):
         raise AdapterError("the adapter trains the lm_head's bias; IMSM keeps the lm_head frozen, for both streams")
     before.check_unchanged(peft_model)
     keep_original_biases(peft_model, biases)
+    check_adapter(peft_model)
+
+
+def check_adapter(peft_model: PeftModel) -> None:
+    """Raise AdapterError if several adapters are active at once, or one is merged or on the lm_head."""
+    check_config(peft_model.peft_config[peft_model.active_adapter])
+    if len(names := peft_model.active_adapters) > 1:
+        raise AdapterError(f"{len(names)} adapters are active at once ({', '.join(names)}); activate one of them")
+    head = causal_lm(peft_model).get_output_embeddings()
+    for layer in adapted_layers(peft_model):
+        if any(module is head for module in layer.tuner.modules()):
+            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the lm_head frozen, for both streams")
+        if getattr(layer.tuner, "merged", False):
+            raise AdapterError(f"the adapter is merged into {layer.name}; unmerge it first")
+    backbone_biases(peft_model)
 
 
 def _free_lm_head(peft_model: PeftModel) -> None:
@@ -131,7 +157,8 @@ def known_warnings_ignored() -> Iterator[None]:
             "Unsupported layer type",  # norms, which have no input size and need none
             "`lora_bias=True` was passed but the targeted layer",  # concerns merging
             "Detected that the base layer has no bias term",  # concerns merging
-            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape: \S*lora_B\.bias",  # a bias has one dimension
+            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape",  # biases, and AdaLoRA's layers left without rank
+            r"The following rank_pattern keys did not match any targeted module.*\['[^']*\.lora_E'",  # AdaLoRA's keys
             "Failed to load the CUDA extension",  # BOFT's kernel; PyTorch computes the same
             "Setting boft_n_butterfly_factor to 1",
         ):

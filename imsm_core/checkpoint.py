@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .adapters import known_warnings_ignored, load_adapter
+from .adapters import load_adapter, save_adapter
 from .backbone import fingerprint, hidden_size, load_base_model
 from .errors import BaseModelError, CheckpointError, SettingsError
 from .files import publish_folder
@@ -46,8 +46,7 @@ class CheckpointInfo:
 def save_checkpoint(model: SiameseModel, info: CheckpointInfo, target: Path, force: bool = False) -> None:
     """Write the folder whole or not at all. Raises OutputExistsError if it exists and `force` is false."""
     with publish_folder(target, INFO, force) as draft:
-        with known_warnings_ignored():
-            model.peft_model.save_pretrained(str(draft / "adapter"), save_embedding_layers=False)
+        save_adapter(model.peft_model, draft / "adapter")
         gate = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.gate.state_dict().items()}
         save_file(gate, draft / "gate.safetensors", metadata={"kind": info.gate_kind})
         (draft / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")

@@ -37,20 +37,52 @@ def register(subparsers: Any) -> None:
     add("--out", required=True, type=Path, metavar="CKPT", help="the checkpoint folder to write")
     add("--force", action="store_true", help="replace CKPT, and discard an interrupted run of it")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")
-    add("--peft", default="lora", metavar="NAME", help="the PEFT method")
-    add("--adapter-rank", type=int, default=16, metavar="R", help="rank of the adapter")
-    add("--adapter-alpha", type=int, default=16, metavar="A", help="alpha of the adapter (scale = alpha / rank)")
-    add("--adapter-dropout", type=float, default=0.1, metavar="P", help="dropout of the adapter's input")
+    add(
+        "--peft",
+        metavar="NAME",
+        help="the PEFT method: lora (the default), dora, adalora, ia3, rslora, vera, loha, lokr, oft, boft, hra, hira, "
+        "delora, c3a, ln_tuning, fourierft, vblora, prefix_tuning, prompt_tuning, p_tuning, trainable_tokens",
+    )
+    add(
+        "--peft-config",
+        type=Path,
+        metavar="FILE",
+        help="any PEFT config, as PEFT writes it to adapter_config.json, instead of --peft and the options of the "
+        "adapter below",
+    )
+    add("--adapter-rank", type=int, metavar="R", help="rank of the adapter; without it the method's own, 16 for lora")
+    add(
+        "--adapter-alpha",
+        type=int,
+        metavar="A",
+        help="alpha of the adapter (scale = alpha / rank); without it the method's own, 16 for lora",
+    )
+    add(
+        "--adapter-dropout",
+        type=float,
+        metavar="P",
+        help="dropout of the adapter's input; without it the method's own, 0.1 for lora",
+    )
     add(
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="the linear layers to adapt, by the end of their names; without it all but the lm_head",
+        help="the layers to adapt, by the end of their names; without it the method's own, for most methods all "
+        "linear layers but the lm_head",
+    )
+    add("--virtual-tokens", type=int, metavar="N", help="virtual tokens of the methods that have them; 20 without it")
+    add(
+        "--token-indices", type=int, nargs="+", metavar="ID", help="the tokens whose embeddings trainable_tokens trains"
     )
     add("--gate", default="query_aware", metavar="KIND", help="query_aware, token, residual, query_mixed, mean_logits")
     add("--gate-rank", type=int, default=8, metavar="R", help="rank of the gate")
     add("--gate-dropout", type=float, default=0.1, metavar="P", help="dropout after each linear of the gate")
-    add("--learning-rate", type=float, default=3e-4, metavar="LR", help="of the adapter")
+    add(
+        "--learning-rate",
+        type=float,
+        metavar="LR",
+        help="of the adapter; without it the PEFT method's own, 3e-4 for lora",
+    )
     add("--gate-learning-rate", type=float, default=1e-3, metavar="LR", help="of the gate")
     add("--weight-decay", type=float, default=0.01, metavar="W", help="AdamW weight decay")
     add("--warmup-ratio", type=float, default=0.1, metavar="F", help="share of the steps with a rising learning rate")

@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapted_layers, causal_lm, known_warnings_ignored
+from .adapters import adapted_layers, causal_lm, check_adapter, known_warnings_ignored
 from .backbone import apply_head, last_hidden_state
-from .biases import backbone_biases, original_biases
+from .biases import original_biases
 from .gates import Gate, Gated, Memories
 from .prompts import adapter_hidden_state
 
@@ -29,11 +29,14 @@ class StreamStates(NamedTuple):
 
 
 class SiameseModel(nn.Module):
-    """A PEFT model and a gate. The base stream is the same module with the adapter disabled."""
+    """A PEFT model and a gate. The base stream is the same module with the adapter disabled.
+
+    peft_model: with one adapter active; others may be loaded beside it. Raises AdapterError for what is not IMSM.
+    """
 
     def __init__(self, peft_model: PeftModel, gate: Gate) -> None:
         super().__init__()
-        backbone_biases(peft_model)  # refuses a base stream that cannot be had
+        check_adapter(peft_model)
         self.peft_model = peft_model
         self.gate = gate.to(next(peft_model.parameters()).device)
 

@@ -1,6 +1,6 @@
 """What an interrupted training run needs to go on exactly where it was: OUT.partial/snapshot-NNNNNNNN/.
 
-state.safetensors    parameters, AdamW moments and the random generator's state
+state.safetensors    parameters, AdamW moments, the random generator's state, and what else the method keeps
 state.json           step, learning-rate schedule, losses, and what the run was started with
 """
 
@@ -21,6 +21,7 @@ from .errors import CheckpointError, SettingsError
 from .files import publish_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_OTHER = "other/"
 
 
 def partial_folder(out: Path) -> Path:
@@ -34,9 +35,11 @@ def save_snapshot(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    others: dict[str, Tensor],
 ) -> None:
-    """Write a snapshot whole, then remove the others."""
+    """Write a snapshot whole, then remove the older ones. others: further tensors to give back."""
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    tensors |= {f"{_OTHER}{name}": tensor.contiguous() for name, tensor in others.items()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
@@ -62,8 +65,8 @@ def newest_snapshot(partial: Path) -> Path | None:
 
 def restore_snapshot(
     snapshot: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, started_with: dict[str, Any]
-) -> dict[str, Any]:
-    """Put parameters, optimizer and random generators back; returns state.json.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put parameters, optimizer and random generators back; returns state.json and the other tensors.
 
     Raises SettingsError naming the first thing that differs from how the run was started, CheckpointError if the
     snapshot is damaged.
@@ -93,7 +96,7 @@ def restore_snapshot(
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng_cuda"])
-    return state
+    return state, {name.removeprefix(_OTHER): tensor for name, tensor in tensors.items() if name.startswith(_OTHER)}
 
 
 def _snapshots(partial: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Training the adapter and the gate together, through one frozen backbone.
+"""Training the adapter and the gate together, through one frozen backbone, by any PEFT method.
 
 Loss: next-token cross-entropy on the answer tokens, through the gate and into the adapter stream (IMSM, "Training").
 Defaults are the authors' released ones, except that the gate's learning rate is a setting of its own.
@@ -6,34 +6,39 @@ Defaults are the authors' released ones, except that the gate's learning rate is
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from .adalora import RankAllocation, rank_allocation
 from .data import IGNORED_LABEL, Dataset, Example, collate, epoch_order
-from .errors import IMSMError, SettingsError
+from .errors import AdapterError, IMSMError, SettingsError
+from .methods import default_learning_rate
 from .siamese import SiameseModel
 from .snapshots import newest_snapshot, restore_snapshot, save_snapshot
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimizer steps; None means `epochs` over the data. One step sees batch_size *
-    gradient_accumulation examples. Learning rates follow a cosine after `warmup_ratio` of the steps."""
+    """learning_rate: of the adapter; None is the PEFT method's own. steps: optimizer steps; None means `epochs` over
+    the data. One step sees batch_size * gradient_accumulation examples. Learning rates follow a cosine after
+    `warmup_ratio` of the steps."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     gate_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
@@ -53,8 +58,9 @@ class TrainSettings:
         if self.steps is not None and self.steps < 1:
             raise SettingsError(f"steps is {self.steps}; it must be at least 1")
         for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be above 0 and finite")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"{name} is {value}; it must be above 0 and finite")
         if not 0 <= self.weight_decay < math.inf:
             raise SettingsError(f"weight_decay is {self.weight_decay}; it must be at least 0 and finite")
         for name in ("gate_dropout", "warmup_ratio"):
@@ -62,6 +68,10 @@ class TrainSettings:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed is {self.seed}; it must be in [0, 2**32)")
+
+    def with_learning_rate_for(self, config: PeftConfig) -> TrainSettings:
+        """These settings with the PEFT method's own learning rate if none was given."""
+        return self if self.learning_rate is not None else replace(self, learning_rate=default_learning_rate(config))
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole run over `examples` rows."""
@@ -101,18 +111,25 @@ def train(
     with the interrupted one (the base model, the adapter's settings, ...), JSON values. Raises Interrupted on Ctrl-C,
     SettingsError when a resumed run differs from how it was started, Diverged when the loss is not finite.
     """
+    settings = settings.with_learning_rate_for(model.peft_model.peft_config[model.peft_model.active_adapter])
     total = settings.total_steps(len(dataset.examples))
+    ranks = rank_allocation(model.peft_model, total)
     parameters = model.trainable_parameters()
+    if not any(not name.startswith("gate.") for name in parameters):
+        raise AdapterError("the adapter has nothing to train: each of its parameters is frozen")
     optimizer = _optimizer(model, settings)
     shapes = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
     started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256, "parameters": shapes}
+    started_with = json.loads(json.dumps(started_with))  # as it comes back from a snapshot: lists for tuples
     losses: list[float] = []
     seconds_before = 0.0
     torch.manual_seed(settings.seed)
     snapshot = newest_snapshot(partial) if partial is not None and resume else None
     if snapshot is not None:
-        state = restore_snapshot(snapshot, parameters, optimizer, started_with)
+        state, others = restore_snapshot(snapshot, parameters, optimizer, started_with)
         losses, seconds_before = state["losses"], state["seconds"]
+        if ranks is not None:
+            ranks.restore(others, state["ranks"])
     schedule = _schedule(optimizer, round(settings.warmup_ratio * total), total, done=len(losses))
 
     model.train()
@@ -123,7 +140,8 @@ def train(
         _on_ctrl_c() as stop,
     ):
         while len(losses) < total:
-            losses.append(_step(model, next(batches), optimizer, list(parameters.values()), settings, pad_token_id))
+            trained, number = list(parameters.values()), len(losses) + 1
+            losses.append(_step(model, next(batches), optimizer, trained, settings, pad_token_id, ranks, number))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss is {losses[-1]} at step {len(losses)}; lower the learning rates")
             schedule.step()
@@ -132,8 +150,9 @@ def train(
             interrupted = stop.is_set() and len(losses) < total
             if partial is not None and (interrupted or len(losses) % settings.save_every == 0):
                 seconds = seconds_before + time.perf_counter() - start
-                state = {"losses": losses, "seconds": seconds, "started_with": started_with}
-                save_snapshot(partial, len(losses), parameters, optimizer, state)
+                others, kept = ranks.state() if ranks is not None else ({}, {})
+                state = {"losses": losses, "seconds": seconds, "started_with": started_with, "ranks": kept}
+                save_snapshot(partial, len(losses), parameters, optimizer, state, others)
             if interrupted:
                 raise Interrupted(len(losses), total, partial)
     model.eval()
@@ -169,17 +188,23 @@ def _step(
     parameters: list[nn.Parameter],
     settings: TrainSettings,
     pad_token_id: int,
+    ranks: RankAllocation | None,
+    number: int,
 ) -> float:
-    """One optimizer step; returns the mean loss per answer token. Accumulated micro-batches are weighted by their
-    tokens, so that they equal one large batch."""
+    """Optimizer step `number`, from 1; returns the mean loss per answer token. Accumulated micro-batches are weighted
+    by their tokens, so that they equal one large batch."""
     tokens = sum(len(example.answer_ids) for batch in micro_batches for example in batch)
     total = 0.0
     for batch in micro_batches:
         loss, _ = answer_loss(model, batch, pad_token_id)
         (loss / tokens).backward()
         total += float(loss.detach())
+    if ranks is not None:
+        ranks.regularisation().backward()
     nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimizer.step()
+    if ranks is not None:
+        ranks.advance(number)
     optimizer.zero_grad(set_to_none=True)
     return total / tokens
 

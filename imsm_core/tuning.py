@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from transformers import PreTrainedModel
 
 from .adapters import attach_adapter, peft_type
 from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from .checkpoint import INFO, CheckpointInfo, save_checkpoint
 from .data import load_jsonl
 from .errors import OutputExistsError, SettingsError
-from .files import refuse_existing
+from .files import refuse_existing, sha256_of_file
 from .gates import check_gate_kind, make_gate
-from .methods import peft_config
+from .methods import check_options, peft_config, read_peft_config
+from .prompts import context_length
+from .refusals import check_config
 from .siamese import SiameseModel
 from .snapshots import newest_snapshot, partial_folder
 from .training import TrainSettings, train
@@ -29,17 +33,21 @@ LONGEST = 1024
 @dataclass(frozen=True)
 class TuneSettings:
     """What is tuned on which fields. max_length: tokens of the longest row that is kept; None is the model's context,
-    at most 1024. target_modules: None is every linear layer but the lm_head. Defaults are the released ones."""
+    at most 1024. peft: a name of `methods.PEFT_METHODS`, None is lora; the adapter's options of None are the method's
+    defaults. peft_config: a file with any PEFT config instead, as PEFT writes adapter_config.json."""
 
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     raw: bool = False
     max_length: int | None = None
-    peft: str = "lora"
-    adapter_rank: int = 16
-    adapter_alpha: int = 16
-    adapter_dropout: float = 0.1
+    peft: str | None = None
+    peft_config: Path | None = None
+    adapter_rank: int | None = None
+    adapter_alpha: int | None = None
+    adapter_dropout: float | None = None
     target_modules: Sequence[str] | None = None
+    virtual_tokens: int | None = None
+    token_indices: Sequence[int] | None = None
     gate: str = "query_aware"
     gate_rank: int = 8
 
@@ -49,6 +57,26 @@ class TuneSettings:
                 f"max_length is {self.max_length}; it must be at least 2, a prompt's and an answer's token"
             )
         check_gate_kind(self.gate)
+        if self.peft_config is None:
+            check_options(self.peft or "lora", **self._options())
+        elif given := [name for name, value in (self._options() | {"peft": self.peft}).items() if value is not None]:
+            raise SettingsError(f"{given[0]} and peft_config exclude each other: the file says all about the adapter")
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "rank": self.adapter_rank,
+            "alpha": self.adapter_alpha,
+            "dropout": self.adapter_dropout,
+            "target_modules": self.target_modules,
+            "virtual_tokens": self.virtual_tokens,
+            "token_indices": self.token_indices,
+        }
+
+    def adapter_for(self, model: PreTrainedModel) -> PeftConfig:
+        """The config of the adapter that is trained on `model`. Raises AdapterError."""
+        if self.peft_config is not None:
+            return read_peft_config(self.peft_config)
+        return peft_config(self.peft or "lora", **self._options(), model=model)
 
 
 def tune(
@@ -72,13 +100,8 @@ def tune(
     """
     settings, training = settings or TuneSettings(), training or TrainSettings()
     # 1. Everything that can be refused is refused before the long work.
-    config = peft_config(
-        settings.peft,
-        settings.adapter_rank,
-        settings.adapter_alpha,
-        settings.adapter_dropout,
-        settings.target_modules,
-    )
+    if settings.peft_config is not None:
+        check_config(read_peft_config(settings.peft_config))
     device = _device(device)
     target = out.resolve()
     refuse_existing(target, INFO, force)
@@ -91,7 +114,12 @@ def tune(
     # 2. Base model, data, adapter, gate.
     tokenizer = load_tokenizer(model, revision)
     base = load_base_model(model, revision)
-    context = getattr(base.config, "max_position_embeddings", None) or LONGEST
+    config = settings.adapter_for(base)
+    training = training.with_learning_rate_for(config)
+    virtual = getattr(config, "num_virtual_tokens", None) or 0
+    context = (context_length(base) or LONGEST + virtual) - virtual
+    if context < 2:
+        raise SettingsError(f"{virtual} virtual tokens leave no room for text in the model's {context_length(base)}")
     max_length = min(settings.max_length or LONGEST, context)
     dataset = load_jsonl(data, tokenizer, settings.prompt_field, settings.answer_field, max_length, settings.raw)
     if dataset.skipped:
@@ -103,7 +131,8 @@ def tune(
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    origin = asdict(settings) | {"base_model": base_fingerprint, "max_length": max_length}
+    file = settings.peft_config and sha256_of_file(settings.peft_config)
+    origin = asdict(settings) | {"base_model": base_fingerprint, "max_length": max_length, "peft_config": file}
     metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
     info = CheckpointInfo(
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,

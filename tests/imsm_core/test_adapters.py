@@ -114,7 +114,7 @@ def test_attaching_to_transposed_layers_warns_of_nothing(gpt2_folder: Path, recw
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "ia3"}, "unsupported PEFT method 'ia3'; choose one of lora"),
+        ({"method": "magic"}, "unsupported PEFT method 'magic'; choose one of lora"),
         ({"rank": 0}, "adapter rank is 0"),
         ({"alpha": 0}, "adapter alpha is 0"),
         ({"dropout": 1.0}, "adapter dropout is 1.0"),
