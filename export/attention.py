@@ -42,7 +42,7 @@ from .streams import split_streams
 HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention's kernels refuse other head sizes; heads are padded with zeros up to it
 FUSED_ROTARY_MULTIPLE = 16  # ... and with do_rotary other sizes than these
 IGNORED_ARGUMENTS = {"position_ids", "use_cache", "cache_position", "output_attentions", "layer_idx"}
-ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION_LAYER_TYPES = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 STATEFUL = "its layers keep a state that is not a key/value cache"
 
 KeyBias = Callable[[Tensor, Tensor], Tensor]
@@ -125,7 +125,7 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
     """
     global _probe
     kind = model.config.model_type
-    if model._is_stateful:
+    if model._is_stateful and _other_layers(model) != []:
         raise UnsupportedError(f"architecture {kind!r} is not supported: {STATEFUL}")
     _probe = probe = _Probe(context)
     original = getattr(modelling_module(model), FUNCTION, None)
@@ -157,9 +157,14 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
     return AttentionPlan([probe.layers[i] for i in range(layer_count)], rotary, plan_experts(model))
 
 
+def _other_layers(model: PreTrainedModel) -> list[str] | None:
+    """The types of layer other than attention that the config names; None: it names no types at all."""
+    types = getattr(model.config, "layer_types", None)
+    return sorted(set(types) - ATTENTION_LAYER_TYPES) if types else None
+
+
 def _why_layers_are_missing(model: PreTrainedModel, found: int, layer_count: int) -> str:
-    others = sorted(set(getattr(model.config, "layer_types", None) or []) - ATTENTION_LAYER_TYPES)
-    if others:
+    if others := _other_layers(model):
         return f"{STATEFUL} ({', '.join(others)})"
     return f"{found} of its {layer_count} layers use transformers' attention interface"
 

@@ -110,6 +110,13 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "granite_swa": _config("granite_swa", sliding_window=WINDOW),
     "granitemoe": _config("granitemoe", **LOCAL_EXPERTS),
     "granitemoeshared": _config("granitemoeshared", shared_intermediate_size=24, **LOCAL_EXPERTS),
+    "granitemoehybrid": _config(
+        "granitemoehybrid",
+        layer_types=["attention"] * LAYERS,
+        shared_intermediate_size=24,
+        mamba_n_heads=8,
+        **LOCAL_EXPERTS,
+    ),
     "helium": _config("helium", head_dim=8),
     "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=8),
     "hunyuan_v1_moe": _config("hunyuan_v1_moe", head_dim=8, num_experts=4, moe_topk=2),
@@ -163,6 +170,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "stablelm": _config("stablelm"),
     "starcoder2": _config("starcoder2", sliding_window=WINDOW),
     "vaultgemma": _config("vaultgemma", head_dim=8, sliding_window=WINDOW),
+    "xglm": _config("xglm", d_model=WIDTH, attention_heads=HEADS, num_layers=LAYERS, ffn_dim=60),
     "youtu": _config("youtu", **LATENT),
 }
 

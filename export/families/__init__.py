@@ -30,7 +30,7 @@ def register(model_type: str) -> Callable[[Family], Family]:
 
 def through_interface(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Inside the block every attention layer of the model goes through the interface, if its family is known."""
-    from . import bloom, codegen, falcon, gpt_neo, gptj, mpt  # noqa: F401  each registers itself
+    from . import bloom, codegen, falcon, gpt_neo, gptj, mpt, xglm  # noqa: F401  each registers itself
 
     family = FAMILIES.get(model.config.model_type)
     return nullcontext() if family is None else family(model)

@@ -70,8 +70,11 @@ def test_windows_and_soft_capping_are_taken_per_layer() -> None:
 
 
 def test_an_architecture_outside_the_attention_interface_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="architecture 'xglm' is not supported: 0 of its 2 layers"):
-        plan_attention(tiny("xglm", d_model=32, num_layers=LAYERS, attention_heads=4, ffn_dim=48), LAYERS, 32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("openai-gpt", vocab_size=64, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=32)
+    )
+    with pytest.raises(UnsupportedError, match="architecture 'openai-gpt' is not supported: 0 of its 2 layers"):
+        plan_attention(model, LAYERS, 32)
 
 
 def test_an_architecture_with_a_state_is_named() -> None:

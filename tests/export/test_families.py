@@ -15,7 +15,7 @@ from export.families import FAMILIES, through_interface
 from imsm_core.backbone import last_hidden_state
 from tests.zoo import ARCHITECTURES
 
-NAMES = ["bloom", "codegen", "falcon", "falcon, ALiBi", "falcon, new", "gpt_neo", "gptj", "mpt"]
+NAMES = ["bloom", "codegen", "falcon", "falcon, ALiBi", "falcon, new", "gpt_neo", "gptj", "mpt", "xglm"]
 
 
 def plain_attention(
