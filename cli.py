@@ -16,6 +16,7 @@ from typing import Any
 import export.commands
 import imsm_core.commands
 import runtime.commands
+from imsm_core.console import IntermixedParser
 from imsm_core.errors import IMSMError
 from runtime.errors import IMSMRuntimeError
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="cli.py", description="Tune, export and run siamese language models (IMSM).")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=IntermixedParser)
     imsm_core.commands.register(subparsers)
     export.commands.register(subparsers)
     runtime.commands.register(subparsers, check_parity)

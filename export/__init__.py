@@ -11,6 +11,7 @@ from typing import Any
 _MODULES = {
     "ExportError": "errors",
     "ExportSettings": "pipeline",
+    "export_adapter": "pipeline",
     "export_checkpoint": "pipeline",
     "export_model": "pipeline",
     "verify_graph": "verify",

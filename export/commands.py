@@ -11,6 +11,8 @@ from typing import Any
 
 from imsm_core.console import HelpFormatter, run_commands
 
+from .errors import ExportError
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line `imsm-export`."""
@@ -22,24 +24,71 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a checkpoint as one ONNX graph that runs without PyTorch",
+        description="Write a checkpoint, or a PEFT adapter and a gate from elsewhere (--adapter), as one ONNX graph.",
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=_export)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder, as `train` writes it")
+    add("checkpoint", type=Path, nargs="?", metavar="CKPT", help="a checkpoint folder, as `train` writes it")
     add("artifact", type=Path, metavar="ARTIFACT", help="the folder to write")
     add("--precision", default="fp32", metavar="NAME", help="fp32")
     add("--base", metavar="DIR_OR_HUB_ID", help="where the base model is, if not where the checkpoint says")
+    add(
+        "--adapter", type=Path, metavar="DIR", help="instead of CKPT: a PEFT adapter on --base, wherever it was trained"
+    )
+    add("--adapter-name", metavar="NAME", help="which of several adapters in --adapter")
+    add(
+        "--gate",
+        metavar="KIND",
+        help="with --adapter: mean_logits, which needs no training, or the kind of --gate-from; "
+        "without it mean_logits, or query_aware with --gate-from",
+    )
+    add(
+        "--gate-from",
+        type=Path,
+        metavar="PATH",
+        help="with --adapter: a gate.safetensors, or the released code's linear_A.pth with linear_B.pth beside it, "
+        "or the folder that holds them",
+    )
     add("--context-length", type=int, metavar="N", help="a shorter context than the model's, for smaller tables")
     add("--base-only", action="store_true", help="export the base stream alone, to compare with")
+    add(
+        "--max-delta-mb",
+        type=float,
+        metavar="MB",
+        help="refuse an adapter whose changes, stored as whole matrices, would take more than this",
+    )
     add("--force", action="store_true", help="replace ARTIFACT if it exists")
 
 
 def _export(args: argparse.Namespace) -> int:
-    from .pipeline import ExportSettings, export_checkpoint
+    from .pipeline import ExportSettings, export_adapter, export_checkpoint
 
-    settings = ExportSettings(args.precision, args.context_length, args.base_only)
-    manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)
+    settings = ExportSettings(args.precision, args.context_length, args.base_only, args.max_delta_mb)
+    if args.adapter is not None:
+        if args.checkpoint is not None:
+            raise ExportError(f"give the checkpoint {args.checkpoint} or --adapter {args.adapter}, not both")
+        if args.base is None:
+            raise ExportError("--adapter needs --base, the model that it was trained on")
+        gate = args.gate or ("mean_logits" if args.gate_from is None else "query_aware")
+        manifest = export_adapter(
+            args.adapter,
+            args.base,
+            args.artifact,
+            gate,
+            args.gate_from,
+            args.adapter_name,
+            settings,
+            args.force,
+            _to_stderr,
+        )
+    else:
+        for option in ("adapter_name", "gate", "gate_from"):
+            if getattr(args, option) is not None:
+                raise ExportError(f"--{option.replace('_', '-')} goes with --adapter; a checkpoint has its own")
+        if args.checkpoint is None:
+            raise ExportError("give a checkpoint folder and ARTIFACT, or --adapter, --base and ARTIFACT")
+        manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)
     size = sum(file["bytes"] for file in manifest["files"].values())
     print(json.dumps({"artifact": str(args.artifact), "bytes": size, "parity": manifest["parity"]}))
     return 0

@@ -14,6 +14,7 @@ from imsm_core.backbone import load_tokenizer
 from imsm_core.biases import original_biases
 from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
 from imsm_core.files import publish_folder, refuse_existing
+from imsm_core.imports import assemble
 from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
@@ -65,6 +66,29 @@ def export_checkpoint(
     report(f"load      {checkpoint}")
     model, info = load_checkpoint(checkpoint, base_model)
     tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
+    return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
+
+
+def export_adapter(
+    adapter: Path,
+    base_model: str,
+    target: Path,
+    gate: str = "mean_logits",
+    gate_from: Path | None = None,
+    adapter_name: str | None = None,
+    settings: ExportSettings | None = None,
+    force: bool = False,
+    report: Report = print,
+) -> dict[str, Any]:
+    """Export a PEFT adapter folder that was trained anywhere, and a gate; returns the manifest.
+
+    gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.imports.assemble`. Raises as
+    `export_checkpoint`.
+    """
+    refuse_existing(target, MANIFEST, force)
+    report(f"load      {adapter}")
+    tokenizer = load_tokenizer(base_model)
+    model, info = assemble(adapter, base_model, gate, gate_from, adapter_name)
     return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
 
 
