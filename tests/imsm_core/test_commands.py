@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.commands import register
 from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
+from imsm_core.methods import PEFT_METHODS
 from imsm_core.reference import reference_generate
 from tests.builders import make_base_folder, write_jsonl
 
@@ -97,6 +98,14 @@ def test_train_takes_any_peft_method_and_its_own_learning_rate(
     model, info = load_checkpoint(tmp_path / "out")
     assert (info.peft_type, info.training["learning_rate"]) == (peft_type, learning_rate)
     assert len(reference_generate(model, [0, 70, 71], 2)) == 2
+
+
+def test_help_names_every_peft_method() -> None:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    register(subparsers)
+    words = subparsers.choices["train"].format_help().replace(",", " ").split()
+    assert set(PEFT_METHODS) <= set(words)
 
 
 def test_virtual_tokens_that_leave_no_room_for_text_are_refused(tmp_path: Path, arguments: list[object]) -> None:
