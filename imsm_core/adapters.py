@@ -68,7 +68,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         with known_warnings_ignored():
             peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
             possible = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
-            _free_lm_head(peft_model)
+            free_lm_head(peft_model)
             expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         found = load_file(folder / FILES[1])
     except AdapterError:
@@ -100,7 +100,7 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
 
 def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:
     """Put the frozen lm_head back, keep the backbone's original biases, and refuse what is not IMSM."""
-    _free_lm_head(peft_model)
+    free_lm_head(peft_model)
     biases = before.trained_biases()
     head = causal_lm(peft_model).get_output_embeddings()
     if head is not None and any(bias is parameter for bias, _ in biases.values() for parameter in head.parameters()):
@@ -124,7 +124,7 @@ def check_adapter(peft_model: PeftModel) -> None:
     backbone_biases(peft_model)
 
 
-def _free_lm_head(peft_model: PeftModel) -> None:
+def free_lm_head(peft_model: PeftModel) -> None:
     """Trained tokens of tied embeddings: PEFT wraps the lm_head along with the embeddings. The method's lm_head is
     frozen and common to both streams, so the wrapper goes; its values are the embeddings' own and are saved there."""
     model = causal_lm(peft_model)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapted_layers, causal_lm, check_adapter, known_warnings_ignored
+from .adapters import adapted_layers, causal_lm, check_adapter, free_lm_head, known_warnings_ignored
 from .backbone import apply_head, last_hidden_state
 from .biases import original_biases
 from .gates import Gate, Gated, Memories
@@ -36,6 +36,7 @@ class SiameseModel(nn.Module):
 
     def __init__(self, peft_model: PeftModel, gate: Gate) -> None:
         super().__init__()
+        free_lm_head(peft_model)
         check_adapter(peft_model)
         self.peft_model = peft_model
         self.gate = gate.to(next(peft_model.parameters()).device)

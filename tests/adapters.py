@@ -175,9 +175,10 @@ def make_siamese_with(
 ) -> SiameseModel:
     """A siamese model with a random non-zero adapter of ADAPTERS and a random gate, in eval mode."""
     base = load_base_model(str(base_folder))
-    gate = make_gate(gate_kind, hidden_size(base), gate_rank)
     torch.manual_seed(seed)
+    gate = make_gate(gate_kind, hidden_size(base), gate_rank)
     config = ADAPTERS[adapter_name](base)
+    torch.manual_seed(seed)  # the adapter's values do not depend on the kind of gate
     model = SiameseModel(attach_adapter(base, config), gate)
     randomise_adapter(model, seed, SCALES.get(adapter_name, 0.25))
     return model.eval()

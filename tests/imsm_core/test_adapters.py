@@ -20,6 +20,7 @@ from peft import (
     PeftModel,
     PolyConfig,
     ShadowConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -307,6 +308,12 @@ def test_trained_tokens_of_tied_embeddings_leave_the_head_frozen(
         changed = (embeddings(torch.arange(256)) != plain.get_input_embeddings()(torch.arange(256))).any(-1)
     assert changed.nonzero().flatten().tolist() == TOKENS
     assert (model.causal_lm.config.tie_word_embeddings is False) == (base == "base_folder")
+
+
+def test_peft_model_made_elsewhere_gets_its_frozen_head_back(qwen2_folder: Path) -> None:
+    config = TrainableTokensConfig(token_indices=TOKENS, **TASK)
+    model = SiameseModel(get_peft_model(load_base_model(str(qwen2_folder)), config), make_gate("mean_logits", 64))
+    assert type(model.causal_lm.get_output_embeddings()) is nn.Linear
 
 
 def test_adapted_layers_name_each_module_that_differs_with_the_frozen_one_in_it(base_folder: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.commands import register
 from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
+from imsm_core.methods import PEFT_METHODS
 from imsm_core.reference import reference_generate
 from tests.builders import make_base_folder, write_jsonl
 
@@ -67,6 +68,50 @@ def test_train_writes_a_checkpoint_that_loads_and_decodes(
     assert info.data["rows"] == len(ROWS)
     assert {k: v for k, v in result.items() if k != "checkpoint"} == info.metrics
     assert sorted(path.name for path in out.parent.iterdir()) == ["checkpoint"]
+
+
+def without(arguments: list[object], *options: str) -> list[object]:
+    places = {place + offset for option in options for place in [arguments.index(option)] for offset in (0, 1)}
+    return [part for place, part in enumerate(arguments) if place not in places]
+
+
+@pytest.mark.parametrize(
+    ("options", "peft_type", "learning_rate"),
+    [
+        (["--peft", "ia3"], "IA3", 3e-3),
+        (["--peft", "dora"], "LORA", 1e-4),
+        (["--peft", "adalora", "--adapter-rank", 2], "ADALORA", 2e-3),
+        (["--peft", "prefix_tuning", "--virtual-tokens", 3], "PREFIX_TUNING", 1e-2),
+        (["--peft", "p_tuning", "--virtual-tokens", 3], "P_TUNING", 1e-3),
+        (["--peft", "trainable_tokens", "--token-indices", 70, 80], "TRAINABLE_TOKENS", 1e-3),
+        (["--peft-config", "CONFIG"], "LOHA", 3e-4),
+    ],
+    ids=str,
+)
+def test_train_takes_any_peft_method_and_its_own_learning_rate(
+    tmp_path: Path, arguments: list[object], options: list[object], peft_type: str, learning_rate: float
+) -> None:
+    (tmp_path / "config.json").write_text('{"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj"]}')
+    options = [tmp_path / "config.json" if option == "CONFIG" else option for option in options]
+    base = without(arguments, "--adapter-rank", "--learning-rate")
+    assert train_command(*base, *options, "--out", tmp_path / "out") == 0
+    model, info = load_checkpoint(tmp_path / "out")
+    assert (info.peft_type, info.training["learning_rate"]) == (peft_type, learning_rate)
+    assert len(reference_generate(model, [0, 70, 71], 2)) == 2
+
+
+def test_help_names_every_peft_method() -> None:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    register(subparsers)
+    words = subparsers.choices["train"].format_help().replace(",", " ").split()
+    assert set(PEFT_METHODS) <= set(words)
+
+
+def test_virtual_tokens_that_leave_no_room_for_text_are_refused(tmp_path: Path, arguments: list[object]) -> None:
+    base = without(arguments, "--adapter-rank")
+    with pytest.raises(SettingsError, match="127 virtual tokens leave no room for text in the model's 128"):
+        train_command(*base, "--peft", "prompt_tuning", "--virtual-tokens", 127, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["chat_folder", "qwen2_folder", "gpt2_folder"])

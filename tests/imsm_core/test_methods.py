@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel
 from torch import Tensor
 
 from imsm_core import training as train_module
 from imsm_core.adalora import RankAllocation
 from imsm_core.adapters import attach_adapter
 from imsm_core.backbone import hidden_size, load_base_model
+from imsm_core.biases import backbone_biases
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import AdapterError, SettingsError
 from imsm_core.gates import make_gate
@@ -207,6 +208,51 @@ def test_only_the_prompt_encoder_and_the_gate_drop_out_in_training_mode(gpt2_fol
     assert any("prompt_encoder" in name for name in training)
 
 
+def stopped_after(steps: int, model: SiameseModel, settings: TrainSettings, partial: Path) -> None:
+    """Train until Ctrl-C after so many steps."""
+    step, done = train_module._step, [0]
+
+    def stopping(*arguments: Any) -> float:
+        loss = step(*arguments)
+        done[0] += 1
+        if done[0] == steps:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "_step", stopping)
+        with pytest.raises(Interrupted):
+            train(model, DATASET, settings, PAD, partial, progress=False)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_lstm", "prefix_projection", "lora_tokens", "lora_norms", "oft", "vblora"])
+def test_resumed_run_of_any_method_equals_the_uninterrupted_one(base_folder: Path, tmp_path: Path, method: str) -> None:
+    whole, cut, resumed = (make_siamese_with(base_folder, method, seed=seed) for seed in (1, 1, 99))
+    train(whole, DATASET, SETTINGS, PAD, progress=False)
+    stopped_after(3, cut, SETTINGS, tmp_path / "partial")
+    train(resumed, DATASET, SETTINGS, PAD, tmp_path / "partial", resume=True, progress=False)
+    expected, found = trained(whole), trained(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_trained_biases_are_the_adapter_streams_alone(qwen2_folder: Path) -> None:
+    model = make_siamese_with(qwen2_folder, "lora_all_biases")
+    before = {name: (base.clone(), tuned.detach().clone()) for name, (base, tuned) in pairs(model).items()}
+    train(model, DATASET, SETTINGS, PAD, progress=False)
+    assert before
+    for name, (base, tuned) in pairs(model).items():
+        assert torch.equal(base, before[name][0])
+        assert not torch.equal(tuned, before[name][1]) or "k_proj" in name  # softmax does not see the keys' bias
+    plain = load_base_model(str(qwen2_folder))
+    with torch.no_grad():
+        expected = plain.base_model(TEXT, use_cache=False).last_hidden_state
+        assert torch.equal(model.stream_states(TEXT).base, expected)
+
+
+def pairs(model: SiameseModel) -> dict[str, tuple[Tensor, torch.nn.Parameter]]:
+    return backbone_biases(model.peft_model)
+
+
 # AdaLoRA's ranks
 
 
@@ -222,6 +268,7 @@ def adalora(folder: Path, seed: int = 1) -> SiameseModel:
 RANKS = replace(SETTINGS, steps=10)
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")  # PEFT's own loader
 def test_adalora_takes_ranks_away_until_the_budget_is_met(base_folder: Path, tmp_path: Path) -> None:
     model = adalora(base_folder)
     train(model, DATASET, RANKS, PAD, progress=False)
@@ -233,6 +280,9 @@ def test_adalora_takes_ranks_away_until_the_budget_is_met(base_folder: Path, tmp
     save_tiny_checkpoint(model, base_folder, tmp_path / "checkpoint")
     loaded, _ = load_checkpoint(tmp_path / "checkpoint")
     torch.testing.assert_close(loaded.stream_states(TEXT).adapter, expected)
+    alone = PeftModel.from_pretrained(load_base_model(str(base_folder)), str(tmp_path / "checkpoint" / "adapter"))
+    states = alone(input_ids=TEXT, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(states, expected)
     ranks = [p.shape[0] for name, p in loaded.peft_model.named_parameters() if "lora_A" in name]
     assert sum(ranks) == 2 * 14
     assert len(set(ranks)) > 1
@@ -252,19 +302,7 @@ def test_resumed_adalora_run_equals_the_uninterrupted_one_exactly(
 ) -> None:
     whole, cut, fresh_model = adalora(base_folder), adalora(base_folder), adalora(base_folder, seed=99)
     metrics = train(whole, DATASET, RANKS, PAD, progress=False)
-    step, done = train_module._step, [0]
-
-    def stopping(*arguments: Any) -> float:
-        loss = step(*arguments)
-        done[0] += 1
-        if done[0] == steps:
-            signal.raise_signal(signal.SIGINT)
-        return loss
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_step", stopping)
-        with pytest.raises(Interrupted):
-            train(cut, DATASET, RANKS, PAD, tmp_path / "partial", progress=False)
+    stopped_after(steps, cut, RANKS, tmp_path / "partial")
     resumed = train(fresh_model, DATASET, RANKS, PAD, tmp_path / "partial", resume=True, progress=False)
     assert resumed["final_loss"] == metrics["final_loss"]
     expected, found = trained(whole), trained(fresh_model)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from imsm_core.adapters import load_adapter
+from imsm_core.adapters import adapted_layers, load_adapter
 from imsm_core.backbone import load_base_model
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import AdapterError
@@ -69,6 +69,7 @@ def test_adapter_with_another_name_is_saved_as_the_only_one(base_folder: Path, t
     peft_model.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     peft_model.set_adapter("second")
     model = SiameseModel(peft_model, make_gate("mean_logits", 32)).eval()
+    assert {layer.name.rsplit(".", 1)[-1] for layer in adapted_layers(peft_model)} == {"up_proj"}
     randomise_adapter(model, seed=1)
     save_tiny_checkpoint(model, base_folder, tmp_path / "checkpoint")
     names = {path.name for path in (tmp_path / "checkpoint" / "adapter").iterdir()}
