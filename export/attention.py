@@ -27,13 +27,12 @@ from .experts import ExpertsPlan, emitting_experts, plan_experts
 from .families import through_interface
 from .masks import MaskRule, causal_window
 from .rotary import (
-    FUNCTION,
     RotaryCall,
     RotaryPlan,
-    modelling_module,
     recognise,
     refuse_changing_rotation,
     replaced_rotary,
+    rotary_function,
     rotary_node,
     tables,
 )
@@ -128,7 +127,7 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
     if model._is_stateful and _other_layers(model) != []:
         raise UnsupportedError(f"architecture {kind!r} is not supported: {STATEFUL}")
     _probe = probe = _Probe(context)
-    original = getattr(modelling_module(model), FUNCTION, None)
+    original = rotary_function(model)
 
     def record_rotary(*args: Any, **kwargs: Any) -> Any:
         assert original is not None

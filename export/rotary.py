@@ -1,7 +1,7 @@
 """Rotary position embedding as one ONNX node, or none at all.
 
-transformers' modelling files each define `apply_rotary_pos_emb(q, k, cos, sin)`. For the trace it is replaced, if a
-numerical probe shows which of the known rotations it computes:
+transformers' modelling files each define `apply_rotary_pos_emb(q, k, cos, sin)`, or one on complex numbers. For the
+trace it is replaced, if a numerical probe shows which of the known rotations it computes:
 
     fused    the rotation happens inside GroupQueryAttention (`do_rotary`); q and k pass through untouched
     node     one com.microsoft.RotaryEmbedding node each for q and k
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedError
 
-FUNCTION = "apply_rotary_pos_emb"
+FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_emb")  # the second: where the rotation multiplies complex numbers
 Mode = Literal["fused", "node", "traced", "none"]
 
 
@@ -57,26 +57,36 @@ def modelling_module(model: PreTrainedModel) -> ModuleType:
     return sys.modules[type(model).__module__]
 
 
+def rotary_function(model: PreTrainedModel) -> Callable[..., Any] | None:
+    """The architecture's function that rotates queries and keys, if it has one under a known name."""
+    name = _function_name(model)
+    return None if name is None else getattr(modelling_module(model), name)
+
+
+def _function_name(model: PreTrainedModel) -> str | None:
+    return next((name for name in FUNCTIONS if hasattr(modelling_module(model), name)), None)
+
+
 @contextmanager
 def replaced_rotary(model: PreTrainedModel, function: Callable[..., Any] | None) -> Iterator[None]:
-    """Swap the architecture's `apply_rotary_pos_emb` for `function` (None leaves it), also in a shared module."""
-    module = modelling_module(model)
-    original = getattr(module, FUNCTION, None)
-    if function is None or original is None:
+    """Swap the architecture's rotary function for `function` (None leaves it), also in a shared module."""
+    module, name = modelling_module(model), _function_name(model)
+    if function is None or name is None:
         yield
         return
-    setattr(module, FUNCTION, function)
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        setattr(module, FUNCTION, original)
+        setattr(module, name, original)
 
 
 def recognise(function: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> RotaryCall:
     """Which rotation the architecture's function computed; style None: none that we know, or not of (query, key)."""
     query = args[0]
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
-    cos, sin = bound.get("cos"), bound.get("sin")
+    cos, sin, complex_table = bound.get("cos"), bound.get("sin"), bound.get("freqs_cis")
     if not isinstance(result, tuple) or len(result) != 2:
         return RotaryCall(query, None, query.shape[-1])
     rotated = result[0]
@@ -87,6 +97,12 @@ def recognise(function: Callable[..., Any], result: Any, *args: Any, **kwargs: A
             style = "half"
         elif _same(rotated, _rotate_interleaved(query, cos[..., 0::2], sin[..., 0::2])):
             style = "interleaved"
+    elif (
+        isinstance(complex_table, Tensor)
+        and (*query.shape[-2:-1], query.shape[-1] // 2) == complex_table.shape[-2:]
+        and _same(rotated, _rotate_interleaved(query, complex_table.real, complex_table.imag))
+    ):
+        style = "interleaved"
     return RotaryCall(rotated, style, query.shape[-1])
 
 
@@ -96,7 +112,10 @@ def tables(model: PreTrainedModel, context: int, interleaved: bool) -> tuple[Ten
     rotary = getattr(model.base_model, "rotary_emb", None)
     if not isinstance(rotary, nn.Module) or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return None
-    cos, sin = _tables_of(copy.deepcopy(rotary), context, {})
+    found = _tables_of(copy.deepcopy(rotary), context, {})
+    if len(found) == 1:
+        return found[0][0].real.float().contiguous(), found[0][0].imag.float().contiguous()
+    cos, sin = found
     half = cos.shape[-1] // 2
     pick = slice(0, None, 2) if interleaved else slice(0, half)
     return cos[0, :, pick].float().contiguous(), sin[0, :, pick].float().contiguous()

@@ -73,6 +73,16 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "cohere2": _config("cohere2", head_dim=8, sliding_window=WINDOW, num_hidden_layers=4),
     "ctrl": _gpt2("ctrl", dff=60),
     "cwm": _config("cwm", head_dim=8, sliding_window=WINDOW),
+    "deepseek_v2": _config(
+        "deepseek_v2",
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        **LATENT,
+    ),
     "deepseek_v3": _config(
         "deepseek_v3",
         n_routed_experts=8,

@@ -111,6 +111,21 @@ def test_the_window_is_the_masks_whatever_the_layer_passes_on() -> None:
     assert [layer.sliding_window for layer in plan_attention(model, LAYERS, 8).layers] == [None, None]
 
 
+def test_a_rotation_of_complex_numbers_gets_nodes() -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+    }
+    rotary = plan_attention(tiny("deepseek_v2", num_key_value_heads=4, **latent, **experts), LAYERS, 32).rotary
+    assert (rotary.mode, rotary.interleaved) == ("node", True)
+    assert rotary.cos is not None
+    assert rotary.cos.shape == (32, 4)
+
+
 def test_unequal_heads_are_padded_to_one_size() -> None:
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
     plan = plan_attention(tiny("youtu", num_key_value_heads=4, **latent), LAYERS, 32)
