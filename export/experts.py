@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,27 +90,87 @@ def _emit(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     swiglu = _plan[experts]
     if swiglu is None:
         return every_expert(experts, hidden_states, top_k_index, top_k_weights)
-    logs = top_k_weights.float().clamp(min=_SMALLEST_WEIGHT).log()
-    router = hidden_states.new_full((1, experts.num_experts), _NOT_ROUTED).expand(hidden_states.shape[0], -1)
+    return _node(_laid_out(experts, swiglu), swiglu, hidden_states, top_k_index, top_k_weights)
+
+
+class _Weights(NamedTuple):
+    """As the node wants them, gate and up interleaved. up: (experts, 2 f, d), down: (experts, d, f), biases or None."""
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+def _laid_out(experts: Any, swiglu: SwiGLU) -> _Weights:
     up, down = experts.gate_up_proj, experts.down_proj
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    return _Weights(
+        up if swiglu.interleaved else _interleaved(up),
+        _rows(experts, "gate_up_proj_bias", swiglu.interleaved),
+        down,
+        _rows(experts, "down_proj_bias", True),
+    )
+
+
+def _node(
+    weights: _Weights, swiglu: SwiGLU, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    logs = top_k_weights.float().clamp(min=_SMALLEST_WEIGHT).log()
+    router = hidden_states.new_full((1, weights.up.shape[0]), _NOT_ROUTED).expand(hidden_states.shape[0], -1)
     output = torch.onnx.ops.symbolic(
         "com.microsoft::MoE",
-        [
-            hidden_states,
-            router.scatter(1, top_k_index, logs),
-            up if swiglu.interleaved else _interleaved(up),
-            _rows(experts, "gate_up_proj_bias", swiglu.interleaved),
-            down,
-            _rows(experts, "down_proj_bias", True),
-        ],
+        [hidden_states, router.scatter(1, top_k_index, logs), *weights],
         {"k": top_k_index.shape[1], "normalize_routing_weights": 1, **swiglu.attributes()},
         dtype=hidden_states.dtype,
         shape=hidden_states.shape,
         version=1,
     )
     return output * top_k_weights.sum(-1, keepdim=True)
+
+
+ExpertsChange = dict[str, tuple[Tensor, Tensor]]
+"""A low-rank change of all experts' weights by parameter name: a (experts, r, in) and b (experts, out, r), b a."""
+
+
+def emit_changed_experts(
+    experts: Any, change: ExpertsChange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """As `_emit`, for experts whose weights an adapter changes. The node has no place for a change before the
+    activation, so that every expert is computed for every token, all at once, from the node's own weights."""
+    assert _plan is not None
+    swiglu = _plan[experts]
+    if swiglu is None:
+        return every_expert(experts, hidden_states, top_k_index, top_k_weights, change)
+    weights = _laid_out(experts, swiglu)
+    up_change = change.get("gate_up_proj")
+    if up_change is not None and not swiglu.interleaved:
+        up_change = (up_change[0], _interleaved(up_change[1]))
+    gate_up = _product(hidden_states[None], weights.up, weights.up_bias, up_change)  # (experts, T, 2 f)
+    inner = replace(swiglu, interleaved=True)(gate_up)
+    outputs = _product(inner, weights.down, weights.down_bias, change.get("down_proj"))  # (experts, T, d)
+    zeros = hidden_states.new_zeros(1, 1).expand(hidden_states.shape[0], weights.up.shape[0])
+    routed = zeros.scatter(1, top_k_index, top_k_weights.to(zeros.dtype))  # (T, experts)
+    return (outputs * routed.T[..., None]).sum(0)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, change: tuple[Tensor, Tensor] | None) -> Tensor:
+    """x: (1 or experts, T, in), weight: (experts, out, in), which stays as the file holds it -> (experts, T, out)."""
+    product = torch.onnx.ops.symbolic(
+        "com.microsoft::FusedMatMul",
+        [x, weight],
+        {"transB": 1},
+        dtype=x.dtype,
+        shape=(weight.shape[0], x.shape[1], weight.shape[1]),
+        version=1,
+    )
+    if bias is not None:
+        product = product + bias[:, None]
+    if change is not None:
+        a, b = change
+        product = product + torch.matmul(torch.matmul(x, a.transpose(1, 2)), b.transpose(1, 2))
+    return product
 
 
 def _recognised(experts: Any) -> SwiGLU | None:
@@ -146,26 +206,36 @@ def _rows(experts: Any, name: str, as_is: bool) -> Tensor | None:
     return bias if as_is else _interleaved(bias)
 
 
-def every_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def every_expert(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    change: ExpertsChange | None = None,
+) -> Tensor:
     """Every expert for every token, weighted by 0 where the token is not routed to it."""
     count = experts.num_experts
     weights = torch.zeros_like(hidden_states[:, :1]).expand(-1, count).scatter(1, top_k_index, top_k_weights)
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     total = torch.zeros_like(hidden_states)
     for index in range(count):
-        inner = _linear(experts, name, index, hidden_states)
+        inner = _linear(experts, name, index, hidden_states, change)
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        output = _linear(experts, "down_proj", index, inner)
+        output = _linear(experts, "down_proj", index, inner, change)
         if experts.has_post_expert_norm:
             output = experts.post_expert_norm(output)
         total = total + output * weights[:, index : index + 1]
     return total
 
 
-def _linear(experts: nn.Module, name: str, index: int, x: Tensor) -> Tensor:
+def _linear(experts: nn.Module, name: str, index: int, x: Tensor, change: ExpertsChange | None) -> Tensor:
     weight = getattr(experts, name)[index]
     bias = getattr(experts, f"{name}_bias")[index] if experts.has_bias else None
-    return functional.linear(x, weight.T if experts.is_transposed else weight, bias)
+    product = functional.linear(x, weight.T if experts.is_transposed else weight, bias)
+    if change is not None and name in change:
+        a, b = (part[index] for part in change[name])
+        product = product + functional.linear(functional.linear(x, a), b)
+    return product
 
 
 ALL_EXPERTS_FUNCTIONS.register(_NAME, _emit)

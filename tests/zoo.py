@@ -185,6 +185,19 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+# Decoder-only architectures that are refused by name, each for a reason of its own.
+REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mamba": _config("mamba", state_size=4),
+    "rwkv": _config("rwkv", attention_hidden_size=WIDTH, context_length=CONTEXT),
+    "recurrent_gemma": _config("recurrent_gemma", lru_width=WIDTH, attention_window_size=WINDOW, head_dim=8),
+    "jamba": _config("jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=4),
+    "qwen3_next": _config("qwen3_next", head_dim=16, num_experts=4, num_experts_per_tok=2),
+    "lfm2, convolutions": _config("lfm2", layer_types=["conv", "full_attention"]),
+    "llama, dynamic rotation": _config("llama", **_rope("dynamic", factor=4.0)),
+    "llama4_text": _config("llama4_text", head_dim=8, attention_chunk_size=WINDOW, num_local_experts=2),
+}
+
+
 def make_zoo_base(path: Path, name: str, seed: int = 0) -> Path:
     """A base model of an architecture by its name here, in Hugging Face form, with random weights and a tokenizer."""
-    return write_base_folder(path, ARCHITECTURES[name](), seed)
+    return write_base_folder(path, (ARCHITECTURES | REFUSED)[name](), seed)

@@ -8,6 +8,7 @@ by itself, beside the frozen one on the base's; it reads a shared weight twice, 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,14 @@ class SplitRows(nn.Module):
         self.base_layer = base_layer
         self.adapter_layer = adapter_layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (2 * B, ...) -> the same with the layer's width."""
-        base, adapter = split_streams(x, 2)
-        return torch.cat([self.base_layer(base), self.adapter_layer(adapter)])
+    def forward(self, *inputs: Tensor) -> Any:
+        """inputs: (2 * B, ...) or (2 * B * S, ...) each -> the layer's output, or outputs, for the same rows."""
+        pairs = [split_streams(x, 2) for x in inputs]
+        base = self.base_layer(*(pair[0] for pair in pairs))
+        adapter = self.adapter_layer(*(pair[1] for pair in pairs))
+        if isinstance(base, Tensor):
+            return torch.cat([base, adapter])
+        return tuple(torch.cat(parts) for parts in zip(base, adapter, strict=True))
 
 
 class SplitEmbedding(TwoStreamEmbedding):

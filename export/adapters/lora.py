@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UnsupportedError
+from .parameters import two_stream_parameters
 from .rows import ADAPTER_ROWS, LowRank, PeftLayer, TwoStreamEmbedding, constant, linear_weight, on_adapter_rows
 
 # Variants whose change depends on more than the layer's input.
@@ -61,10 +62,7 @@ def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str
     if isinstance(layer, ParamWrapper):
         if linear_weight(frozen) is not None:
             return None
-        raise UnsupportedError(
-            f"{name} has LoRA on the parameter {layer.parameter_name!r} of a {type(frozen).__name__} "
-            "(target_parameters); only LoRA on whole layers and on linear layers' weights has a two-stream form"
-        )
+        return two_stream_parameters(name, layer, frozen, adapter)
     variant = layer.lora_variant.get(adapter)
     kind = type(variant).__name__
     if kind in REFUSED_VARIANTS:
