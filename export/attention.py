@@ -29,6 +29,8 @@ from .masks import MaskRule, causal_window
 from .rotary import (
     RotaryCall,
     RotaryPlan,
+    fixed_rotary,
+    fixed_tables,
     recognise,
     refuse_changing_rotation,
     replaced_rotary,
@@ -170,23 +172,24 @@ def _why_layers_are_missing(model: PreTrainedModel, found: int, layer_count: int
 
 def _plan_rotary(model: PreTrainedModel, probe: _Probe, context: int) -> RotaryPlan:
     refuse_changing_rotation(model, context)
+    fixed = fixed_tables(model, context)
     if not probe.rotary_calls:
-        return RotaryPlan("none")
+        return RotaryPlan("none", fixed=fixed)
     styles = {call.style for call in probe.rotary_calls}
     widths = {call.width for call in probe.rotary_calls}
     if len(styles) > 1 or None in styles or len(widths) > 1:
-        return RotaryPlan("traced")
+        return RotaryPlan("traced", fixed=fixed)
     interleaved = styles == {"interleaved"}
     cos_sin = tables(model, context, interleaved)
     if cos_sin is None:
-        return RotaryPlan("traced")
+        return RotaryPlan("traced", fixed=fixed)
     fused = (
         probe.rotated_queries_reach_attention
         and widths == {layer.head_size for layer in probe.layers.values()}
         and all(layer.head_size % FUSED_ROTARY_MULTIPLE == 0 for layer in probe.layers.values())
         and all(layer.head_size == layer.cached_head_size for layer in probe.layers.values())
     )
-    return RotaryPlan("fused" if fused else "node", interleaved, *cos_sin)
+    return RotaryPlan("fused" if fused else "node", interleaved, *cos_sin, fixed)
 
 
 @contextmanager
@@ -200,6 +203,7 @@ def emitting(model: PreTrainedModel, step: StepTensors) -> Iterator[None]:
             _attention(model, "imsm_emit"),
             emitting_experts(model, step.plan.experts),
             replaced_rotary(model, _EMITTED_ROTARY.get(step.plan.rotary.mode)),
+            fixed_rotary(step.plan.rotary),
         ):
             yield
     finally:

@@ -18,7 +18,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -34,13 +35,14 @@ Mode = Literal["fused", "node", "traced", "none"]
 
 @dataclass
 class RotaryPlan:
-    """How rotation is written into the graph. cos, sin: (context, D/2) float32 tables, None where they are not
-    needed."""
+    """How rotation is written into the graph. cos, sin: (context, D/2) float32 tables, None where they are not needed.
+    fixed: rotary modules that look at the text's length -> what they give within the context, (1, context, D) each."""
 
     mode: Mode
     interleaved: bool = False
     cos: Tensor | None = None
     sin: Tensor | None = None
+    fixed: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,6 +136,29 @@ def refuse_changing_rotation(model: PreTrainedModel, context: int) -> None:
             for length, found in shorter.items():
                 if not all(torch.equal(one[:, :length], other) for one, other in zip(longest, found, strict=True)):
                     raise UnsupportedError(_why_no_table(rotary))
+
+
+def fixed_tables(model: PreTrainedModel, context: int) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """`RotaryPlan.fixed`, after `refuse_changing_rotation` found that they do not change within the context."""
+    changing = [module for module in model.modules() if getattr(module, "rope_type", None) in ("dynamic", "longrope")]
+    return {module: _tables_of(copy.deepcopy(module), context, {}) for module in changing}
+
+
+@contextmanager
+def fixed_rotary(plan: RotaryPlan) -> Iterator[None]:
+    """Inside the block the modules of `plan.fixed` look their tables up and do not look at the text's length, which a
+    trace cannot."""
+    try:
+        for module, found in plan.fixed.items():
+            module.forward = partial(_look_up, found)
+        yield
+    finally:
+        for module in plan.fixed:
+            module.__dict__.pop("forward", None)
+
+
+def _look_up(found: tuple[Tensor, ...], x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    return tuple(table[0][position_ids] for table in found)
 
 
 def _tables_of(rotary: nn.Module, length: int, layer_type: dict[str, str]) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-from imsm_core.backbone import apply_head, last_hidden_state
+from imsm_core.backbone import apply_head, first_line, last_hidden_state
 from imsm_core.gates import Memories
 from imsm_core.siamese import SiameseModel, masked_mean
 
@@ -217,7 +217,10 @@ class _CachedGraph:
             "memory_bias": np.zeros(rows, np.float32),
             **self.state,
         }
-        results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
+        try:
+            results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
+        except Exception as error:  # onnxruntime's own types, one for each of its status codes
+            raise VerificationError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
         outputs: dict[str, Array] = dict(zip(self.outputs, results, strict=True))
         for name in self.state:
             present = name.replace("past_key_values", "present").replace("past_query", "present_query")

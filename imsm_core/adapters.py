@@ -115,9 +115,10 @@ def check_adapter(peft_model: PeftModel) -> None:
     check_config(peft_model.peft_config[peft_model.active_adapter])
     if len(names := peft_model.active_adapters) > 1:
         raise AdapterError(f"{len(names)} adapters are active at once ({', '.join(names)}); activate one of them")
-    head = causal_lm(peft_model).get_output_embeddings()
+    model = causal_lm(peft_model)
+    head, backbone = model.get_output_embeddings(), set(model.base_model.modules())
     for layer in adapted_layers(peft_model):
-        if any(module is head for module in layer.tuner.modules()):
+        if layer.tuner not in backbone or any(module is head for module in layer.tuner.modules()):
             raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the lm_head frozen, for both streams")
         if getattr(layer.tuner, "merged", False):
             raise AdapterError(f"the adapter is merged into {layer.name}; unmerge it first")

@@ -110,7 +110,7 @@ def _backbone_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None
         yield
     finally:
         for backbone in backbones:
-            del backbone.forward
+            backbone.__dict__.pop("forward", None)
     if not calls:
         raise BaseModelError(f"{type(model).__name__} does not keep its backbone apart from its lm_head")
 

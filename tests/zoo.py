@@ -147,6 +147,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
             original_max_position_embeddings=32,
         ),
     ),
+    "llama, dynamic scaling": _config("llama", **_rope("dynamic", factor=4.0)),
     "llama, linear scaling": _config("llama", **_rope("linear", factor=4.0)),
     "llama, yarn scaling": _config("llama", **_rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "mellum": _config("mellum", head_dim=8, **EXPERTS),
@@ -193,7 +194,6 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "jamba": _config("jamba", attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=4),
     "qwen3_next": _config("qwen3_next", head_dim=16, num_experts=4, num_experts_per_tok=2),
     "lfm2, convolutions": _config("lfm2", layer_types=["conv", "full_attention"]),
-    "llama, dynamic rotation": _config("llama", **_rope("dynamic", factor=4.0)),
     "llama4_text": _config("llama4_text", head_dim=8, attention_chunk_size=WINDOW, num_local_experts=2),
 }
 

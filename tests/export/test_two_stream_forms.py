@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from export.adapters import ADAPTER_ROWS, TwoStreamEmbedding, base_layers, replaced_layers, two_stream_layers
 from export.adapters.fallback import SplitRows, two_stream_fallback
+from export.adapters.parameters import TwoStreamExperts
 from export.adapters.report import check_delta_size, describe_adapter, report_adapter
 from export.adapters.rows import DenseDelta, LowRank
 from export.errors import UnsupportedError
+from export.experts import every_expert
 from imsm_core.adapters import adapted_layers, attach_adapter
 from imsm_core.backbone import load_base_model
 from imsm_core.biases import backbone_biases, original_biases
 from tests.adapters import ADAPTERS, TOKENS, make_siamese_with
+from tests.zoo import make_zoo_base
 
 # What a tiny Llama's layers get: what is low rank, diagonal or block-wise in the method stays so in the graph.
 FORMS = {
@@ -221,6 +224,50 @@ def test_lora_on_a_parameter_of_a_linear_layer_is_a_lora_like_any_other(base_fol
     forms = forms_of(model)
     assert {form.adapter_a.shape[0] for form in forms.values() if isinstance(form, LowRank)} == {2}
     assert len(forms) == 2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_lora_on_experts_changes_each_expert_and_keeps_their_weights(name: str, tmp_path: Path) -> None:
+    base = load_base_model(str(make_zoo_base(tmp_path / "base", name)))  # gpt_oss: transposed weights, with biases
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=3, target_modules=[], target_parameters=parameters, task_type="CAUSAL_LM")
+    model = attach_adapter(base, config)
+    torch.manual_seed(0)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.normal_(std=0.3)
+    forms = forms_of(model)
+    assert len(forms) == 2
+    for layer in adapted_layers(model):
+        form: Any = forms[layer.name]
+        assert isinstance(form, TwoStreamExperts)
+        assert form.base_layer is layer.frozen
+        assert sorted(form.adapter_a) == ["down_proj", "gate_up_proj"]
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+        routed = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 1], [2, 0]]), torch.rand(5, 2)
+        change = {key: (form.adapter_a[key], form.adapter_b[key]) for key in form.adapter_a}
+        expected = layer.tuner(x, *routed)
+        torch.testing.assert_close(every_expert(layer.frozen, x, *routed, change), expected, rtol=1e-4, atol=1e-4)
+        assert (expected - layer.frozen(x, *routed)).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_lora_on_a_router_gives_the_adapter_a_router_of_its_own(tmp_path: Path) -> None:
+    base = load_base_model(str(make_zoo_base(tmp_path / "base", "mixtral")))
+    config = LoraConfig(r=3, target_modules=[], target_parameters=["mlp.gate.weight"], task_type="CAUSAL_LM")
+    model = attach_adapter(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.normal_()
+    layer = adapted_layers(model)[0]
+    form: Any = forms_of(model)[layer.name]
+    assert isinstance(form, SplitRows)
+    x = torch.randn(5, 32)
+    for found, expected in zip(form.adapter_layer(x), layer.tuner(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(form.base_layer(x), layer.frozen(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_layers_are_put_back_after_the_trace(base_folder: Path) -> None:
