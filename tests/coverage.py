@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -129,17 +130,16 @@ def _compare(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def run_cells(cells: Sequence[tuple[str, str]], jobs: int, note: Callable[[Cell], None]) -> dict[tuple[str, str], Cell]:
-    """Run cells in `jobs` processes, each started anew now and then to give its memory back."""
+    """Run cells in `jobs` processes, each started anew now and then to give its memory back. Raises BrokenProcessPool
+    if one of them dies."""
     done: dict[tuple[str, str], Cell] = {}
-    with multiprocessing.get_context("spawn").Pool(jobs, _quiet, maxtasksperchild=40) as pool:
-        for cell in pool.imap_unordered(_run, cells):
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, _quiet, max_tasks_per_child=40) as pool:
+        for future in as_completed([pool.submit(run_cell, *names) for names in cells]):
+            cell = future.result()
             done[cell.row, cell.column] = cell
             note(cell)
     return done
-
-
-def _run(names: tuple[str, str]) -> Cell:
-    return run_cell(*names)
 
 
 def _quiet() -> None:
