@@ -63,6 +63,7 @@ ExpertsPlan = dict[nn.Module, SwiGLU | None]
 """The experts module of every layer -> its activation; None: one that the node lacks."""
 
 _plan: ExpertsPlan | None = None
+_laid: dict[nn.Module, _Weights] = {}  # of one traced step: two streams that lay out the same weights share them
 
 
 def plan_experts(model: PreTrainedModel) -> ExpertsPlan:
@@ -74,6 +75,7 @@ def plan_experts(model: PreTrainedModel) -> ExpertsPlan:
 def emitting_experts(model: PreTrainedModel, plan: ExpertsPlan) -> Iterator[None]:
     """Inside the block the experts of every layer emit nodes."""
     global _plan
+    _laid.clear()
     config = model.config
     before = config._experts_implementation
     config._experts_implementation, _plan = _NAME, plan
@@ -81,6 +83,7 @@ def emitting_experts(model: PreTrainedModel, plan: ExpertsPlan) -> Iterator[None
         yield
     finally:
         config._experts_implementation, _plan = before, None
+        _laid.clear()
 
 
 def _emit(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -103,6 +106,12 @@ class _Weights(NamedTuple):
 
 
 def _laid_out(experts: Any, swiglu: SwiGLU) -> _Weights:
+    if experts not in _laid:
+        _laid[experts] = _lay_out(experts, swiglu)
+    return _laid[experts]
+
+
+def _lay_out(experts: Any, swiglu: SwiGLU) -> _Weights:
     up, down = experts.gate_up_proj, experts.down_proj
     if experts.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)

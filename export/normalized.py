@@ -14,6 +14,9 @@ from .errors import UnsupportedError
 _LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # as configs spell it; not optimum's business
 
 
+SHORTEST = 2  # a prompt's token and the one that follows
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """context_length: the longest text that the positions allow, in tokens."""
@@ -47,9 +50,10 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
         raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
     if getattr(config, "max_position_embeddings", None):
         longest -= virtual_tokens
-    if longest < 1 or (context_length is not None and not 0 < context_length <= longest):
+    wanted = longest if context_length is None else context_length
+    if not SHORTEST <= wanted <= longest:
         beside = f" beside {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise UnsupportedError(
-            f"context length {context_length or longest} is not in 1 .. {longest}, which the model allows{beside}"
+            f"context length {wanted} is not in {SHORTEST} .. {longest}, which the model allows{beside}"
         )
-    return ModelFacts(kind, layers, hidden_size(model), vocabulary, int(context_length or longest))
+    return ModelFacts(kind, layers, hidden_size(model), vocabulary, int(wanted))

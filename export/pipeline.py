@@ -46,6 +46,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UnsupportedError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.max_delta_mb is not None and not self.max_delta_mb >= 0:
+            raise UnsupportedError(f"--max-delta-mb is {self.max_delta_mb:g}; it must be a number from 0 on")
 
 
 def export_checkpoint(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from export.errors import UnsupportedError
@@ -58,6 +60,7 @@ COLUMNS = (
 PROMPTS = ([0, 80, 104, 77, TOKENS[0], 102, 114, TOKENS[1], 118, 90, 61], [77, TOKENS[2], 102, 114], [TOKENS[1]])
 STEPS = 24
 TOLERANCE = 1e-4  # absolute, and relative to the largest logit
+NOTICEABLE = 512  # bytes of a weight
 FORCED = 1e4  # a memory bias that closes the gate on one side
 
 
@@ -95,12 +98,26 @@ def _difference(row: str, column: str, folder: Path) -> float:
     manifest = export_model(
         model, load_tokenizer(str(base)), info, artifact, ExportSettings(), report=lambda line: None
     )
+    _check_stored_once(artifact)
     found = [ways["logits"] for ways in manifest["parity"]["max_abs_difference"].values()]
     session = Session(artifact, threads=1)
     found += _against_oracle(model, session)
     found.append(_forced(session, FORCED, load_base_model(str(base))))
     found.append(_forced(session, -FORCED, model.peft_model))
     return max(found)
+
+
+def _check_stored_once(artifact: Path) -> None:
+    """Raise AssertionError if two weights of the graph are the same."""
+    seen: dict[bytes, str] = {}
+    for name, value in ir.load(artifact / "model.onnx").graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < NOTICEABLE:
+            continue
+        content = hashlib.sha256(tensor.tobytes()).digest()
+        if content in seen:
+            raise AssertionError(f"the graph holds {name} twice, also as {seen[content]}")
+        seen[content] = name
 
 
 def _against_oracle(model: SiameseModel, session: Session) -> list[float]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from imsm_core.adapters import adapted_layers, causal_lm, peft_type
 
-from . import adalora, fallback, ia3, ln_tuning, loha, lokr, lora, rotation, trainable_tokens, vblora, vera
+from . import adalora, fallback, ia3, ln_tuning, loha, lokr, lora, road, rotation, trainable_tokens, vblora, vera
 from .biases import add_bias_changes
 from .rows import ADAPTER_ROWS, TwoStreamEmbedding, TwoStreamForm
 
@@ -30,6 +30,7 @@ TWO_STREAM_FORMS: dict[str, TwoStreamForm] = {
     "OFT": rotation.two_stream_oft,
     "BOFT": rotation.two_stream_boft,
     "LN_TUNING": ln_tuning.two_stream_norm,
+    "ROAD": road.two_stream_road,
     "VBLORA": vblora.two_stream_vblora,
     "TRAINABLE_TOKENS": trainable_tokens.two_stream_tokens,
 }

@@ -1,16 +1,20 @@
 """The backbone's own biases where an adapter trained them (PEFT's bias="all" and bias="..._only").
 
-A bias is added last, in linear layers and in norms alike, so that its change is one more sum on the adapter's rows.
+A bias is added last, in linear layers and in norms alike, so that its change is one more sum on the adapter's rows. Any
+other module that has one, a router say, gets a copy with the trained bias for the adapter's rows.
 """
 
 from __future__ import annotations
+
+import copy
 
 from peft import PeftModel
 from torch import nn
 
 from imsm_core.biases import backbone_biases
 
-from .rows import TwoStreamBias
+from .fallback import SplitRows
+from .rows import TwoStreamBias, linear_weight
 
 
 def add_bias_changes(peft_model: PeftModel, forms: dict[str, nn.Module]) -> None:
@@ -21,4 +25,10 @@ def add_bias_changes(peft_model: PeftModel, forms: dict[str, nn.Module]) -> None
     model = peft_model.get_base_model()
     for name, (trained, original) in backbone_biases(peft_model).items():
         layer = name.removesuffix(".bias")
-        forms[layer] = TwoStreamBias(forms.get(layer) or model.get_submodule(layer), (trained - original).detach())
+        frozen = model.get_submodule(layer)
+        if layer in forms or linear_weight(frozen) is not None or isinstance(frozen, nn.LayerNorm):
+            forms[layer] = TwoStreamBias(forms.get(layer) or frozen, (trained - original).detach())
+        else:
+            copied = copy.deepcopy(frozen)
+            copied.get_parameter("bias").data = trained.detach().clone()
+            forms[layer] = SplitRows(frozen, copied)

@@ -42,19 +42,22 @@ class TwoStreamDora(LowRank):
 
 
 class TwoStreamLoraEmbedding(TwoStreamEmbedding):
-    """E[ids] + (A^T)[ids] B^T. a: (vocab, r), b: (d, r) with the scale folded in."""
+    """m * (E[ids] + (A^T)[ids] B^T). a: (vocab, r), b: (d, r) with the scale folded in, magnitude: (d,), DoRA's m, or
+    None."""
 
-    def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor | None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapter_a = constant(a)
-        self.adapter_b = constant(b)
+        self.adapter_b = constant(b if magnitude is None else b * magnitude[:, None])
+        self.adapter_magnitude = None if magnitude is None else constant(magnitude)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, S) -> (2 * B, S, d)."""
         frozen: Tensor = self.base_layer(input_ids)
         change = functional.linear(functional.embedding(input_ids, self.adapter_a), self.adapter_b)
-        return torch.cat([frozen, frozen + change])
+        scaled = frozen if self.adapter_magnitude is None else frozen * self.adapter_magnitude
+        return torch.cat([frozen, scaled + change])
 
 
 def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
@@ -67,8 +70,8 @@ def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str
     kind = type(variant).__name__
     if kind in REFUSED_VARIANTS:
         raise UnsupportedError(f"{name} uses LoRA's variant {kind}, which {REFUSED_VARIANTS[kind]}; it has no form")
-    if adapter in layer.lora_embedding_A and variant is None:
-        return _embedding(layer, frozen, adapter)
+    if adapter in layer.lora_embedding_A:
+        return _embedding(layer, frozen, adapter, kind) if variant is None or kind == "DoraEmbeddingVariant" else None
     if adapter not in layer.lora_A:
         return None
     down, up, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
@@ -86,10 +89,15 @@ def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str
     return None
 
 
-def _embedding(layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module:
-    a, b = layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach()
-    scale = layer.scaling[adapter] * embedding_scale(frozen)
-    return TwoStreamLoraEmbedding(frozen, a.T, b * scale)
+def _embedding(layer: PeftLayer, frozen: nn.Module, adapter: str, kind: str) -> nn.Module:
+    a, b = layer.lora_embedding_A[adapter].detach().T, layer.lora_embedding_B[adapter].detach() * layer.scaling[adapter]
+    magnitude = None
+    if kind == "DoraEmbeddingVariant":
+        weight = frozen.weight
+        assert isinstance(weight, Tensor)
+        norm = torch.linalg.norm(weight.detach() + a @ b.T, dim=0)
+        magnitude = layer.lora_magnitude_vector[adapter].weight.detach() / norm
+    return TwoStreamLoraEmbedding(frozen, a, b * embedding_scale(frozen), magnitude)
 
 
 def embedding_scale(embedding: nn.Module) -> float:

@@ -41,8 +41,8 @@ def report_adapter(adapter: dict[str, Any], model: nn.Module, report: Callable[[
     if adapter["dense_delta_bytes"]:
         backbone = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "base_layer" in name)
         report(
-            f"adapter   {adapter['dense_delta_bytes'] / 1e6:.2f} MB of that are whole matrices, because the change of "
-            f"this method has no smaller exact form (the layers it changes: {backbone / 1e6:.2f} MB)"
+            f"adapter   {adapter['dense_delta_bytes'] / 1e6:.2f} MB of that are changes stored as whole matrices, for "
+            f"which there is no smaller form here (the layers themselves: {backbone / 1e6:.2f} MB)"
         )
 
 

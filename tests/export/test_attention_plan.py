@@ -170,5 +170,5 @@ def test_facts_come_from_configs_that_spell_them_differently() -> None:
 
 def test_a_longer_context_than_the_models_is_refused() -> None:
     assert model_facts(tiny("llama"), 16).context_length == 16
-    with pytest.raises(UnsupportedError, match=r"context length 33 is not in 1 \.\. 32"):
+    with pytest.raises(UnsupportedError, match=r"context length 33 is not in 2 \.\. 32"):
         model_facts(tiny("llama"), 33)

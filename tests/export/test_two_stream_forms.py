@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, RoadConfig
 from torch import Tensor, nn
 
 from export.adapters import ADAPTER_ROWS, TwoStreamEmbedding, base_layers, replaced_layers, two_stream_layers
 from export.adapters.fallback import SplitRows, two_stream_fallback
 from export.adapters.parameters import TwoStreamExperts
 from export.adapters.report import check_delta_size, describe_adapter, report_adapter
+from export.adapters.road import TwoStreamRoad
 from export.adapters.rows import DenseDelta, LowRank
 from export.errors import UnsupportedError
 from export.experts import every_expert
@@ -53,6 +54,7 @@ FORMS = {
     "miss": {"low rank"},
     "delora": {"low rank"},
     "beft": {"bias"},
+    "road": {"pair rotation"},
     "hira": {"dense delta"},
     "shira": {"dense delta"},
     "c3a": {"dense delta"},
@@ -180,7 +182,7 @@ def test_whole_matrices_are_told_with_their_size_and_can_be_refused(base_folder:
     assert adapter["dense_delta_bytes"] == 4 * sum(sizes)
     lines: list[str] = []
     report_adapter(adapter, model.get_base_model(), lines.append)
-    assert "0.07 MB of that are whole matrices" in lines[1]
+    assert "0.07 MB of that are changes stored as whole matrices" in lines[1]
     check_delta_size(adapter, 0.08)
     with pytest.raises(UnsupportedError, match=r"0\.07 MB of them .* --max-delta-mb 0\.05"):
         check_delta_size(adapter, 0.05)
@@ -268,6 +270,41 @@ def test_lora_on_a_router_gives_the_adapter_a_router_of_its_own(tmp_path: Path) 
         torch.testing.assert_close(found, expected)
     for found, expected in zip(form.base_layer(x), layer.frozen(x), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
+@torch.no_grad()
+def test_every_variant_of_road_is_two_vectors(base_folder: Path, variant: str) -> None:
+    config = RoadConfig(variant=variant, group_size=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = attach_adapter(load_base_model(str(base_folder)), config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape))
+    forms = forms_of(model)
+    for layer in adapted_layers(model):
+        assert isinstance(forms[layer.name], TwoStreamRoad)
+        x = torch.randn(2, 3, layer.frozen.in_features)  # type: ignore[arg-type]
+        base, adapter = both_rows(forms[layer.name], x)
+        assert torch.equal(base, layer.frozen(x))
+        torch.testing.assert_close(adapter, layer.tuner(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dora_on_the_embeddings_scales_each_dimension(base_folder: Path) -> None:
+    config = LoraConfig(r=3, use_dora=True, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    model = attach_adapter(load_base_model(str(base_folder)), config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    layer = adapted_layers(model)[0]
+    form = forms_of(model)[layer.name]
+    ids = torch.tensor([[3, 70, 258], [0, 5, 9]])
+    base, adapter = both_rows(form, ids)
+    assert torch.equal(base, layer.frozen(ids))
+    torch.testing.assert_close(adapter, layer.tuner(ids), rtol=1e-5, atol=1e-5)
+    assert sum(parameter.numel() for parameter in form.parameters()) < 2 * layer.frozen.weight.numel()  # type: ignore[operator,union-attr]
 
 
 def test_layers_are_put_back_after_the_trace(base_folder: Path) -> None:

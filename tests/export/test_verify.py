@@ -1,0 +1,41 @@
+"""What the export's own check says of rounding and of faults."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from export.errors import VerificationError
+from export.verify import Failure, ParityReport, _expected, _in_float64, _judge_failures
+from tests.exported import PROMPT, Exported
+
+
+def judge(tiny: Exported, difference: float) -> ParityReport:
+    """A report with one difference past its limit, judged."""
+    report = ParityReport(1e-4, failures=[Failure("decode", "logits", difference, 1e-9)])
+    with torch.no_grad():
+        expected = [_expected(tiny.model, PROMPT, 5, ("base", "adapter"))]
+        _judge_failures(report, tiny.model, [PROMPT], [5], ("base", "adapter"), expected)
+    return report
+
+
+def test_a_difference_within_pytorchs_own_rounding_is_not_the_graphs_fault(tiny: Exported) -> None:
+    report = judge(tiny, 1e-7)
+    assert 1e-8 < report.rounding["logits"] < 1e-4
+    assert report.as_dict()["pytorch_rounding"] == report.rounding
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+def test_a_larger_difference_is(tiny: Exported, difference: float) -> None:
+    with pytest.raises(VerificationError, match="logits in decode is off by"):
+        judge(tiny, difference)
+
+
+def test_float64_leaves_the_model_as_it_was(tiny: Exported) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    with _in_float64(tiny.model):
+        assert next(tiny.model.parameters()).dtype == torch.float64
+    for name, tensor in tiny.model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name].numpy())
+        assert tensor.dtype == before[name].dtype
