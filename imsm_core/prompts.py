@@ -63,9 +63,10 @@ def adapter_hidden_state(peft_model: PeftModel, input_ids: Tensor, attention_mas
 @torch.no_grad()
 def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
     """The adapter stream's key/value cache after the virtual tokens alone: per layer a key and a value, each
-    (1, kv_heads, V, head_size) float32. Empty without virtual tokens.
+    (1, kv_heads, V, head_size) float32. Empty without virtual tokens. Of a layer with a sliding window it may hold the
+    last window - 1 virtual tokens alone, where that is below V: the text never sees the others there.
 
-    Raises AdapterError if a layer has no such cache: one that shares another's, or whose window is shorter than V.
+    Raises AdapterError if a layer has no such cache, as one that shares another's.
     """
     count = virtual_tokens(peft_model)
     if count == 0:
@@ -78,7 +79,8 @@ def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
         model.base_model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        if layer.keys is None or layer.keys.shape[2] != count:
+        kept = {count, min(count, layer.sliding_window - 1) if layer.is_sliding else count}
+        if layer.keys is None or layer.keys.dim() != 4 or layer.keys.shape[2] not in kept:
             raise AdapterError(f"layer {index} of the model keeps no cache of the {count} virtual tokens")
     return [(layer.keys.float().clone(), layer.values.float().clone()) for layer in layers]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MistralConfig, PreTrainedModel
 
 from imsm_core.adapters import adapted_layers, attach_adapter
-from imsm_core.errors import AdapterError, DataError
+from imsm_core.errors import DataError
 from imsm_core.gates import make_gate
 from imsm_core.prompts import adapter_hidden_state, prompt_cache, virtual_tokens
 from imsm_core.siamese import SiameseModel
@@ -124,8 +125,27 @@ def test_windowed_models_agree_with_pefts_own_forward(kind: str, method: str) ->
     assert [key.shape for key, _ in prompt_cache(model.peft_model)] == [(1, 2, VIRTUAL_TOKENS, 8)] * 2
 
 
-def test_window_shorter_than_the_virtual_tokens_has_no_prompt_cache() -> None:
-    base = windowed("gemma2", window=2)
-    model = attach_adapter(base, ADAPTERS["prefix_tuning"](base)).eval()
-    with pytest.raises(AdapterError, match="layer 0 of the model keeps no cache of the 3 virtual tokens"):
-        prompt_cache(model)
+@pytest.mark.parametrize("kind", ["gemma2", "mistral"])
+@pytest.mark.parametrize("method", METHODS)
+def test_window_shorter_than_the_virtual_tokens_keeps_the_last_of_them(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded on the left, where the windowed layers never look, the cache gives what PEFT's own forward gives."""
+    monkeypatch.setattr("tests.adapters.VIRTUAL_TOKENS", 17)
+    base = windowed(kind, window=5)
+    model = SiameseModel(attach_adapter(base, ADAPTERS[method](base)), make_gate("mean_logits", 32)).eval()
+    randomise_adapter(model, seed=3)
+    cache = prompt_cache(model.peft_model)
+    lengths = [key.shape[2] for key, _ in cache]
+    cropped = kind == "gemma2" and method in ("prefix_tuning", "prefix_projection", "cartridge")
+    assert lengths == ([4, 17] if cropped else [17, 17])
+    padded = [
+        tuple(functional.pad(part, (0, 0, 17 - length, 0), value=9.0) for part in pair)
+        for pair, length in zip(cache, lengths, strict=True)
+    ]
+    with torch.no_grad():
+        expected = model.peft_model(input_ids=TEXT).logits[:, -7:]
+        rows, positions = torch.zeros(7, dtype=torch.int64), torch.arange(7)
+        logits, _ = model.fused_logits(model.stream_states(TEXT), torch.ones_like(TEXT), rows, positions, -1e4)
+        assert_close(logits, expected[0], **CLOSE)
+        assert_close(continued(model.causal_lm, padded), expected, **CLOSE)
