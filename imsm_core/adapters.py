@@ -6,6 +6,7 @@ what contradicts IMSM and why. The backbone's weights stay as they were, bit by 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel
 
 from .backbone import first_line
 from .biases import backbone_biases, keep_original_biases
+from .configs import read_fields, warnings_unless_refused
 from .errors import AdapterError
-from .refusals import BackboneSnapshot, check_config
+from .refusals import BackboneSnapshot, check_config, check_fits, check_new_config
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -33,7 +35,8 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if the method is refused, does not
     fit the model, or a target module matches no layer."""
     wanted: str | set[str] | None = getattr(config, "target_modules", None)
-    check_config(config)
+    check_new_config(config)
+    check_fits(config, model)
     before = BackboneSnapshot(model)
     try:
         with known_warnings_ignored():
@@ -52,6 +55,7 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return peft_model
 
 
+@warnings_unless_refused()
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The adapter of a standard PEFT folder on `model`. Raises AdapterError; reads safetensors only.
 
@@ -59,10 +63,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     for name in FILES:
         if not (folder / name).is_file():
-            raise AdapterError(f"{folder} has no {name}")
+            pickled = name == FILES[1] and (folder / "adapter_model.bin").is_file()
+            advice = (
+                "; its adapter_model.bin is pickled and not read: load it with PEFT and save it again by "
+                "save_pretrained(folder, safe_serialization=True)"
+            )
+            raise AdapterError(f"{folder} has no {name}{advice if pickled else ''}")
+    fields = read_fields(folder / FILES[0])
+    fields.pop("runtime_config", None)  # as PEFT reads it
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = cast(Any, PeftConfig).from_peft_type(**fields)
         check_config(config)
+        check_fits(config, model)
         before = BackboneSnapshot(model)
         trainable = not config.is_prompt_learning
         with known_warnings_ignored():
@@ -81,6 +93,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"the weights in {folder} are not those of its adapter_config.json: {len(differing)} missing or too many, "
             f"such as {differing[0]}"
         )
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() and possible.get(name, expected.get(name, tensor)).is_floating_point():
+            raise AdapterError(f"the adapter in {folder} holds integers in {name}, whose values are floating-point")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values() if tensor.is_floating_point()):
         raise AdapterError(f"the adapter in {folder} holds values that are not finite")
     _settle(peft_model, before)
@@ -96,6 +111,14 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
+    _sort_sets(peft_model.peft_config[name], folder / FILES[0])
+
+
+def _sort_sets(config: PeftConfig, file: Path) -> None:
+    """PEFT writes a set, such as target_modules, in an order that changes from run to run."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    ordered = {name: sorted(value) for name, value in fields.items() if isinstance(getattr(config, name, None), set)}
+    file.write_text(json.dumps(fields | ordered, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:

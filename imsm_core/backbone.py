@@ -133,6 +133,10 @@ def _check_local_folder(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type's name."""
+    """The first line of an exception's message, with the second where the first leads to it, or its type's name."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) and lines:  # its message is the bare key
+        lines[0] = f"KeyError: {lines[0]}"
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines[0] = " ".join(f"{lines[0]} {lines[1]}".split())
     return lines[0] if lines else type(error).__name__

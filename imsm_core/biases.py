@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .errors import AdapterError
@@ -29,9 +30,8 @@ class _OriginalBiases(nn.Module):
 
 
 def keep_original_biases(peft_model: PeftModel, trained: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
-    """Keep the original values of `trained`: name in the plain causal LM -> (parameter trained in place, original)."""
-    if not trained:
-        return
+    """Keep the original values of `trained`: name in the plain causal LM -> (parameter trained in place, original).
+    Empty leaves a record too: that no bias of the backbone is trained."""
     names = {id(parameter): name for name, parameter in peft_model.get_base_model().named_parameters()}
     places = {name: names[id(parameter)] for name, (parameter, _) in trained.items()}
     peft_model.add_module(_HOME, _OriginalBiases({name: value for name, (_, value) in trained.items()}, places))
@@ -46,8 +46,9 @@ def backbone_biases(peft_model: PeftModel) -> dict[str, tuple[Tensor, nn.Paramet
     home = dict(peft_model.named_children()).get(_HOME)
     if not isinstance(home, _OriginalBiases):
         bias = getattr(peft_model.peft_config[peft_model.active_adapter], "bias", "none")
-        model = peft_model.get_base_model()
-        if bias != "none" and any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        own = _adapter_parameters(peft_model)
+        named = peft_model.get_base_model().named_parameters()
+        if bias != "none" and any(name.endswith(".bias") and id(parameter) not in own for name, parameter in named):
             raise AdapterError(f"bias={bias!r} trains the backbone's biases, and their original values are not here")
         return {}
     model = peft_model.get_base_model()
@@ -55,6 +56,13 @@ def backbone_biases(peft_model: PeftModel) -> dict[str, tuple[Tensor, nn.Paramet
         name: (home.get_buffer(home.buffer_names[name]), model.get_parameter(place))
         for name, place in home.places.items()
     }
+
+
+def _adapter_parameters(peft_model: PeftModel) -> set[int]:
+    """The ids of what the method itself added to the layers: LoRA's B may have a bias too."""
+    layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
+    parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    return {id(parameter) for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}
 
 
 @contextmanager

@@ -10,6 +10,11 @@ from typing import Any
 from .errors import IMSMError
 
 
+def option(name: str) -> str:
+    """A setting by its name on the command line and in Python, such as --gate-rank / gate_rank."""
+    return f"--{name.replace('_', '-')} / {name}"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 

@@ -8,6 +8,7 @@ tensors and plain layers, refuses everything else by name, and runs none of the 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .adapters import load_adapter, peft_type
 from .backbone import fingerprint, first_line, hidden_size, load_base_model
 from .checkpoint import CheckpointInfo
+from .console import option
 from .errors import AdapterError, CheckpointError, SettingsError
 from .gates import Gate, check_gate_kind, make_gate
 from .siamese import SiameseModel
@@ -43,9 +45,9 @@ def assemble(
     check_gate_kind(gate_kind)
     has_weights = gate_kind != "mean_logits"
     if has_weights and gate_from is None:
-        raise SettingsError(f"a {gate_kind} gate has trained weights; say where they are with gate_from")
+        raise SettingsError(f"a {gate_kind} gate has trained weights; say where they are with {option('gate_from')}")
     if not has_weights and gate_from is not None:
-        raise SettingsError(f"mean_logits has no weights, and gate_from names {gate_from}; leave it out")
+        raise SettingsError(f"mean_logits has no weights, and {option('gate_from')} names {gate_from}; leave it out")
     folder = find_adapter(adapter, adapter_name)
     base = load_base_model(base_model)
     base_fingerprint, width = fingerprint(base), hidden_size(base)
@@ -78,7 +80,8 @@ def find_adapter(folder: Path, name: str | None = None) -> Path:
     if name is not None and name not in places:
         raise AdapterError(f"{folder} has no adapter {name!r}; it has {', '.join(places)}")
     if name is None and len(places) > 1:
-        raise AdapterError(f"{folder} has several adapters; choose one of {', '.join(places)} with adapter_name")
+        names = ", ".join(places)
+        raise AdapterError(f"{folder} has several adapters; choose one of {names} with {option('adapter_name')}")
     return places[name] if name is not None else next(iter(places.values()))
 
 
@@ -146,7 +149,8 @@ def read_linear(path: Path) -> Tensor:
     """The weight of the released code's pickled `nn.Sequential(nn.Linear(bias=False), nn.Dropout)`, or of a linear
     layer, a state dict or a tensor. Raises CheckpointError naming the first class that is none of these."""
     try:
-        with torch.serialization.safe_globals(list(_PLAIN_LAYERS)):
+        with torch.serialization.safe_globals(list(_PLAIN_LAYERS)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what matters is refused
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted loader's own error, or any that a damaged file causes
         if foreign := re.search(r"(?:GLOBAL|of type|class) ([\w.]+)", str(error)):

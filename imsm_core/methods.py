@@ -8,7 +8,6 @@ Any other PEFT config comes from a file (`read_peft_config`).
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PeftConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import hidden_size
+from .backbone import first_line, hidden_size
+from .configs import CONFIG_TYPES, read_fields, warnings_unless_refused
+from .console import option
 from .errors import AdapterError
+from .refusals import check_new_config, check_tokens
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the lm_head
+LARGEST_RANK = 4096
+OPTIONS = {"rank": "adapter_rank", "alpha": "adapter_alpha", "dropout": "adapter_dropout"}
+"""Those that the command line calls by another name."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,16 @@ class _Wanted:
         return self.target_modules or ALL_LINEAR
 
     def shapes(self) -> list[tuple[int, int]]:
-        """(in, out) of the layers that are adapted."""
-        return [
+        """(in, out) of the layers that are adapted, at least one. Raises AdapterError if there is none."""
+        found = [
             shape
             for name, shape in linear_layers(self.model).items()
             if self.target_modules is None or any(f".{name}".endswith(f".{t}") for t in self.target_modules)
         ]
+        if not found:
+            names = ", ".join(self.target_modules or [ALL_LINEAR])
+            raise AdapterError(f"{option('target_modules')} {names} names no linear layer but, at most, the lm_head")
+        return found
 
     def block(self, at_most: int, outputs: bool = False) -> int:
         """The largest block that divides the input sizes of all adapted layers, and the output sizes if `outputs`."""
@@ -65,7 +73,9 @@ class _Wanted:
         common = math.gcd(*sizes)
         size = max((n for n in range(2, at_most + 1) if common % n == 0), default=1)
         if size == 1:
-            raise AdapterError("the adapted layers' sizes have no common block; choose others with target_modules")
+            raise AdapterError(
+                f"the adapted layers' sizes have no common block; choose others with {option('target_modules')}"
+            )
         return size
 
 
@@ -124,32 +134,35 @@ def check_options(method: str, **options: Any) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in known:
-            has = ", ".join(known).replace("_", " ") or "none"
-            raise AdapterError(f"{method} has no {name.replace('_', ' ')}; its options: {has}")
+            has = ", ".join(map(_option, known)) or "none"
+            raise AdapterError(f"{method} has no {_option(name)}; its options: {has}")
     chosen = {**known, **given}
     if chosen.get("rank", 1) < 1:
-        raise AdapterError(f"adapter rank is {chosen['rank']}; it must be at least 1")
+        raise AdapterError(f"{_option('rank')} is {chosen['rank']}; it must be at least 1")
+    if chosen.get("rank", 1) > LARGEST_RANK:
+        raise AdapterError(
+            f"{_option('rank')}: {chosen['rank']} is larger than any layer; it must be at most {LARGEST_RANK}"
+        )
     if not chosen.get("alpha", 1) > 0:
-        raise AdapterError(f"adapter alpha is {chosen['alpha']}; it must be above 0")
+        raise AdapterError(f"{_option('alpha')} is {chosen['alpha']}; it must be above 0")
     if not 0 <= chosen.get("dropout", 0) < 1:
-        raise AdapterError(f"adapter dropout is {chosen['dropout']}; it must be in [0, 1)")
+        raise AdapterError(f"{_option('dropout')} is {chosen['dropout']}; it must be in [0, 1)")
     if chosen.get("virtual_tokens", 1) < 1:
-        raise AdapterError(f"virtual tokens is {chosen['virtual_tokens']}; it must be at least 1")
+        raise AdapterError(f"{_option('virtual_tokens')} is {chosen['virtual_tokens']}; it must be at least 1")
     if "token_indices" in known and not chosen["token_indices"]:
-        raise AdapterError(f"{method} trains the embeddings of chosen tokens; name them with token_indices")
+        raise AdapterError(f"{method} trains the embeddings of chosen tokens; name them with {option('token_indices')}")
     return chosen
 
 
+def _option(name: str) -> str:
+    return option(OPTIONS.get(name, name))
+
+
+@warnings_unless_refused()
 def read_peft_config(path: Path) -> PeftConfig:
     """Any PEFT config, as PEFT writes it to adapter_config.json, for a new adapter. Raises AdapterError."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(fields["peft_type"])]
-    except OSError as error:
-        raise AdapterError(f"cannot read the PEFT config {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:  # no JSON, no object, no type or an unknown one
-        reason = str(error).splitlines()[0]
-        raise AdapterError(f"{path} is no PEFT config: {type(error).__name__}: {reason}") from error
+    fields = read_fields(path)
+    kind = CONFIG_TYPES[fields["peft_type"]]
     known = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(fields.keys() - known - {"peft_version"}):
         raise AdapterError(f"{path} has fields that {kind.__name__} does not know, such as {unknown[0]}")
@@ -158,7 +171,8 @@ def read_peft_config(path: Path) -> PeftConfig:
     try:
         config: PeftConfig = kind(**values | {"inference_mode": False})
     except Exception as error:  # PEFT's configs raise several types
-        raise AdapterError(f"{path} is no usable {kind.__name__}: {str(error).splitlines()[0]}") from error
+        raise AdapterError(f"{path} is no usable {kind.__name__}: {first_line(error)}") from error
+    check_new_config(config)
     if config.task_type is None:
         config.task_type = "CAUSAL_LM"
     return config
@@ -226,20 +240,25 @@ def _ia3(wanted: _Wanted) -> PeftConfig:
 
 def _ln_tuning(wanted: _Wanted) -> PeftConfig:
     """Every norm of the model, by its class's name."""
-    targets = wanted.target_modules or sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in wanted.model.named_modules()
-            if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
-        }
-    )
+    modules = dict(wanted.model.named_modules())
+    norms = {
+        name
+        for name, module in modules.items()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
+    for target in wanted.target_modules or []:
+        found = [name for name in modules if f".{name}".endswith(f".{target}")]
+        if other := [name for name in found if name not in norms]:
+            raise AdapterError(f"ln_tuning trains norms, and {option('target_modules')} {target} names {other[0]}")
+    targets = wanted.target_modules or sorted({name.rsplit(".", 1)[-1] for name in norms})
     config: PeftConfig = peft.LNTuningConfig(target_modules=targets, task_type="CAUSAL_LM")
     return config
 
 
 def _fourierft(wanted: _Wanted) -> PeftConfig:
+    """Starts from a spectrum of zeros, at the base model; PEFT's own default is a random one."""
     frequencies = min(1000, *(inputs * outputs for inputs, outputs in wanted.shapes()))
-    return _simple("FourierFTConfig", wanted, n_frequency=frequencies)
+    return _simple("FourierFTConfig", wanted, n_frequency=frequencies, init_weights=True)
 
 
 def _virtual(kind: str, wanted: _Wanted, **options: Any) -> PeftConfig:
@@ -249,11 +268,7 @@ def _virtual(kind: str, wanted: _Wanted, **options: Any) -> PeftConfig:
 
 def _trainable_tokens(wanted: _Wanted) -> PeftConfig:
     embeddings: Any = wanted.model.get_input_embeddings()
-    size = int(embeddings.weight.shape[0])
-    if outside := [index for index in wanted.token_indices if not 0 <= index < size]:
-        raise AdapterError(f"token index {outside[0]} is not in the model's vocabulary of {size}")
-    if len(set(wanted.token_indices)) < len(wanted.token_indices):
-        raise AdapterError("token_indices names a token twice")
+    check_tokens(wanted.token_indices, int(embeddings.weight.shape[0]))
     config: PeftConfig = peft.TrainableTokensConfig(token_indices=wanted.token_indices, task_type="CAUSAL_LM")
     return config
 

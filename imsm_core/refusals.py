@@ -6,6 +6,8 @@ weights alone, and to be either another form of some layers or virtual tokens in
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -41,9 +43,7 @@ _REFUSED_OPTIONS = {
 
 def check_config(config: PeftConfig) -> None:
     """Raise AdapterError for what can be told from the config alone."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind in REFUSED_TYPES:
-        raise AdapterError(f"the PEFT type {kind} is not supported: {REFUSED_TYPES[kind]}")
+    check_type(str(getattr(config.peft_type, "value", config.peft_type)))
     task = getattr(config.task_type, "value", config.task_type)
     if task not in (None, "CAUSAL_LM"):
         raise AdapterError(f"the adapter is for the task {task}; IMSM needs one for CAUSAL_LM")
@@ -53,6 +53,64 @@ def check_config(config: PeftConfig) -> None:
     init: Any = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.lower().startswith(_LORA_INITS):
         raise AdapterError(f"init_lora_weights={init!r} is not supported: it {_CHANGES_BACKBONE}")
+    check_finite({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    virtual = getattr(config, "num_virtual_tokens", None)
+    if config.is_prompt_learning and (type(virtual) is not int or virtual < 1):
+        raise AdapterError(f"the adapter's num_virtual_tokens is {virtual!r}; it must be a whole number of at least 1")
+
+
+def check_new_config(config: PeftConfig) -> None:
+    """`check_config`, and what an adapter that is trained already may have but a new one may not."""
+    check_config(config)
+    if (init := getattr(config, "init_lora_weights", None)) == "eva":
+        raise AdapterError(f"init_lora_weights={init!r} is not supported: it starts from data, by a pass of its own")
+
+
+def check_type(kind: str) -> None:
+    """Raise AdapterError for a PEFT type that contradicts IMSM."""
+    if kind in REFUSED_TYPES:
+        raise AdapterError(f"the PEFT type {kind} is not supported: {REFUSED_TYPES[kind]}")
+
+
+def check_finite(fields: dict[str, Any]) -> None:
+    """Raise AdapterError naming a config's field with a number that is not finite in it."""
+    for name, value in fields.items():
+        if not _finite(value):
+            raise AdapterError(f"the adapter's {name} is not finite")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_fits(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Raise AdapterError for what a config names in `model` that cannot be adapted: tokens, or the lm_head."""
+    embeddings: Any = model.get_input_embeddings()
+    chosen = getattr(config, "trainable_token_indices", None)
+    found = list(chosen.values()) if isinstance(chosen, dict) else [] if chosen is None else [chosen]
+    if hasattr(config, "token_indices"):
+        found.append(config.token_indices)
+    for indices in found:
+        check_tokens(indices, int(embeddings.weight.shape[0]))
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    saved = getattr(config, "modules_to_save", None) or []
+    if head is not None and any(f".{name}".endswith(f".{end}") for end in saved):
+        raise AdapterError(f"the adapter touches {name}; IMSM keeps the lm_head frozen, for both streams")
+
+
+def check_tokens(indices: Any, vocabulary: int) -> None:
+    """Raise AdapterError unless `indices` are distinct tokens, at least one."""
+    if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
+        raise AdapterError(f"token_indices is {indices!r}; it must be a list of at least one token's number")
+    if outside := [index for index in indices if not 0 <= index < vocabulary]:
+        raise AdapterError(f"token index {outside[0]} is not in the model's vocabulary of {vocabulary}")
+    if len(set(indices)) < len(indices):
+        raise AdapterError("token_indices names a token twice")
 
 
 class BackboneSnapshot:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import adapted_layers, causal_lm, check_adapter, free_lm_head, known_warnings_ignored
-from .backbone import apply_head, last_hidden_state
+from .backbone import apply_head, first_line, last_hidden_state
 from .biases import original_biases
+from .errors import AdapterError
 from .gates import Gate, Gated, Memories
-from .prompts import adapter_hidden_state
+from .prompts import adapter_hidden_state, context_length, virtual_tokens
 
 
 class StreamStates(NamedTuple):
@@ -73,6 +74,27 @@ class SiameseModel(nn.Module):
         finally:
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
+
+    @torch.no_grad()
+    def check_forward(self) -> None:
+        """Run both streams on a few tokens, in eval mode. Raises AdapterError if the adapter, whose config and values
+        fit so far, does not run on this model, or a stream's states are not finite."""
+        mode, model = self.training, self.causal_lm
+        device = next(model.parameters()).device
+        context = context_length(model)
+        room = 3 if context is None else context - virtual_tokens(self.peft_model)
+        length = min(3, int(model.config.get_text_config().vocab_size), max(1, room))
+        self.eval()
+        try:
+            with known_warnings_ignored():
+                states = self.stream_states(torch.arange(length, device=device)[None])
+        except Exception as error:  # whatever a layer raises on shapes or indices that do not fit
+            raise AdapterError(f"the adapter does not run on this model: {first_line(error)}") from error
+        finally:
+            self.train(mode)
+        for stream, state in states._asdict().items():
+            if not bool(torch.isfinite(state).all()):
+                raise AdapterError(f"the {stream} stream gives values that are not finite")
 
     def fused_logits(
         self, states: StreamStates, query_mask: Tensor, rows: Tensor, positions: Tensor, memory_bias: float = 0.0

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .adalora import RankAllocation, rank_allocation
+from .console import option
 from .data import IGNORED_LABEL, Dataset, Example, collate, epoch_order
 from .errors import AdapterError, IMSMError, SettingsError
 from .methods import default_learning_rate
@@ -54,20 +55,20 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "save_every"):
             if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise SettingsError(f"{option(name)} is {getattr(self, name)}; it must be at least 1")
         if self.steps is not None and self.steps < 1:
-            raise SettingsError(f"steps is {self.steps}; it must be at least 1")
+            raise SettingsError(f"{option('steps')} is {self.steps}; it must be at least 1")
         for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"{name} is {value}; it must be above 0 and finite")
+                raise SettingsError(f"{option(name)} is {value}; it must be above 0 and finite")
         if not 0 <= self.weight_decay < math.inf:
-            raise SettingsError(f"weight_decay is {self.weight_decay}; it must be at least 0 and finite")
+            raise SettingsError(f"{option('weight_decay')} is {self.weight_decay}; it must be at least 0 and finite")
         for name in ("gate_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+                raise SettingsError(f"{option(name)} is {getattr(self, name)}; it must be in [0, 1)")
         if not 0 <= self.seed < 2**32:
-            raise SettingsError(f"seed is {self.seed}; it must be in [0, 2**32)")
+            raise SettingsError(f"{option('seed')} is {self.seed}; it must be in [0, 2**32)")
 
     def with_learning_rate_for(self, config: PeftConfig) -> TrainSettings:
         """These settings with the PEFT method's own learning rate if none was given."""

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from .adapters import attach_adapter, peft_type
 from .backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from .checkpoint import INFO, CheckpointInfo, save_checkpoint
+from .console import option
 from .data import load_jsonl
 from .errors import OutputExistsError, SettingsError
 from .files import refuse_existing, sha256_of_file
 from .gates import check_gate_kind, make_gate
-from .methods import check_options, peft_config, read_peft_config
+from .methods import OPTIONS, check_options, peft_config, read_peft_config
 from .prompts import context_length
-from .refusals import check_config
 from .siamese import SiameseModel
 from .snapshots import newest_snapshot, partial_folder
 from .training import TrainSettings, train
@@ -54,13 +54,16 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise SettingsError(
-                f"max_length is {self.max_length}; it must be at least 2, a prompt's and an answer's token"
+                f"{option('max_length')} is {self.max_length}; it must be at least 2, a prompt's and an answer's token"
             )
         check_gate_kind(self.gate)
         if self.peft_config is None:
             check_options(self.peft or "lora", **self._options())
         elif given := [name for name, value in (self._options() | {"peft": self.peft}).items() if value is not None]:
-            raise SettingsError(f"{given[0]} and peft_config exclude each other: the file says all about the adapter")
+            raise SettingsError(
+                f"{option(OPTIONS.get(given[0], given[0]))} and {option('peft_config')} exclude each other: the file "
+                "says all about the adapter"
+            )
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -101,7 +104,7 @@ def tune(
     settings, training = settings or TuneSettings(), training or TrainSettings()
     # 1. Everything that can be refused is refused before the long work.
     if settings.peft_config is not None:
-        check_config(read_peft_config(settings.peft_config))
+        read_peft_config(settings.peft_config)
     device = _device(device)
     target = out.resolve()
     refuse_existing(target, INFO, force)
@@ -128,6 +131,7 @@ def tune(
     torch.manual_seed(training.seed)
     gate = make_gate(settings.gate, hidden_size(base), settings.gate_rank, training.gate_dropout)
     siamese = SiameseModel(attach_adapter(base, config), gate).to(device)
+    siamese.check_forward()
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)

@@ -11,6 +11,7 @@ import torch
 from peft import (
     AdaptionPromptConfig,
     CartridgeConfig,
+    EvaConfig,
     KasaConfig,
     LilyConfig,
     LoraConfig,
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
-from imsm_core.adapters import adapted_layers, attach_adapter, load_adapter
+from imsm_core.adapters import adapted_layers, attach_adapter, load_adapter, save_adapter
 from imsm_core.backbone import load_base_model
 from imsm_core.biases import backbone_biases
 from imsm_core.errors import AdapterError
@@ -116,11 +117,11 @@ def test_attaching_to_transposed_layers_warns_of_nothing(gpt2_folder: Path, recw
     ("arguments", "message"),
     [
         ({"method": "magic"}, "unsupported PEFT method 'magic'; choose one of lora"),
-        ({"rank": 0}, "adapter rank is 0"),
-        ({"alpha": 0}, "adapter alpha is 0"),
-        ({"dropout": 1.0}, "adapter dropout is 1.0"),
-        ({"dropout": -0.1}, "adapter dropout is -0.1"),
-        ({"dropout": float("nan")}, "adapter dropout is nan"),
+        ({"rank": 0}, "--adapter-rank / adapter_rank is 0"),
+        ({"alpha": 0}, "--adapter-alpha / adapter_alpha is 0"),
+        ({"dropout": 1.0}, "--adapter-dropout / adapter_dropout is 1.0"),
+        ({"dropout": -0.1}, "--adapter-dropout / adapter_dropout is -0.1"),
+        ({"dropout": float("nan")}, "--adapter-dropout / adapter_dropout is nan"),
     ],
 )
 def test_setting_outside_its_range_is_refused(arguments: dict[str, object], message: str) -> None:
@@ -148,7 +149,7 @@ def test_pickled_adapter_is_not_read(base_folder: Path, adapter_folder: Path) ->
     file = adapter_folder / "adapter_model.safetensors"
     torch.save(load_file(file), adapter_folder / "adapter_model.bin")
     file.unlink()
-    with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors; its adapter_model\.bin is pickled"):
         load_adapter(load_base_model(str(base_folder)), adapter_folder)
 
 
@@ -189,8 +190,18 @@ def test_adapter_with_values_that_are_not_finite_is_refused(base_folder: Path, a
         load_adapter(load_base_model(str(base_folder)), adapter_folder)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "config is no JSON", "config is a list"])
-def test_damaged_adapter_is_an_error_of_one_line(base_folder: Path, adapter_folder: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "cannot load the adapter in"),
+        ("empty", "cannot load the adapter in"),
+        ("config is no JSON", r"adapter_config\.json is no PEFT config: JSONDecodeError"),
+        ("config is a list", r"adapter_config\.json is no PEFT config: it is not a JSON object"),
+    ],
+)
+def test_damaged_adapter_is_an_error_of_one_line(
+    base_folder: Path, adapter_folder: Path, damage: str, message: str
+) -> None:
     weights, config = adapter_folder / "adapter_model.safetensors", adapter_folder / "adapter_config.json"
     match damage:
         case "truncated":
@@ -201,7 +212,7 @@ def test_damaged_adapter_is_an_error_of_one_line(base_folder: Path, adapter_fold
             config.write_text("{")
         case "config is a list":
             config.write_text("[]")
-    with pytest.raises(AdapterError, match="cannot load the adapter in") as caught:
+    with pytest.raises(AdapterError, match=message) as caught:
         load_adapter(load_base_model(str(base_folder)), adapter_folder)
     assert "\n" not in str(caught.value)
 
@@ -335,8 +346,70 @@ def test_of_nested_tuner_layers_the_outermost_is_listed(base_folder: Path) -> No
     assert all(type(layer.frozen) is nn.Linear for layer in layers)
 
 
-def test_unknown_peft_type_is_refused(base_folder: Path, adapter_folder: Path) -> None:
-    file = adapter_folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "NEXT_YEARS_METHOD"}))
-    with pytest.raises(AdapterError, match="cannot load the adapter"):
+def rewrite(folder: Path, **fields: object) -> Path:
+    """The adapter folder with other fields in its config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "NEXT_YEARS_METHOD"}, "has the unknown peft_type 'NEXT_YEARS_METHOD'; there are ADALORA"),
+        ({"peft_type": "POLY"}, "PEFT type POLY is not supported"),
+        ({"lora_alpha": float("nan")}, "the adapter's lora_alpha is not finite"),
+        ({"trainable_token_indices": [-1]}, "token index -1 is not in"),
+        ({"next_years_field": 1, "task_type": "SEQ_CLS"}, "for the task SEQ_CLS"),
+        ({"modules_to_save": ["lm_head"]}, "touches lm_head; IMSM keeps"),
+        ({"r": 5}, r"Error\(s\) in loading state_dict for PeftModelForCausalLM: size mismatch for .*lora_A.*\[4, 32\]"),
+    ],
+    ids=str,
+)
+def test_config_that_does_not_fit_is_refused_in_one_line_and_without_pefts_warnings(
+    base_folder: Path, adapter_folder: Path, fields: dict[str, object], message: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(load_base_model(str(base_folder)), rewrite(adapter_folder, **fields))
+    assert "\n" not in str(caught.value)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_field_of_a_newer_peft_is_warned_of_when_the_adapter_loads(base_folder: Path, adapter_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="next_years_field"):
+        load_adapter(load_base_model(str(base_folder)), rewrite(adapter_folder, next_years_field=1))
+
+
+def test_adapter_of_data_driven_initial_values_loads_but_is_not_made(base_folder: Path, adapter_folder: Path) -> None:
+    load_adapter(load_base_model(str(base_folder)), rewrite(adapter_folder, init_lora_weights="eva", eva_config={}))
+    with pytest.raises(AdapterError, match="init_lora_weights='eva' is not supported: it starts from data"):
+        attach_adapter(
+            load_base_model(str(base_folder)), LoraConfig(**Q_PROJ, init_lora_weights="eva", eva_config=EvaConfig())
+        )
+
+
+def test_adapter_of_integers_is_refused(base_folder: Path, adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {min(weights): weights[min(weights)].to(torch.int64)}, file)
+    with pytest.raises(AdapterError, match="holds integers in " + min(weights).replace(".", r"\.")):
         load_adapter(load_base_model(str(base_folder)), adapter_folder)
+
+
+def test_saved_config_has_its_sets_in_order(base_folder: Path, tmp_path: Path) -> None:
+    save_adapter(attach(base_folder, *PROJECTIONS), tmp_path / "adapter")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert fields["target_modules"] == sorted(PROJECTIONS)
+    load_adapter(load_base_model(str(base_folder)), tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but")
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_bias_of_lora_itself_is_none_of_the_backbones(base_folder: Path, tmp_path: Path, bias: str) -> None:
+    """A Llama has no biases."""
+    peft_model = attach_adapter(load_base_model(str(base_folder)), LoraConfig(**Q_PROJ, bias=bias, lora_bias=True))
+    assert backbone_biases(peft_model) == {}
+    save_adapter(peft_model, tmp_path / "adapter")
+    assert backbone_biases(load_adapter(load_base_model(str(base_folder)), tmp_path / "adapter")) == {}
+    elsewhere = get_peft_model(load_base_model(str(base_folder)), LoraConfig(**Q_PROJ, bias=bias, lora_bias=True))
+    assert backbone_biases(elsewhere) == {}

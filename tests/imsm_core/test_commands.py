@@ -155,10 +155,15 @@ def wrong(name: str, value: object, error: type[IMSMError], message: str) -> Any
         wrong("--data", "/no/rows.jsonl", DataError, "cannot read the data file"),
         wrong("--prompt-field", "question", DataError, "line 1 has no field 'question'; it has 'prompt', 'answer'"),
         wrong("--peft", "magic", AdapterError, "unsupported PEFT method 'magic'; choose one of lora, dora"),
-        wrong("--peft", "ia3", AdapterError, "ia3 has no rank; its options: target modules"),
-        wrong("--peft", "trainable_tokens", AdapterError, "trainable_tokens has no rank"),
-        wrong("--virtual-tokens", 3, AdapterError, "lora has no virtual tokens"),
-        wrong("--peft-config", "config.json", SettingsError, "rank and peft_config exclude each other"),
+        wrong("--peft", "ia3", AdapterError, "ia3 has no --adapter-rank / adapter_rank; its options: --target-modules"),
+        wrong("--peft", "trainable_tokens", AdapterError, "trainable_tokens has no --adapter-rank"),
+        wrong("--virtual-tokens", 3, AdapterError, "lora has no --virtual-tokens / virtual_tokens"),
+        wrong(
+            "--peft-config",
+            "config.json",
+            SettingsError,
+            "--adapter-rank / adapter_rank and --peft-config / peft_config exclude each other",
+        ),
         wrong("--target-modules", "nothing", AdapterError, "nothing"),
         wrong("--gate", "mode5", SettingsError, "unknown gate 'mode5'"),
         wrong("--gate-rank", 0, SettingsError, "gate rank is 0"),
@@ -178,6 +183,23 @@ def test_mistake_is_one_line_and_writes_nothing(
         train_command(*arguments, "--out", tmp_path / "out", option, value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 1}, "does not run on this model"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [-1]}, "token index -1 is not in the model's vocabulary"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": []}, "at least one token's number"),
+    ],
+)
+def test_peft_config_that_does_not_fit_the_model_is_refused_before_training(
+    tmp_path: Path, arguments: list[object], config: dict[str, object], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = without(arguments, "--adapter-rank")
+    with pytest.raises(AdapterError, match=message):
+        train_command(*base, "--peft-config", tmp_path / "config.json", "--out", tmp_path / "out")
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(

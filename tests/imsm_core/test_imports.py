@@ -216,8 +216,18 @@ def test_gate_of_several_epochs_has_to_be_named(trained: tuple[SiameseModel, Pat
     ("kind", "gate", "error", "message"),
     [
         ("magic", None, SettingsError, "unknown gate 'magic'"),
-        ("token", None, SettingsError, "a token gate has trained weights; say where they are with gate_from"),
-        ("mean_logits", "gate.safetensors", SettingsError, "mean_logits has no weights, and gate_from names"),
+        (
+            "token",
+            None,
+            SettingsError,
+            "a token gate has trained weights; say where they are with --gate-from / gate_from",
+        ),
+        (
+            "mean_logits",
+            "gate.safetensors",
+            SettingsError,
+            "mean_logits has no weights, and --gate-from / gate_from names",
+        ),
         ("token", "missing", CheckpointError, "no gate at .*missing: it does not exist"),
         ("token", "adapter", CheckpointError, "holds no gate: neither gate.safetensors nor linear_A.pth"),
         ("token", "imsm.json", CheckpointError, "is no gate: give a .safetensors or a linear_A.pth"),
@@ -241,7 +251,9 @@ def test_one_of_several_adapters_in_a_folder_is_chosen_by_name(base_folder: Path
     peft_model = get_peft_model(load_base_model(str(base_folder)), config)
     peft_model.add_adapter("legal", LoraConfig(r=3, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     peft_model.save_pretrained(str(tmp_path / "several"), save_embedding_layers=False)
-    with pytest.raises(AdapterError, match="has several adapters; choose one of default, legal with adapter_name"):
+    with pytest.raises(
+        AdapterError, match="has several adapters; choose one of default, legal with --adapter-name / adapter_name"
+    ):
         find_adapter(tmp_path / "several")
     with pytest.raises(AdapterError, match="has no adapter 'medical'; it has default, legal"):
         find_adapter(tmp_path / "several", "medical")

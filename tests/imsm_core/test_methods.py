@@ -31,6 +31,7 @@ from tests.imsm_core.test_training import DATASET, EXAMPLES, SETTINGS
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),  # SHiRA's forward, by PyTorch
 ]
+RANDOM_START = ("prefix_tuning", "prompt_tuning", "p_tuning", "c3a", "vblora")  # as their authors have it
 LINEAR_ONLY = ("loha", "lokr", "oft", "boft", "hra", "delora", "c3a")  # PEFT has no form of these for GPT-2's layers
 TEXT = torch.tensor([[0, 70, 80, 90, 100]])
 
@@ -107,12 +108,24 @@ def test_blocks_are_those_of_the_chosen_layers(base_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("ia3", {"rank": 3}, "ia3 has no rank; its options: target modules"),
-        ("prefix_tuning", {"target_modules": ["q_proj"]}, "prefix_tuning has no target modules"),
-        ("prompt_tuning", {"virtual_tokens": 0}, "virtual tokens is 0; it must be at least 1"),
-        ("trainable_tokens", {}, "trains the embeddings of chosen tokens; name them with token_indices"),
+        ("ia3", {"rank": 3}, "ia3 has no --adapter-rank / adapter_rank; its options: --target-modules"),
+        ("prefix_tuning", {"target_modules": ["q_proj"]}, "prefix_tuning has no --target-modules"),
+        ("prompt_tuning", {"virtual_tokens": 0}, "--virtual-tokens / virtual_tokens is 0; it must be at least 1"),
+        (
+            "trainable_tokens",
+            {},
+            "trains the embeddings of chosen tokens; name them with --token-indices / token_indices",
+        ),
         ("trainable_tokens", {"token_indices": [3, 259]}, "token index 259 is not in the model's vocabulary of 259"),
         ("trainable_tokens", {"token_indices": [3, 3]}, "names a token twice"),
+        ("fourierft", {"target_modules": ["nope"]}, "--target-modules / target_modules nope names no linear layer"),
+        ("c3a", {"target_modules": ["lm_head"]}, "target_modules lm_head names no linear layer but, at most, the lm_"),
+        (
+            "ln_tuning",
+            {"target_modules": ["q_proj"]},
+            "ln_tuning trains norms, and --target-modules .* q_proj names mo",
+        ),
+        ("lora", {"rank": 5000}, "adapter_rank: 5000 is larger than any layer; it must be at most 4096"),
     ],
 )
 def test_option_that_does_not_fit_the_method_is_refused(
@@ -139,20 +152,67 @@ def test_peft_config_file_is_read_as_peft_writes_it(base_folder: Path, tmp_path:
     [
         (None, r"cannot read the PEFT config .*config\.json: No such file"),
         ("{", "is no PEFT config: JSONDecodeError"),
-        ("[]", "is no PEFT config: TypeError"),
-        ("{}", "is no PEFT config: KeyError: 'peft_type'"),
-        ('{"peft_type": "MAGIC"}', "is no PEFT config: ValueError: 'MAGIC'"),
+        ("[]", "is no PEFT config: it is not a JSON object"),
+        ("null", "is no PEFT config: it is not a JSON object"),
+        ('"LORA"', "is no PEFT config: it is not a JSON object"),
+        ("[" * 100_000, "is no PEFT config: its JSON is nested too deeply"),
+        ("{}", "is no PEFT config: it has no peft_type"),
+        ('{"peft_type": "MAGIC"}', "has the unknown peft_type 'MAGIC'; there are ADALORA, .* LORA"),
+        ('{"peft_type": ["LORA"]}', r"has the unknown peft_type \['LORA'\]"),
+        ('{"peft_type": "XLORA", "rr": 3}', "PEFT type XLORA is not supported: it mixes"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "the adapter's lora_alpha is not finite"),
+        ('{"peft_type": "LORA", "alpha_pattern": {"q_proj": 1e999}}', "the adapter's alpha_pattern is not finite"),
+        ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "init_lora_weights='eva' is not supported: it starts"),
+        ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": "5"}', "num_virtual_tokens is '5'; it must be a whole"),
+        ('{"peft_type": "PROMPT_TUNING"}', "num_virtual_tokens is None; it must be a whole"),
+        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}', "num_virtual_tokens is 0; it must be a whole"),
         ('{"peft_type": "LORA", "rr": 3}', "has fields that LoraConfig does not know, such as rr"),
-        ('{"peft_type": "ADALORA"}', "is no usable AdaLoraConfig: AdaLoRA does not work"),
+        ('{"peft_type": "LORA", "task_type": "POETRY"}', "is no usable LoraConfig: Invalid task type: 'POETRY'"),
     ],
 )
-def test_unusable_peft_config_file_is_an_error_of_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+def test_unusable_peft_config_file_is_an_error_of_one_line(
+    tmp_path: Path, content: str | None, message: str, recwarn: pytest.WarningsRecorder
+) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(AdapterError, match=message) as caught:
         read_peft_config(path)
     assert "\n" not in str(caught.value)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_peft_config_file_may_begin_with_a_byte_order_mark_and_leave_adalora_its_steps(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"peft_type": "ADALORA", "tinit": 10}', encoding="utf-8-sig")
+    assert read_peft_config(path).tinit == 10  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["TRAINABLE_TOKENS", "LORA"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([-1], "token index -1 is not in the model's vocabulary of 259"),
+        ([259], "token index 259 is not in the model's vocabulary of 259"),
+        ([5, 5], "names a token twice"),
+        ([], r"token_indices is \[\]; it must be a list of at least one token's number"),
+        (["5"], r"token_indices is \['5'\]; it must be a list"),
+    ],
+)
+def test_tokens_of_a_config_file_are_checked_as_the_options_are(
+    base_folder: Path, tmp_path: Path, kind: str, indices: list[Any], message: str
+) -> None:
+    field = {"TRAINABLE_TOKENS": "token_indices", "LORA": "trainable_token_indices"}[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"peft_type": kind, field: indices, "target_modules": ["embed_tokens"]}))
+    with pytest.raises(AdapterError, match=message):
+        attach_adapter(load_base_model(str(base_folder)), read_peft_config(path))
+
+
+@pytest.mark.parametrize("method", [name for name in PEFT_METHODS if name not in RANDOM_START])
+def test_methods_that_change_layers_start_at_the_base_model(base_folder: Path, method: str) -> None:
+    states = fresh(base_folder, method).stream_states(TEXT)
+    assert torch.allclose(states.base, states.adapter, atol=1e-4)
 
 
 # Training

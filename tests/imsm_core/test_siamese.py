@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PrefixTuningConfig
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from imsm_core.adapters import adapted_layers
+from imsm_core.adapters import adapted_layers, attach_adapter
 from imsm_core.backbone import load_base_model
-from imsm_core.gates import GATES
+from imsm_core.errors import AdapterError
+from imsm_core.gates import GATES, make_gate
 from imsm_core.siamese import SiameseModel, masked_mean
 from tests.builders import make_siamese, randomise
 
@@ -254,3 +256,32 @@ def test_invariants_hold_on_a_real_model(stories_folder: Path) -> None:
         assert_close(as_adapter, model.peft_model.merge_and_unload()(tokens).logits[0], atol=1e-4, rtol=1e-4)
     assert (between - as_base).abs().mean() > 0.01
     assert (between - as_adapter).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_check_leaves_the_model_as_it_was(folder: Path, training: bool) -> None:
+    model = make_siamese(folder).train(training)
+    modes = [module.training for module in model.modules()]
+    model.check_forward()
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_adapter_for_fewer_layers_than_the_model_has_does_not_run(base_folder: Path) -> None:
+    base = load_base_model(str(base_folder))
+    config = PrefixTuningConfig(num_virtual_tokens=3, num_layers=1, task_type="CAUSAL_LM")
+    model = SiameseModel(attach_adapter(base, config), make_gate("mean_logits", base.config.hidden_size))
+    with pytest.raises(AdapterError, match="the adapter does not run on this model: ") as caught:
+        model.check_forward()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", ["base", "adapter"])
+def test_stream_whose_states_are_not_finite_is_named(base_folder: Path, stream: str) -> None:
+    model = make_siamese(base_folder)
+    layer = adapted_layers(model.peft_model)[-1]
+    module = layer.frozen if stream == "base" else layer.tuner.lora_B
+    with torch.no_grad():
+        next(module.parameters()).fill_(torch.inf)
+    with pytest.raises(AdapterError, match=f"the {stream} stream gives values that are not finite"):
+        model.check_forward()
