@@ -106,6 +106,7 @@ def export_model(
     """Export a siamese model in memory (CPU, float32); returns the manifest. Raises as `export_checkpoint`."""
     model.eval()
     # 1. What can be refused is refused before the long work.
+    model.check_forward()
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)

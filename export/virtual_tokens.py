@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from imsm_core.prompts import prompt_cache
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from imsm_core.prompts import prompt_cache, virtual_tokens
 from imsm_core.siamese import SiameseModel
 
 from .attention import AttentionPlan
@@ -31,7 +31,7 @@ def virtual_cache(model: SiameseModel, plan: AttentionPlan) -> VirtualCache:
 
     Raises UnsupportedError if the model caches something else than one key and one value a layer.
     """
-    cache = prompt_cache(model.peft_model)
+    cache, count = prompt_cache(model.peft_model), virtual_tokens(model.peft_model)
     if cache and len(cache) != len(plan.layers):
         raise UnsupportedError(
             f"architecture {model.causal_lm.config.model_type!r} has {len(plan.layers)} layers and caches {len(cache)}"
@@ -43,8 +43,9 @@ def virtual_cache(model: SiameseModel, plan: AttentionPlan) -> VirtualCache:
                 raise UnsupportedError(
                     f"layer {index} caches a {part} of shape {tuple(tensor.shape)}, unlike its heads"
                 )
-            missing = layer.cached_head_size - tensor.shape[3]
-            padded[f"{index}.{part}"] = functional.pad(tensor[0], (0, missing)).float().contiguous().numpy()
+            # Zeros where a window is smaller than the virtual tokens: it never sees those before its own.
+            missing, unseen = layer.cached_head_size - tensor.shape[3], count - tensor.shape[2]
+            padded[f"{index}.{part}"] = functional.pad(tensor[0], (0, missing, unseen, 0)).float().contiguous().numpy()
     return padded
 
 

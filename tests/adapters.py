@@ -82,9 +82,9 @@ def _on_linear(kind: str, **options: Any) -> Callable[[PreTrainedModel], PeftCon
     return make
 
 
-def _virtual(kind: str, **options: Any) -> Callable[[PreTrainedModel], PeftConfig]:
+def _virtual(kind: str, count: int = VIRTUAL_TOKENS, **options: Any) -> Callable[[PreTrainedModel], PeftConfig]:
     def make(model: PreTrainedModel) -> PeftConfig:
-        config: PeftConfig = getattr(peft, kind)(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM", **options)
+        config: PeftConfig = getattr(peft, kind)(num_virtual_tokens=count, task_type="CAUSAL_LM", **options)
         return config
 
     return make
@@ -132,6 +132,7 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
     "fourierft": _on_linear("FourierFTConfig", n_frequency=40, scaling=20.0),
     "vblora": _on_linear("VBLoRAConfig", r=4, num_vectors=8, vector_length=common_divisor, topk=2),
     "prefix_tuning": _virtual("PrefixTuningConfig"),
+    "prefix_long": _virtual("PrefixTuningConfig", 11),  # longer than the windows of tests/zoo.py
     "prefix_projection": _virtual("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=12),
     "prompt_tuning": _virtual("PromptTuningConfig"),
     "p_tuning": _virtual("PromptEncoderConfig", encoder_hidden_size=12),

@@ -70,7 +70,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "codegen": _gpt2("codegen", rotary_dim=4, n_ctx=CONTEXT),
     "cohere": _config("cohere"),
-    "cohere2": _config("cohere2", head_dim=8, sliding_window=WINDOW, num_hidden_layers=4),
+    "cohere2": _config(
+        "cohere2", head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
     "ctrl": _gpt2("ctrl", dff=60),
     "cwm": _config("cwm", head_dim=8, sliding_window=WINDOW),
     "deepseek_v2": _config(
@@ -104,7 +106,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "flex_olmo": _config("flex_olmo", num_experts=4, num_experts_per_tok=2),
     "gemma": _config("gemma", head_dim=16),
     "gemma2": _config("gemma2", head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=30.0),
-    "gemma3": _config("gemma3_text", head_dim=8, sliding_window=WINDOW, num_hidden_layers=6),
+    "gemma3": _config(
+        "gemma3_text", head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
     "glm": _config("glm", head_dim=8),
     "glm4": _config("glm4", head_dim=8),
     "glm4_moe": _config("glm4_moe", head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=20),
@@ -163,7 +167,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "nemotron": _config("nemotron"),
     "olmo": _config("olmo"),
     "olmo2": _config("olmo2"),
-    "olmo3": _config("olmo3", sliding_window=WINDOW, num_hidden_layers=4),
+    "olmo3": _config("olmo3", sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "olmoe": _config("olmoe", num_experts=6, num_experts_per_tok=3),
     "opt": _config("opt", ffn_dim=60, word_embed_proj_dim=WIDTH),
     "opt, projected embeddings": _config("opt", ffn_dim=60, word_embed_proj_dim=16, do_layer_norm_before=False),
@@ -177,7 +181,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": _config("qwen3", head_dim=16),
     "qwen3_moe": _config("qwen3_moe", head_dim=16, **EXPERTS),
     "seed_oss": _config("seed_oss", head_dim=8),
-    "smollm3": _config("smollm3", num_hidden_layers=4),
+    "smollm3": _config("smollm3", no_rope_layers=[1, 0]),
     "stablelm": _config("stablelm"),
     "starcoder2": _config("starcoder2", sliding_window=WINDOW),
     "vaultgemma": _config("vaultgemma", head_dim=8, sliding_window=WINDOW),

@@ -16,7 +16,7 @@ DIAGONAL = {
     "qwen3": "oft",
     "qwen2_moe": "dora",
     "mixtral": "lora",  # on experts and routers
-    "gemma2": "prefix_tuning",
+    "gemma2": "prefix_long",  # more virtual tokens than the window
     "gemma3": "loha",
     "phi3": "vera",
     "glm": "lokr",
