@@ -82,9 +82,10 @@ def _on_linear(kind: str, **options: Any) -> Callable[[PreTrainedModel], PeftCon
     return make
 
 
-def _virtual(kind: str, count: int = VIRTUAL_TOKENS, **options: Any) -> Callable[[PreTrainedModel], PeftConfig]:
+def _virtual(kind: str, count: int | None = None, **options: Any) -> Callable[[PreTrainedModel], PeftConfig]:
     def make(model: PreTrainedModel) -> PeftConfig:
-        config: PeftConfig = getattr(peft, kind)(num_virtual_tokens=count, task_type="CAUSAL_LM", **options)
+        tokens = VIRTUAL_TOKENS if count is None else count
+        config: PeftConfig = getattr(peft, kind)(num_virtual_tokens=tokens, task_type="CAUSAL_LM", **options)
         return config
 
     return make

@@ -38,7 +38,7 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
         (["export", "/no/where", "OUT"], "no checkpoint at /no/where"),
         (["export", "CKPT", "ARTIFACT"], "exists and is kept"),
         (["export", "CKPT", "OUT", "--precision", "int1"], "unknown precision 'int1'"),
-        (["export", "CKPT", "OUT", "--context-length", "4096"], "context length 4096 is not in 1 .. 128"),
+        (["export", "CKPT", "OUT", "--context-length", "4096"], "context length 4096 is not in 2 .. 128"),
         (["inspect", "/no/where"], "no artifact at /no/where"),
         (["inspect", "CKPT"], "has no imsm_model.json"),
         (["generate", "ARTIFACT", "--prompt", ""], "the prompt is empty"),
