@@ -228,6 +228,10 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path, seconds: floa
         "Qwen1.5-4B is `qwen1.5` (transformers' qwen2 with as many key as query heads and biases on q, k and v), "
         "Llama3-8B is `llama`. Names are those of tests/zoo.py and tests/adapters.py, which hold the configurations.",
         "",
+        "Between them the rows have tied and untied embeddings (qwen2, llama), grouped, single and multi-query heads "
+        "(llama, gpt2, falcon), biases and none (qwen1.5, llama), windows, experts, ALiBi, learned positions, and "
+        "rotations of whole, partial, interleaved and no width.",
+        "",
         *matrix,
         "",
         "## Every other architecture, with LoRA on all linear layers",

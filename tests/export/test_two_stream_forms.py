@@ -272,6 +272,24 @@ def test_lora_on_a_router_gives_the_adapter_a_router_of_its_own(tmp_path: Path) 
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rank", [1, 64])
+@torch.no_grad()
+def test_a_lora_of_any_rank_keeps_it(base_folder: Path, rank: int) -> None:
+    config = LoraConfig(r=rank, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    model = attach_adapter(load_base_model(str(base_folder)), config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_()
+    for layer in adapted_layers(model):
+        form: Any = forms_of(model)[layer.name]
+        assert form.adapter_a.shape[0] == rank
+        x = torch.randn(2, 3, 32)
+        base, adapter = both_rows(form, x)
+        assert torch.equal(base, layer.frozen(x))
+        torch.testing.assert_close(adapter, layer.tuner(x), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 @torch.no_grad()
 def test_every_variant_of_road_is_two_vectors(base_folder: Path, variant: str) -> None:
