@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ COLUMNS = (
 PROMPTS = ([0, 80, 104, 77, TOKENS[0], 102, 114, TOKENS[1], 118, 90, 61], [77, TOKENS[2], 102, 114], [TOKENS[1]])
 STEPS = 24
 TOLERANCE = 1e-4  # absolute, and relative to the largest logit
+BATCH = 60  # cells before the processes are started anew
 NOTICEABLE = 512  # bytes of a weight
 FORCED = 1e4  # a memory bias that closes the gate on one side
 
@@ -84,7 +86,8 @@ def run_cell(row: str, column: str) -> Cell:
     except (AdapterError, BaseModelError, UnsupportedError) as error:
         return Cell(row, column, refused=str(error), seconds=time.perf_counter() - start)
     except Exception as error:  # a cell that fails must not end the run
-        return Cell(row, column, failed=f"{type(error).__name__}: {error}".splitlines()[0])
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Cell(row, column, failed=reason, seconds=time.perf_counter() - start)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,16 +149,24 @@ def _compare(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def run_cells(cells: Sequence[tuple[str, str]], jobs: int, note: Callable[[Cell], None]) -> dict[tuple[str, str], Cell]:
-    """Run cells in `jobs` processes, each started anew now and then to give its memory back. Raises BrokenProcessPool
-    if one of them dies."""
+    """Run cells in `jobs` processes, which are started anew now and then to give their memory back. Raises
+    BrokenProcessPool if one of them dies."""
     done: dict[tuple[str, str], Cell] = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, _quiet, max_tasks_per_child=40) as pool:
-        for future in as_completed([pool.submit(run_cell, *names) for names in cells]):
-            cell = future.result()
-            done[cell.row, cell.column] = cell
-            note(cell)
+    for first in range(0, len(cells), BATCH):
+        with ProcessPoolExecutor(jobs, spawn, _quiet) as pool:
+            for future in as_completed([pool.submit(run_cell, *names) for names in cells[first : first + BATCH]]):
+                cell = future.result()
+                done[cell.row, cell.column] = cell
+                note(cell)
     return done
+
+
+def read_results(path: Path | None) -> dict[tuple[str, str], Cell]:
+    """The cells of an interrupted run, one JSON object a line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+    cells = [Cell(**json.loads(line)) for line in lines]
+    return {(cell.row, cell.column): cell for cell in cells}
 
 
 def _quiet() -> None:
@@ -201,7 +212,7 @@ def _general(reason: str) -> str:
     return reason.replace("the adapter does not fit the model: ", "PEFT: ")
 
 
-def write_document(cells: dict[tuple[str, str], Cell], path: Path, seconds: float, jobs: int) -> None:
+def write_document(cells: dict[tuple[str, str], Cell], path: Path) -> None:
     """Write the matrix, the two lists beside it, and the architectures that are refused."""
     document = Document(cells)
     passed = [cell.difference for cell in cells.values() if not cell.refused and not cell.failed]
@@ -214,8 +225,8 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path, seconds: floa
     lines = [
         "# Coverage: architecture x PEFT method",
         "",
-        f"Written by `scripts/coverage` on {datetime.date.today()} ({platform.machine()}, {jobs} processes, "
-        f"{seconds / 60:.0f} minutes; {versions}): {len(passed)} pairs agree with PyTorch, {len(refused)} are refused "
+        f"Written by `scripts/coverage` on {datetime.date.today()} ({platform.machine()}; {versions}; "
+        f"{sum(cell.seconds for cell in cells.values()) / 60:.0f} minutes of one core): {len(passed)} pairs agree with PyTorch, {len(refused)} are refused "
         f"with a reason, {len(failed)} fail. The largest difference of all is {max(passed, default=0):.0e}.",
         "",
         "A number is the largest absolute difference of logits between the artifact and PyTorch in float32, on a tiny "
@@ -272,6 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="methods (tests/adapters.py); without it all")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; without it only print")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="keep every pair's result here, and go on from those that it has"
+    )
     args = parser.parse_args(argv)
     for given, known in ((args.rows, ARCHITECTURES), (args.columns, ADAPTERS)):
         if unknown := [name for name in given or [] if name not in known]:
@@ -283,15 +297,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen += [(row, "lora") for row in ARCHITECTURES if row not in ROWS]
         chosen += [("llama", column) for column in ADAPTERS if column not in COLUMNS]
     start = time.perf_counter()
+    known = read_results(args.results)
 
     def note(cell: Cell) -> None:
         result = f"refused: {cell.refused}" if cell.refused else f"FAILED: {cell.failed}" if cell.failed else ""
         print(f"{cell.row} x {cell.column}: {result or f'{cell.difference:.1e}'} ({cell.seconds:.0f} s)", flush=True)
+        if args.results is not None:
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(cell)) + "\n")
 
-    cells = run_cells(chosen, args.jobs, note)
-    seconds = time.perf_counter() - start
+    cells = known | run_cells([names for names in chosen if names not in known], args.jobs, note)
     if args.out is not None:
-        write_document(cells, args.out, seconds, args.jobs)
+        write_document(cells, args.out)
+    seconds = time.perf_counter() - start
     failed = sum(bool(cell.failed) for cell in cells.values())
     print(f"{len(cells)} pairs, {failed} failed, {seconds:.0f} s")
     return 1 if failed else 0
