@@ -106,7 +106,6 @@ def export_model(
     """Export a siamese model in memory (CPU, float32); returns the manifest. Raises as `export_checkpoint`."""
     model.eval()
     # 1. What can be refused is refused before the long work.
-    model.check_forward()
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
@@ -114,6 +113,7 @@ def export_model(
         layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
+    model.check_forward()
     virtual = virtual_cache(model, plan) if virtual_tokens else {}
     adapter = None if settings.base_only else describe_adapter(info.peft_type, layers, virtual)
     if adapter is not None:
