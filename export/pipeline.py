@@ -109,11 +109,11 @@ def export_model(
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
-    with original_biases(model.peft_model):
-        layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
     model.check_forward()
+    with original_biases(model.peft_model):
+        layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
     virtual = virtual_cache(model, plan) if virtual_tokens else {}
     adapter = None if settings.base_only else describe_adapter(info.peft_type, layers, virtual)
     if adapter is not None:
