@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from types import FrameType
 
 import onnx_ir as ir
 import torch
@@ -39,7 +42,7 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     streams = STREAMS[: step.streams]
     sample = _sample_inputs(step)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _kept_interrupt(), _quiet():
             program = torch.onnx.export(
                 step,
                 tuple(sample),
@@ -140,6 +143,28 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
         "past": [[(cache, cache) for _ in layers] for layers in sample.past],
     }
     return tuple(shapes[name] for name in StepInputs._fields)
+
+
+@contextmanager
+def _kept_interrupt() -> Iterator[None]:
+    """Tracing runs callbacks in which Python drops any exception, Ctrl-C's too; then it is raised at the end."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    interrupted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 @contextmanager

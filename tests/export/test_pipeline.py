@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from export.errors import UnsupportedError, VerificationError
 from export.pipeline import ExportSettings, export_checkpoint
+from export.trace import _kept_interrupt
 from export.verify import verify_graph
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import BaseModelError, OutputExistsError
@@ -92,6 +94,13 @@ def test_an_interrupted_export_leaves_nothing_that_looks_whole(
     assert not target.exists()
     if kill == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_that_a_callback_drops_is_raised_after_the_trace() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _kept_interrupt(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_base_only_export_has_one_stream_and_no_gate(tmp_path: Path) -> None:
