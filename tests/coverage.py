@@ -221,6 +221,8 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path) -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "onnxruntime"))
     minutes = sum(cell.seconds for cell in cells.values()) / 60
     matrix = document.table(ROWS, COLUMNS)
+    left = sum((row, column) not in cells for row in ROWS for column in COLUMNS)
+    left_out = [f"{left} pairs of the matrix were left out of this run; their cells are empty.", ""] if left else []
     others = document.table([name for name in ARCHITECTURES if name not in ROWS], ["lora"])
     methods = [name for name in ADAPTERS if name not in COLUMNS]
     lines = [
@@ -244,19 +246,17 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path) -> None:
         "(llama, gpt2, falcon), biases and none (qwen1.5, llama), windows, experts, ALiBi, learned positions, and "
         "rotations of whole, partial, interleaved and no width.",
         "",
+        *left_out,
         *matrix,
         "",
         "## Every other architecture, with LoRA on all linear layers",
         "",
         *others,
         "",
-        "## Every other PEFT method and setting, on Llama",
-        "",
-        "| | llama |",
-        "|---|---|",
-        *[f"| {name} | {document.entry('llama', name)} |" for name in methods if ("llama", name) in cells],
-        "",
     ]
+    if run := [name for name in methods if ("llama", name) in cells]:
+        lines += ["## Every other PEFT method and setting, on Llama", "", "| | llama |", "|---|---|"]
+        lines += [*[f"| {name} | {document.entry('llama', name)} |" for name in run], ""]
     if document.reasons:
         lines += ["## Why a pair is refused", ""]
         lines += [f"{number}. {reason}" for number, reason in enumerate(document.reasons, 1)]
