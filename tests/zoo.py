@@ -117,7 +117,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neo": _config(
         "gpt_neo", num_layers=LAYERS, num_heads=HEADS, attention_types=[[["global", "local"], 1]], window_size=WINDOW
     ),
-    "gpt_neox": _config("gpt_neox"),
+    "gpt_neox": _config("gpt_neox", num_key_value_heads=HEADS),
     "gpt_oss": _config("gpt_oss", head_dim=8, sliding_window=WINDOW, **LOCAL_EXPERTS),
     "gptj": _gpt2("gptj", rotary_dim=4),
     "granite": _config("granite"),
@@ -169,7 +169,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": _config("olmo2"),
     "olmo3": _config("olmo3", sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "olmoe": _config("olmoe", num_experts=6, num_experts_per_tok=3),
-    "opt": _config("opt", ffn_dim=60, word_embed_proj_dim=WIDTH),
+    "opt": _config("opt", num_key_value_heads=HEADS, ffn_dim=60, word_embed_proj_dim=WIDTH),
     "opt, projected embeddings": _config("opt", ffn_dim=60, word_embed_proj_dim=16, do_layer_norm_before=False),
     "persimmon": _config("persimmon"),
     "phi": _config("phi"),
