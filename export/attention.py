@@ -26,6 +26,7 @@ from .errors import UnsupportedError
 from .experts import ExpertsPlan, emitting_experts, plan_experts
 from .families import through_interface
 from .masks import MaskRule, causal_window
+from .replaced import replaced
 from .rotary import (
     RotaryCall,
     RotaryPlan,
@@ -212,14 +213,8 @@ def emitting(model: PreTrainedModel, step: StepTensors) -> Iterator[None]:
 
 @contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        with through_interface(model):
-            yield
-    finally:
-        config._attn_implementation = before
+    with replaced(model.config, "_attn_implementation", name), through_interface(model):
+        yield
 
 
 def _record(

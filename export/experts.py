@@ -24,6 +24,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .replaced import replaced
+
 _NOT_ROUTED = -1e30  # the router input of the experts that a token is not routed to
 _SMALLEST_WEIGHT = 1e-37
 _NAME = "imsm_emit"
@@ -76,13 +78,12 @@ def emitting_experts(model: PreTrainedModel, plan: ExpertsPlan) -> Iterator[None
     """Inside the block the experts of every layer emit nodes."""
     global _plan
     _laid.clear()
-    config = model.config
-    before = config._experts_implementation
-    config._experts_implementation, _plan = _NAME, plan
+    _plan = plan
     try:
-        yield
+        with replaced(model.config, "_experts_implementation", _NAME):
+            yield
     finally:
-        config._experts_implementation, _plan = before, None
+        _plan = None
         _laid.clear()
 
 

@@ -17,7 +17,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedError
+from .replaced import replaced
 
 FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_emb")  # the second: where the rotation multiplies complex numbers
 Mode = Literal["fused", "node", "traced", "none"]
@@ -69,19 +70,12 @@ def _function_name(model: PreTrainedModel) -> str | None:
     return next((name for name in FUNCTIONS if hasattr(modelling_module(model), name)), None)
 
 
-@contextmanager
-def replaced_rotary(model: PreTrainedModel, function: Callable[..., Any] | None) -> Iterator[None]:
+def replaced_rotary(model: PreTrainedModel, function: Callable[..., Any] | None) -> AbstractContextManager[None]:
     """Swap the architecture's rotary function for `function` (None leaves it), also in a shared module."""
-    module, name = modelling_module(model), _function_name(model)
+    name = _function_name(model)
     if function is None or name is None:
-        yield
-        return
-    original = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
+        return nullcontext()
+    return replaced(modelling_module(model), name, function)
 
 
 def recognise(function: Callable[..., Any], result: Any, *args: Any, **kwargs: Any) -> RotaryCall:

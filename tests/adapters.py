@@ -11,30 +11,17 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from imsm_core.adapters import attach_adapter
 from imsm_core.backbone import hidden_size, load_base_model
 from imsm_core.gates import make_gate
+from imsm_core.methods import linear_layers
 from imsm_core.siamese import SiameseModel
 
 VIRTUAL_TOKENS = 3
 TOKENS = [3, 70, 80, 90]
 """Those whose embeddings are trained by the configs that train some."""
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer but the lm_head, by name."""
-    head = model.get_output_embeddings()
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            shapes[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
-    return shapes
 
 
 def common_divisor(model: PreTrainedModel, inputs_only: bool = False) -> int:

@@ -11,15 +11,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import UnsupportedError
 from .parameters import two_stream_parameters
-from .rows import ADAPTER_ROWS, LowRank, PeftLayer, TwoStreamEmbedding, constant, linear_weight, on_adapter_rows
-
-# Variants whose change depends on more than the layer's input.
-REFUSED_VARIANTS = {
-    "ALoraLinearVariant": "starts at its invocation tokens",
-    "ArrowLinearVariant": "routes between adapters",
-}
+from .rows import LowRank, PeftLayer, TwoStreamEmbedding, constant, linear_weight, on_adapter_rows
 
 
 class TwoStreamDora(LowRank):
@@ -32,13 +25,9 @@ class TwoStreamDora(LowRank):
         super().__init__(base_layer, a, b * magnitude[:, None], unscaled)
         self.adapter_magnitude = constant(magnitude)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As LowRank, with the frozen product scaled on the adapter's rows."""
-        mask = ADAPTER_ROWS.mask_for(x)
-        low = functional.linear(x, self.adapter_a) * mask
-        frozen: Tensor = self.base_layer(x)
-        y = frozen * on_adapter_rows(self.adapter_magnitude, x) + functional.linear(low, self.adapter_b)
-        return y if self.adapter_bias is None else y + self.adapter_bias * mask
+    def frozen_product(self, x: Tensor) -> Tensor:
+        """Scaled on the adapter's rows."""
+        return super().frozen_product(x) * on_adapter_rows(self.adapter_magnitude, x)
 
 
 class TwoStreamLoraEmbedding(TwoStreamEmbedding):
@@ -68,8 +57,6 @@ def two_stream_lora(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str
         return two_stream_parameters(name, layer, frozen, adapter)
     variant = layer.lora_variant.get(adapter)
     kind = type(variant).__name__
-    if kind in REFUSED_VARIANTS:
-        raise UnsupportedError(f"{name} uses LoRA's variant {kind}, which {REFUSED_VARIANTS[kind]}; it has no form")
     if adapter in layer.lora_embedding_A:
         return _embedding(layer, frozen, adapter, kind) if variant is None or kind == "DoraEmbeddingVariant" else None
     if adapter not in layer.lora_A:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 PeftLayer = Any
 """A tuner layer of PEFT: a module with containers of parameters by the adapter's name, which PEFT does not type."""
@@ -79,8 +80,13 @@ class LowRank(nn.Module):
         """x: (2 * B, S, in) or (2 * B * S, in) -> the same with out."""
         mask = ADAPTER_ROWS.mask_for(x)
         low = functional.linear(x, self.adapter_a) * mask
-        y: Tensor = self.base_layer(x) + functional.linear(low, self.adapter_b)
+        y = self.frozen_product(x) + functional.linear(low, self.adapter_b)
         return y if self.adapter_bias is None else y + self.adapter_bias * mask
+
+    def frozen_product(self, x: Tensor) -> Tensor:
+        """W x + bias, which a kind of low-rank change may scale on the adapter's rows."""
+        product: Tensor = self.base_layer(x)
+        return product
 
 
 class TwoStreamBias(nn.Module):
@@ -134,7 +140,7 @@ def linear_weight(layer: nn.Module) -> Tensor | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
-    if type(layer).__name__ == "Conv1D":
+    if isinstance(layer, Conv1D):
         return weight.detach().T
     return weight.detach() if isinstance(layer, nn.Linear) else None
 

@@ -6,8 +6,8 @@ its attention's forward for one that ends in the interface's function. Everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -40,14 +40,3 @@ def attention_function(model: PreTrainedModel) -> Callable[..., Any]:
     """The interface's function that the model's config names at the moment."""
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     return function
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of a class or module for the time of the block."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.codegen import modeling_codegen
 
-from . import attention_function, register, replaced
+from ..replaced import replaced
+from . import attention_function, register
 from .sinusoidal import SinusoidalRotation
 
-_DEVICES = (
-    4  # that the released weights were laid out for; each holds its heads' queries, values and keys, in this order
-)
+# What the released weights were laid out for: each holds its heads' queries, values and keys, in this order.
+_DEVICES = 4
 
 
 @register("codegen")

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.falcon import modeling_falcon
 
-from . import attention_function, register, replaced
+from ..replaced import replaced
+from . import attention_function, register
 
 
 @register("falcon")

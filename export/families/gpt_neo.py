@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from . import attention_function, register, replaced
+from ..replaced import replaced
+from . import attention_function, register
 
 
 @register("gpt_neo")

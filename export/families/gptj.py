@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.gptj import modeling_gptj
 
-from . import attention_function, register, replaced
+from ..replaced import replaced
+from . import attention_function, register
 from .sinusoidal import SinusoidalRotation
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.mpt import modeling_mpt
 
-from . import attention_function, register, replaced
+from ..replaced import replaced
+from . import attention_function, register
 
 
 @register("mpt")
