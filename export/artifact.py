@@ -16,8 +16,9 @@ from imsm_core.files import sha256_of_file
 from .attention import AttentionPlan
 from .errors import UnsupportedError
 from .normalized import ModelFacts
+from .streams import StreamLayout
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
@@ -53,6 +54,7 @@ def write_manifest(
     graph: ir.Model,
     facts: ModelFacts,
     plan: AttentionPlan,
+    layout: StreamLayout,
     streams: tuple[str, ...],
     sections: dict[str, Any],
 ) -> dict[str, Any]:
@@ -68,8 +70,8 @@ def write_manifest(
             "context_length": facts.context_length,
         },
         "streams": list(streams),
-        "layers": {stream: facts.layers for stream in streams},
-        "cache": {stream: _cache_geometry(plan) for stream in streams},
+        "shared_layers": layout.trunk,
+        "cache": _cache_geometry(plan, layout),
         "opset": {domain or "ai.onnx": number for domain, number in graph.opset_imports.items()},
         "graph": {
             "inputs": [_signature(value) for value in graph.graph.inputs],
@@ -94,8 +96,11 @@ def _signature(value: ir.Value) -> dict[str, Any]:
     return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape}
 
 
-def _cache_geometry(plan: AttentionPlan) -> list[dict[str, int]]:
-    return [{"kv_heads": layer.kv_heads, "head_size": layer.cached_head_size} for layer in plan.layers]
+def _cache_geometry(plan: AttentionPlan, layout: StreamLayout) -> list[dict[str, Any]]:
+    return [
+        {"groups": list(layout.groups(index)), "kv_heads": layer.kv_heads, "head_size": layer.cached_head_size}
+        for index, layer in enumerate(plan.layers)
+    ]
 
 
 def _logit_width(graph: ir.Model) -> int:

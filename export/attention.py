@@ -1,10 +1,7 @@
-"""Attention of every layer as GroupQueryAttention nodes, one per stream, each with its own cache.
+"""What the attention of every layer asks for, found out by one eager forward pass.
 
-transformers' attention interface lets a function stand in for attention in every architecture that uses it. Two are
-registered here: a probe, which records what each layer asks for (and computes nothing), and the emitter, which the
-trace runs.
-
-GroupQueryAttention: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+transformers' attention interface lets a function stand in for attention in every architecture that uses it. The probe
+registered here records what each layer asks for and computes nothing; `attention_nodes` writes it into the graph.
 """
 
 from __future__ import annotations
@@ -23,25 +20,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from imsm_core.backbone import first_line, last_hidden_state
 
 from .errors import UnsupportedError
-from .experts import ExpertsPlan, emitting_experts, plan_experts
+from .experts import ExpertsPlan, plan_experts
 from .families import through_interface
 from .masks import MaskRule, causal_window
 from .replaced import replaced
 from .rotary import (
     RotaryCall,
     RotaryPlan,
-    fixed_rotary,
     fixed_tables,
     recognise,
     refuse_changing_rotation,
     replaced_rotary,
     rotary_function,
-    rotary_node,
     tables,
 )
-from .streams import split_streams
 
 HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention's kernels refuse other head sizes; heads are padded with zeros up to it
+MOST_PADDING = 512  # tokens that a ragged chunk may pad a row with
 FUSED_ROTARY_MULTIPLE = 16  # ... and with do_rotary other sizes than these
 IGNORED_ARGUMENTS = {"position_ids", "use_cache", "cache_position", "output_attentions", "layer_idx"}
 ATTENTION_LAYER_TYPES = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -81,31 +76,6 @@ class AttentionPlan:
     experts: ExpertsPlan
 
 
-@dataclass
-class StepTensors:
-    """What one traced step gives the attention of every layer and collects from it. past and present are indexed
-    [stream][layer] and hold (key, value), each (B, kv_heads, length, cached_head_size). position_ids: (streams * B,
-    S). seqlens_k, total_sequence_length: one per stream, virtual tokens counted in. cos, sin: the rotary tables, if the
-    plan has them. attention_biases: (1, heads, S, total) per stream, computed by the first layer that has a key bias,
-    for all of them."""
-
-    plan: AttentionPlan
-    streams: int
-    position_ids: Tensor
-    seqlens_k: list[Tensor]
-    total_sequence_length: list[Tensor]
-    cos: Tensor | None
-    sin: Tensor | None
-    past: list[list[tuple[Tensor, Tensor]]]
-    present: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
-    attention_biases: list[Tensor] = field(default_factory=list)
-
-    def lengths(self, stream: int) -> tuple[Tensor, Tensor]:
-        """seqlens_k and total_sequence_length of a stream."""
-        return self.seqlens_k[stream], self.total_sequence_length[stream]
-
-
-_step: StepTensors | None = None
 _probe: _Probe | None = None
 
 
@@ -141,7 +111,7 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
         return result
 
     try:
-        with _attention(model, "imsm_probe"), replaced_rotary(model, record_rotary), torch.no_grad():
+        with attention_by(model, "imsm_probe"), replaced_rotary(model, record_rotary), torch.no_grad():
             embeddings = model.get_input_embeddings()(torch.tensor([[0, 1, 2]]))
             last_hidden_state(model, inputs_embeds=embeddings, position_ids=torch.tensor([[5, 6, 7]]))
         if sorted(probe.layers) != list(range(layer_count)):
@@ -190,29 +160,17 @@ def _plan_rotary(model: PreTrainedModel, probe: _Probe, context: int) -> RotaryP
         and all(layer.head_size % FUSED_ROTARY_MULTIPLE == 0 for layer in probe.layers.values())
         and all(layer.head_size == layer.cached_head_size for layer in probe.layers.values())
     )
+    if fused:  # a ragged chunk's padding has positions too, past the context at worst
+        cos_sin = (
+            functional.pad(cos_sin[0], (0, 0, 0, MOST_PADDING)),
+            functional.pad(cos_sin[1], (0, 0, 0, MOST_PADDING)),
+        )
     return RotaryPlan("fused" if fused else "node", interleaved, *cos_sin, fixed)
 
 
 @contextmanager
-def emitting(model: PreTrainedModel, step: StepTensors) -> Iterator[None]:
-    """Inside the block the backbone's attention emits nodes for `step` and fills `step.present`."""
-    global _step
-    step.present = [[] for _ in range(step.streams)]
-    _step = step
-    try:
-        with (
-            _attention(model, "imsm_emit"),
-            emitting_experts(model, step.plan.experts),
-            replaced_rotary(model, _EMITTED_ROTARY.get(step.plan.rotary.mode)),
-            fixed_rotary(step.plan.rotary),
-        ):
-            yield
-    finally:
-        _step = None
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside the block attention is the function that the interface knows by `name`."""
     with replaced(model.config, "_attn_implementation", name), through_interface(model):
         yield
 
@@ -241,7 +199,7 @@ def _record(
         )
     if key.shape[2] != query.shape[2]:
         raise UnsupportedError(f"{type(module).__name__} attends to other tokens than its own")
-    index = _layer_index(module, arguments)
+    index = layer_index(module, arguments)
     if index in _probe.layers:
         raise UnsupportedError(f"its attention layer {index} runs more than once in a step")
     pending, _probe.pending = _probe.pending, None
@@ -261,7 +219,8 @@ def _record(
     return torch.zeros(batch, sequence, heads, value.shape[-1]), None
 
 
-def _layer_index(module: nn.Module, arguments: dict[str, Any]) -> int:
+def layer_index(module: nn.Module, arguments: dict[str, Any]) -> int:
+    """Which layer's attention is running."""
     index = arguments.get("layer_idx")
     return int(module.layer_idx if index is None else index)  # type: ignore[arg-type]
 
@@ -281,113 +240,6 @@ def _window(
     raise UnsupportedError(f"{type(module).__name__} makes its attention mask by itself")
 
 
-def _emit(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
-) -> tuple[Tensor, None]:
-    """The emitter. query: (streams * B, heads, S, D), the streams' rows stacked. Returns (streams * B, S, heads,
-    value_size)."""
-    assert _step is not None
-    index = _layer_index(module, arguments)
-    layer = _step.plan.layers[index]
-    key_bias, sink = arguments.get("key_bias"), arguments.get("s_aux")
-    if key_bias is not None and not _step.attention_biases:
-        _step.attention_biases = _attention_biases(key_bias, _step, query.shape[2])
-    outputs = []
-    split = [split_streams(_heads_last(x, layer.cached_head_size), _step.streams) for x in (query, key, value)]
-    for stream, (q, k, v) in enumerate(zip(*split, strict=True)):
-        bias = None if key_bias is None else _step.attention_biases[stream]
-        output, present = _group_query_attention(layer, _step, stream, index, q, k, v, bias, sink)
-        _step.present[stream].append(present)
-        outputs.append(output)
-    stacked = torch.cat(outputs, dim=0) if _step.streams > 1 else outputs[0]
-    rows, _, sequence, _ = query.shape
-    return stacked.view(rows, sequence, layer.heads, layer.cached_head_size)[..., : layer.value_size], None
-
-
-def _attention_biases(key_bias: KeyBias, step: StepTensors, sequence: int) -> list[Tensor]:
-    """One per stream, the same one where the streams are equally long."""
-    found: list[Tensor] = []
-    for stream, total in enumerate(step.total_sequence_length):
-        equal = [other for other in range(stream) if step.total_sequence_length[other] is total]
-        found.append(found[equal[0]] if equal else _attention_bias(key_bias, step, stream, sequence))
-    return found
-
-
-def _attention_bias(key_bias: KeyBias, step: StepTensors, stream: int, sequence: int) -> Tensor:
-    """(1, heads, S, total): the kernel wants `total_sequence_length` columns, not as many as a longer cache has."""
-    total = step.total_sequence_length[stream]
-    zero, one = torch.zeros_like(total), torch.ones_like(total)
-    # The size of the result is the value of `total`, which no shape in the trace has; only broadcasting follows.
-    length = step.past[stream][0][0].shape[2] + sequence
-    positions = torch.onnx.ops.symbolic("Range", [zero, total, one], dtype=total.dtype, shape=(length,))
-    bias = key_bias(positions.float(), (total - 1).float())
-    return bias[None, :, None, :] + torch.zeros(sequence)[None, None, :, None]
-
-
-def _group_query_attention(
-    layer: LayerAttention,
-    step: StepTensors,
-    stream: int,
-    index: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_bias: Tensor | None,
-    sink: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """query: (B, S, heads * D); key, value: (B, S, kv_heads * D). Returns the output like query, and present."""
-    past_key, past_value = step.past[stream][index]
-    inputs: list[Tensor | None] = [query, key, value, past_key, past_value, *step.lengths(stream)]
-    attributes: dict[str, Any] = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "scale": layer.scale}
-    fused = layer.rotated and step.plan.rotary.mode == "fused"
-    if fused:
-        attributes |= {"do_rotary": 1, "rotary_interleaved": int(step.plan.rotary.interleaved)}
-    if layer.sliding_window is not None:
-        attributes["local_window_size"] = layer.sliding_window
-    if layer.softcap is not None:
-        attributes["softcap"] = layer.softcap
-    inputs += [step.cos, step.sin] if fused else [None, None]
-    inputs += [None, attention_bias, sink]  # None: position_ids; the kernel counts them from seqlens_k
-    while inputs[-1] is None:
-        inputs.pop()
-    batch, _, past, size = past_key.shape
-    cache = (batch, layer.kv_heads, past + query.shape[1], size)
-    output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        inputs,
-        attributes,
-        dtypes=[query.dtype] * 3,
-        shapes=[query.shape, cache, cache],
-        version=1,
-    )
-    return output, (present_key, present_value)
-
-
-def _heads_last(x: Tensor, size: int) -> Tensor:
-    """(rows, heads, S, D) -> (rows, S, heads * size), each head padded with zeros from D to size."""
-    rows, heads, sequence, head_size = x.shape
-    x = x.transpose(1, 2)
-    if size != head_size:
-        x = functional.pad(x, (0, size - head_size))
-    return x.reshape(rows, sequence, heads * size)
-
-
-def _pass_through(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """GroupQueryAttention rotates by itself."""
-    return query, key
-
-
-def _rotary_nodes(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    assert _step is not None
-    assert _step.cos is not None
-    assert _step.sin is not None
-    tables = (_step.position_ids, _step.cos, _step.sin, _step.plan.rotary.interleaved)
-    return rotary_node(query, *tables), rotary_node(key, *tables)
-
-
-_EMITTED_ROTARY: dict[str, Any] = {"fused": _pass_through, "node": _rotary_nodes}
-
-
 def _record_mask(batch_size: int, q_length: int, kv_length: int, mask_function: MaskRule, **settings: Any) -> Tensor:
     """The probe's mask: a causal one, that the layer which gets it is known to follow `mask_function`."""
     assert _probe is not None
@@ -396,11 +248,5 @@ def _record_mask(batch_size: int, q_length: int, kv_length: int, mask_function: 
     return mask
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """GroupQueryAttention is causal by itself and masks by `seqlens_k`."""
-
-
 AttentionInterface.register("imsm_probe", _record)
-AttentionInterface.register("imsm_emit", _emit)
 ALL_MASK_ATTENTION_FUNCTIONS.register("imsm_probe", _record_mask)
-ALL_MASK_ATTENTION_FUNCTIONS.register("imsm_emit", _no_mask)

@@ -24,7 +24,9 @@ from .attention import plan_attention
 from .errors import UnsupportedError
 from .normalized import model_facts
 from .passes import run_passes
+from .streams import StreamLayout
 from .trace import trace
+from .trunk import trunk_length
 from .two_stream import TwoStreamStep
 from .verify import ParityReport, verify_graph
 from .virtual_tokens import save_virtual_cache, virtual_cache
@@ -42,6 +44,7 @@ class ExportSettings:
     context_length: int | None = None
     base_only: bool = False
     max_delta_mb: float | None = None
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -119,12 +122,16 @@ def export_model(
     if adapter is not None:
         report_adapter(adapter, causal_lm, report)
         check_delta_size(adapter, settings.max_delta_mb)
+    trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
+    layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.portable)
     with publish_folder(target, MANIFEST, force) as draft:
         # 2. Trace, rewrite, write.
-        report(f"trace     {facts.architecture}, {facts.layers} layers, rotary: {plan.rotary.mode}")
+        shared = f", the first {trunk} shared by both streams" if trunk else ""
+        report(f"trace     {facts.architecture}, {facts.layers} layers{shared}, rotary: {plan.rotary.mode}")
         with original_biases(model.peft_model):  # until the weights are written: the trace only refers to them
             with replaced_layers(causal_lm, layers):
-                step = TwoStreamStep(causal_lm, None if settings.base_only else model.gate, plan, virtual_tokens)
+                gate = None if settings.base_only else model.gate
+                step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens)
                 traced = trace(step.eval())
             counts = run_passes(traced.model)
             write_graph(traced.model, draft)
@@ -149,7 +156,7 @@ def export_model(
             "parity": parity.as_dict(),
             "tokens": write_tokenizer(tokenizer, causal_lm, draft),
         }
-        manifest = write_manifest(draft, traced.model, facts, plan, traced.streams, sections)
+        manifest = write_manifest(draft, traced.model, facts, plan, layout, traced.streams, sections)
     report(f"written   {target}")
     return manifest
 

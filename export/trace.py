@@ -18,9 +18,10 @@ from torch import Tensor
 
 from imsm_core.backbone import first_line, hidden_size
 
-from .attention import AttentionPlan
+from .attention_nodes import LayerCaches
 from .errors import TraceError, UnsupportedError
-from .two_stream import Cache, StepInputs, TwoStreamStep
+from .streams import StreamLayout
+from .two_stream import StepInputs, TwoStreamStep
 
 OPSET = 20
 STREAMS = ("base", "adapter")
@@ -39,7 +40,7 @@ class TracedGraph:
 
 def trace(step: TwoStreamStep) -> TracedGraph:
     """Trace `step` with symbolic batch, sequence, past and wanted positions; names every input and output."""
-    streams = STREAMS[: step.streams]
+    streams = STREAMS[: step.layout.streams]
     sample = _sample_inputs(step)
     try:
         with torch.no_grad(), _kept_interrupt(), _quiet():
@@ -48,7 +49,7 @@ def trace(step: TwoStreamStep) -> TracedGraph:
                 tuple(sample),
                 dynamo=True,
                 dynamic_shapes=(_dynamic_shapes(sample),),
-                input_names=_input_names(streams, len(step.plan.layers)),
+                input_names=[*StepInputs._fields[:-1], *_cache_names("past_key_values", step)],
                 opset_version=OPSET,
                 optimize=True,
                 verbose=False,
@@ -59,7 +60,7 @@ def trace(step: TwoStreamStep) -> TracedGraph:
         ) from error
     assert program is not None
     model = program.model
-    names = _output_names(step, streams)
+    names = _output_names(step)
     if len(names) != len(model.graph.outputs):
         raise TraceError(f"the trace has {len(model.graph.outputs)} outputs, not {len(names)}")
     for value, name in zip(model.graph.outputs, names, strict=True):
@@ -74,27 +75,23 @@ def _why(cause: BaseException) -> str:
     return f"PyTorch cannot trace it ({name}: {first_line(cause)})"
 
 
-def cache_name(direction: str, stream: str, layer: int, part: str) -> str:
-    """direction: past_key_values or present; part: key or value."""
-    return f"{direction}.{stream}.{layer}.{part}"
+def cache_name(direction: str, group: str, layer: int, part: str) -> str:
+    """direction: past_key_values or present; group: a group of rows, see `StreamLayout`; part: key or value."""
+    return f"{direction}.{group}.{layer}.{part}"
 
 
-def _cache_names(direction: str, streams: tuple[str, ...], layers: int) -> list[str]:
+def _cache_names(direction: str, step: TwoStreamStep) -> list[str]:
     return [
-        cache_name(direction, stream, layer, part)
-        for stream in streams
-        for layer in range(layers)
+        cache_name(direction, group, layer, part)
+        for layer in range(len(step.plan.layers))
+        for group in step.layout.groups(layer)
         for part in ("key", "value")
     ]
 
 
-def _input_names(streams: tuple[str, ...], layers: int) -> list[str]:
-    return [*StepInputs._fields[:-1], *_cache_names("past_key_values", streams, layers)]
-
-
-def _output_names(step: TwoStreamStep, streams: tuple[str, ...]) -> list[str]:
+def _output_names(step: TwoStreamStep) -> list[str]:
     gated = ["hidden_adapter", "gate", "gate_mean", "present_query_sum", "present_query_count"]
-    present = _cache_names("present", streams, len(step.plan.layers))
+    present = _cache_names("present", step)
     return ["hidden_base", *(gated if step.gate is not None else []), "logits", *present]
 
 
@@ -105,25 +102,28 @@ def _sample_inputs(step: TwoStreamStep) -> StepInputs:
         position_ids=torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
         seqlens_k=torch.full((_BATCH,), _PAST + _SEQUENCE - 1, dtype=torch.int32),
         total_sequence_length=torch.tensor(_PAST + _SEQUENCE, dtype=torch.int32),
+        query_seqlens=torch.full((_BATCH,), _SEQUENCE, dtype=torch.int32),
         logit_positions=torch.zeros(_BATCH, _WANTED, dtype=torch.int64),
         query_mask=torch.ones(_BATCH, _SEQUENCE),
         past_query_sum=torch.zeros(_BATCH, 2, width),
         past_query_count=torch.zeros(_BATCH),
         memory_bias=torch.zeros(_BATCH),
-        past=_sample_cache(step.plan, step.streams),
+        past=_sample_caches(step),
     )
 
 
-def _sample_cache(plan: AttentionPlan, streams: int) -> Cache:
-    def empty(kv_heads: int, size: int) -> Tensor:
-        return torch.zeros(_BATCH, kv_heads, _PAST, size)
+def _sample_caches(step: TwoStreamStep) -> list[LayerCaches]:
+    dtype = torch.int8 if step.kv_scales is not None else step.dtype
+
+    def empty(group: str, kv_heads: int, size: int) -> Tensor:
+        return torch.zeros(_BATCH * StreamLayout.rows(group), kv_heads, _PAST, size, dtype=dtype)
 
     return [
         [
-            (empty(layer.kv_heads, layer.cached_head_size), empty(layer.kv_heads, layer.cached_head_size))
-            for layer in plan.layers
+            (empty(group, layer.kv_heads, layer.cached_head_size), empty(group, layer.kv_heads, layer.cached_head_size))
+            for group in step.layout.groups(index)
         ]
-        for _ in range(streams)
+        for index, layer in enumerate(step.plan.layers)
     ]
 
 
@@ -135,12 +135,13 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
         "position_ids": tokens,
         "seqlens_k": row,
         "total_sequence_length": None,
+        "query_seqlens": row,
         "logit_positions": tokens,
         "query_mask": tokens,
         "past_query_sum": row,
         "past_query_count": row,
         "memory_bias": row,
-        "past": [[(cache, cache) for _ in layers] for layers in sample.past],
+        "past": [[(cache, cache) for _ in groups] for groups in sample.past],
     }
     return tuple(shapes[name] for name in StepInputs._fields)
 

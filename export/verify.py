@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-from imsm_core.backbone import apply_head, first_line, last_hidden_state
+from imsm_core.backbone import apply_head, last_hidden_state
 from imsm_core.gates import Memories
 from imsm_core.siamese import SiameseModel, masked_mean
 
 from .artifact import GRAPH
 from .errors import VerificationError
-from .virtual_tokens import VirtualCache, load_virtual_cache
+from .plain_run import CachedGraph
+from .virtual_tokens import load_virtual_cache
 
 Array = NDArray[Any]
 COMPARED = ("hidden_base", "hidden_adapter", "gate", "logits")
@@ -79,8 +79,8 @@ class ParityReport:
 def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], context_length: int) -> ParityReport:
     """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode). Raises VerificationError."""
     virtual = load_virtual_cache(folder)
-    cached = _CachedGraph(folder / GRAPH, streams, virtual)
-    layers = sum(1 for name in cached.inputs if name.startswith("past_key_values.base.")) // 2
+    cached = CachedGraph(folder / GRAPH, virtual)
+    layers = 1 + max(int(name.split(".")[2]) for name in cached.inputs if name.startswith("past_key_values."))
     report = ParityReport(FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE)
     vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
     generator = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
         tokens = [int(row.argmax()) for row in stepped[-1]["logits"][:, 0]]
     # 2. The graph again, in two chunks of the first prompt.
     pieces = [prompts[0][: long // 2], prompts[0][long // 2 :]]
-    chunked = _CachedGraph(folder / GRAPH, streams, virtual, cached.session).chunks(pieces)
+    chunked = CachedGraph(folder / GRAPH, virtual, cached.session).chunks(pieces)
 
     # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
     expected = [_expected(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
@@ -181,103 +181,3 @@ def _expected(model: SiameseModel, text: list[int], prompt_length: int, streams:
     logits = apply_head(model.causal_lm, gated.fused)
     found = (states.base, states.adapter, gated.gate, logits)
     return {name: tensor[0].numpy() for name, tensor in zip(COMPARED, found, strict=True)}
-
-
-class _CachedGraph:
-    """The graph run with plain NumPy arrays: slower than the runtime and independent of it."""
-
-    def __init__(
-        self,
-        path: Path,
-        streams: tuple[str, ...],
-        virtual: VirtualCache,
-        session: onnxruntime.InferenceSession | None = None,
-    ) -> None:
-        if session is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.session = session
-        self.inputs = {value.name: value for value in session.get_inputs()}
-        self.outputs = [value.name for value in session.get_outputs()]
-        self.streams = streams
-        self.virtual = {f"past_key_values.adapter.{name}": array for name, array in virtual.items()}
-        self.state: dict[str, Array] = {}
-        self.lengths = np.zeros(0, np.int64)
-
-    def prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
-        """A ragged batch, right-padded, with logits at every position. Where the cache begins with virtual tokens one
-        row after the other, since GroupQueryAttention continues a cache for a single row only."""
-        if not self.virtual:
-            return self._prefill(prompts)
-        outputs, states = [], []
-        for prompt in prompts:
-            outputs.append(self._prefill([prompt]))
-            states.append(self.state)
-        self.state = {name: _stack_padded([state[name] for state in states]) for name in states[0]}
-        self.lengths = np.array([len(prompt) for prompt in prompts])
-        return {name: _stack_padded([output[name] for output in outputs]) for name in outputs[0]}
-
-    def _prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
-        rows, longest = len(prompts), max(map(len, prompts))
-        input_ids = np.zeros((rows, longest), np.int64)
-        query_mask = np.zeros((rows, longest), np.float32)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, : len(prompt)] = prompt
-            query_mask[row, : len(prompt)] = 1
-        self._reset(rows)
-        self.lengths = np.array([len(prompt) for prompt in prompts])
-        return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)))
-
-    def decode(self, tokens: list[int]) -> dict[str, Array]:
-        """One token a row."""
-        input_ids = np.array(tokens)[:, None]
-        self.lengths = self.lengths + 1
-        return self._run(input_ids, np.zeros(input_ids.shape, np.float32), self.lengths[:, None] - 1)
-
-    def chunks(self, chunks: list[list[int]]) -> dict[str, Array]:
-        """One prompt in pieces; returns the last piece's outputs."""
-        self._reset(1)
-        outputs: dict[str, Array] = {}
-        self.lengths = np.zeros(1, np.int64)
-        for chunk in chunks:
-            positions = self.lengths[:, None] + np.arange(len(chunk))[None]
-            self.lengths = self.lengths + len(chunk)
-            outputs = self._run(np.array([chunk]), np.ones((1, len(chunk)), np.float32), positions)
-        return outputs
-
-    def _reset(self, rows: int) -> None:
-        self.state = {
-            name: np.zeros([rows, *(0 if isinstance(size, str) else size for size in value.shape[1:])], np.float32)
-            for name, value in self.inputs.items()
-            if name.startswith("past_")
-        }
-        self.state |= {name: array[None].repeat(rows, 0) for name, array in self.virtual.items()}
-
-    def _run(self, input_ids: Array, query_mask: Array, positions: Array) -> dict[str, Array]:
-        rows, sequence = input_ids.shape
-        feed = {
-            "input_ids": input_ids,
-            "position_ids": positions.astype(np.int64),
-            "seqlens_k": (self.lengths - 1).astype(np.int32),
-            "total_sequence_length": np.array(self.lengths.max(), np.int32),
-            "logit_positions": np.tile(np.arange(sequence), (rows, 1)),
-            "query_mask": query_mask,
-            "memory_bias": np.zeros(rows, np.float32),
-            **self.state,
-        }
-        try:
-            results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
-        except Exception as error:  # onnxruntime's own types, one for each of its status codes
-            raise VerificationError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
-        outputs: dict[str, Array] = dict(zip(self.outputs, results, strict=True))
-        for name in self.state:
-            present = name.replace("past_key_values", "present").replace("past_query", "present_query")
-            self.state[name] = outputs[present]
-        return outputs
-
-
-def _stack_padded(arrays: list[Array]) -> Array:
-    """One array of all rows, each (1, ...) padded at the end with zeros to the longest."""
-    shape = np.max([array.shape for array in arrays], axis=0)
-    return np.concatenate([np.pad(a, [(0, more) for more in shape - a.shape]) for a in arrays])

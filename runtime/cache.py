@@ -1,4 +1,4 @@
-"""The key/value caches of one stream: one buffer per layer and part, bound as past and present at once.
+"""The key/value caches of one group of rows: one buffer per layer and part, bound as past and present at once.
 
 Buffers hold `capacity` tokens and grow in blocks, never to the model's longest text by default. Knows nothing about
 graphs: it is given names and geometry.
@@ -6,7 +6,7 @@ graphs: it is given names and geometry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,24 +19,27 @@ BLOCK = 256
 
 
 class KVCache:
-    """Buffers of shape (batch, kv_heads, capacity, head_size) on `device`, named layer.part.
+    """Buffers of shape (rows, kv_heads, capacity, head_size) on `device`, named layer.part.
 
-    virtual: what every row begins with, before its text: layer.part -> (kv_heads, V, head_size).
+    layers: geometry by the layer's index. virtual: what the last `virtual_rows` rows (all without it) begin with,
+    before their text: layer.part -> (kv_heads, V, head_size); the other rows have room there that they do not use.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerCache],
-        batch: int,
+        layers: Mapping[int, LayerCache],
+        rows: int,
         dtype: str = "float32",
         device: str = "cpu",
         virtual: Mapping[str, NDArray[Any]] | None = None,
+        virtual_rows: int | None = None,
     ) -> None:
-        self.layers = tuple(layers)
-        self.batch = batch
+        self.layers = dict(layers)
+        self.rows = rows
         self.dtype = np.dtype(dtype)
         self.device = device
         self.virtual = dict(virtual or {})
+        self.virtual_rows = rows if virtual_rows is None else virtual_rows
         self.virtual_tokens = next((array.shape[1] for array in self.virtual.values()), 0)
         self.capacity = 0
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
@@ -48,12 +51,12 @@ class KVCache:
             return False
         capacity = -(-length // BLOCK) * BLOCK
         for name, layer in self._named_layers():
-            grown = np.zeros((self.batch, layer.kv_heads, capacity, layer.head_size), self.dtype)
+            grown = np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size), self.dtype)
             if self.capacity:
                 old = self._buffers.pop(name)  # its NumPy view does not keep it alive
                 grown[:, :, : self.capacity] = old.numpy()
             elif self.virtual:
-                grown[:, :, : self.virtual_tokens] = self.virtual[name]
+                grown[-self.virtual_rows :, :, : self.virtual_tokens] = self.virtual[name]
             self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
         self.capacity = capacity
         return True
@@ -61,8 +64,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        cells = sum(2 * layer.kv_heads * layer.head_size for layer in self.layers)
-        return cells * self.batch * self.capacity * self.dtype.itemsize
+        cells = sum(2 * layer.kv_heads * layer.head_size for layer in self.layers.values())
+        return cells * self.rows * self.capacity * self.dtype.itemsize
 
     def bindings(self, row: int | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """(layer.part, shape, address) of every buffer, or of one row of it, for binding as input and as output."""
@@ -70,11 +73,11 @@ class KVCache:
             row_shape = (layer.kv_heads, self.capacity, layer.head_size)
             address = self._buffers[name].data_ptr()
             if row is None:
-                yield name, (self.batch, *row_shape), address
+                yield name, (self.rows, *row_shape), address
             else:
                 yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.dtype.itemsize
 
     def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
-        for index, layer in enumerate(self.layers):
+        for index, layer in self.layers.items():
             for part in ("key", "value"):
                 yield f"{index}.{part}", layer

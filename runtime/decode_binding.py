@@ -29,6 +29,7 @@ class DecodeBinding:
             "position_ids": np.zeros((batch, 1), np.int64),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
+            "query_seqlens": np.ones(batch, np.int32),
             "logit_positions": np.zeros((batch, 1), np.int64),
             "query_mask": np.zeros((batch, 1), np.float32),
             "past_query_sum": state.query_sum,

@@ -19,7 +19,8 @@ def summarise(folder: Path) -> dict[str, Any]:
         "base_model": raw.get("base_model"),
         "precision": manifest.precision,
         "streams": list(manifest.streams),
-        "layers": {stream: len(layers) for stream, layers in manifest.caches.items()},
+        "layers": len(manifest.layers),
+        "shared_layers": sum("shared" in layer.groups for layer in manifest.layers),
         "hidden_size": manifest.hidden_size,
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,
@@ -38,8 +39,13 @@ def summarise(folder: Path) -> dict[str, Any]:
 
 
 def cache_bytes_per_token(manifest: Manifest) -> int:
-    """Bytes that one token of one text takes in the caches of all streams (float32: 4 bytes a value)."""
-    return sum(2 * layer.kv_heads * layer.head_size * 4 for layers in manifest.caches.values() for layer in layers)
+    """Bytes that one token of one text takes in the caches of all streams."""
+    dtype = next(value.dtype for value in manifest.inputs if value.name.startswith("past_key_values."))
+    size = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
+    rows = {group: 2 if group == "both" else 1 for group in manifest.groups}
+    return sum(
+        rows[group] * 2 * layer.kv_heads * layer.head_size * size for layer in manifest.layers for group in layer.groups
+    )
 
 
 def format_summary(facts: dict[str, Any]) -> str:
@@ -51,7 +57,8 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"base model   {facts['architecture']}: {(facts['base_model'] or {}).get('name')}",
         f"shape        hidden size {facts['hidden_size']}, vocabulary {facts['vocab_size']}, "
         f"context {facts['context_length']}",
-        "streams      " + ", ".join(f"{stream} ({layers} layers)" for stream, layers in facts["layers"].items()),
+        f"streams      {', '.join(facts['streams'])}; {facts['layers']} layers"
+        + (f", the first {facts['shared_layers']} shared" if facts["shared_layers"] else ""),
         f"gate         {gate['kind']}, rank {gate['rank']}" if gate else "gate         none",
         f"adapter      {adapter['peft_type']} on {len(adapter['layers'])} layers" if adapter else "adapter      none",
         f"cache        {facts['cache_bytes_per_token']} bytes a token",

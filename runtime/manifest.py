@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ArtifactError
 
 MANIFEST, GRAPH, VIRTUAL_TOKENS = "imsm_model.json", "model.onnx", "virtual_tokens.npz"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class TensorSignature:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Geometry of one layer's key and value: (batch, kv_heads, length, head_size) each."""
+    """Geometry of one layer's key and value: (rows, kv_heads, length, head_size) each. groups: the groups of rows that
+    have a cache in this layer: "base", "adapter", "both" (two rows a text, the base's first) or "shared"."""
 
     kv_heads: int
     head_size: int
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Manifest:
     precision: str
     streams: tuple[str, ...]
     gate_kind: str | None
-    caches: dict[str, tuple[LayerCache, ...]]
+    layers: tuple[LayerCache, ...]
     virtual_tokens: dict[str, int]
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
@@ -62,6 +64,20 @@ class Manifest:
     special_tokens: dict[str, str | None]
     files: dict[str, FileEntry]
     raw: dict[str, Any]
+
+    @property
+    def groups(self) -> dict[str, dict[int, LayerCache]]:
+        """The layers of every group of rows that has caches, by their index."""
+        found: dict[str, dict[int, LayerCache]] = {}
+        for index, layer in enumerate(self.layers):
+            for group in layer.groups:
+                found.setdefault(group, {})[index] = layer
+        return found
+
+    @property
+    def batched_chunks(self) -> bool:
+        """Whether the graph continues the caches of several rows by more than one token at once."""
+        return any(signature.name == "query_seqlens" for signature in self.inputs)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -116,10 +132,10 @@ def _parse(document: dict[str, Any]) -> Manifest:
         precision=str(document["precision"]),
         streams=tuple(document["streams"]),
         gate_kind=None if gate is None else str(gate["kind"]),
-        caches={
-            stream: tuple(LayerCache(int(layer["kv_heads"]), int(layer["head_size"])) for layer in layers)
-            for stream, layers in document["cache"].items()
-        },
+        layers=tuple(
+            LayerCache(int(layer["kv_heads"]), int(layer["head_size"]), tuple(layer["groups"]))
+            for layer in document["cache"]
+        ),
         virtual_tokens={stream: int(count) for stream, count in document["virtual_tokens"].items()},
         inputs=tuple(map(_signature, graph["inputs"])),
         outputs=tuple(map(_signature, graph["outputs"])),

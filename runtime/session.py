@@ -24,6 +24,7 @@ from .state import DecodeState, StepOutput
 
 Array = NDArray[Any]
 PREFILL_CHUNK = 512
+MOST_PADDING = 512  # tokens of a ragged chunk; the graph's rotary tables go on for as many past the context
 
 
 class Session:
@@ -67,14 +68,15 @@ class Session:
         dtypes = {signature.name: signature.dtype for signature in self.manifest.inputs}
         return DecodeState(
             caches={
-                stream: KVCache(
+                group: KVCache(
                     layers,
-                    batch,
-                    dtypes[f"past_key_values.{stream}.0.key"],
+                    2 * batch if group == "both" else batch,
+                    dtypes[f"past_key_values.{group}.{next(iter(layers))}.key"],
                     self.device,
-                    self.virtual if self.manifest.virtual_tokens[stream] else None,
+                    self.virtual if group in ("both", "adapter") else None,
+                    virtual_rows=batch,
                 )
-                for stream, layers in self.manifest.caches.items()
+                for group, layers in self.manifest.groups.items()
             },
             lengths=np.zeros(batch, np.int64),
             query_sum=np.zeros((batch, 2, width), np.float32),
@@ -105,14 +107,14 @@ class Session:
         state.query_count += state.reply_count
         state.reply_sum[:] = 0
         state.reply_count[:] = 0
-        self._reserve(state, int(max(length + len(text) for length, text in zip(state.lengths, texts, strict=True))))
-        longest = max(map(len, texts))
-        fresh = not state.lengths.any() and not self.virtual
-        if fresh and longest <= chunk:
+        if self.manifest.batched_chunks:
+            return self._read_in_chunks(state, texts, None, chunk if len(texts) == 1 else min(chunk, MOST_PADDING))
+        if not state.lengths.any() and not self.virtual and max(map(len, texts)) <= chunk:
             return self._read(state, texts, None)
-        # GroupQueryAttention continues a cache, or virtual tokens, by more than one token for a single row only.
-        rows = [self._read_in_chunks(state, text, row, chunk) for row, text in enumerate(texts)]
-        return _stack(rows)
+        # The portable form continues a cache, or virtual tokens, by more than one token for a single row only.
+        rows = [self._read_in_chunks(state, [text], row, chunk) for row, text in enumerate(texts)]
+        gates = [row.gate_mean for row in rows if row.gate_mean is not None]
+        return StepOutput(np.concatenate([row.logits for row in rows]), np.concatenate(gates) if gates else None)
 
     def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
         """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end."""
@@ -136,10 +138,9 @@ class Session:
         chosen = np.asarray(continuation, np.int64)
         self._check_vocabulary(chosen)
         logits = [self.prefill(state, [prompt]).logits]
-        self._reserve(state, int(state.lengths[0]) + len(continuation))
         for start in range(0, len(continuation) - 1, PREFILL_CHUNK):
             part = list(continuation[start : min(start + PREFILL_CHUNK, len(continuation) - 1)])
-            outputs = self._run(state, np.array([part]), np.zeros((1, len(part)), np.float32), row=0, every=True)
+            outputs = self._run(state, np.array([part]), np.zeros((1, len(part)), np.float32), row=None, every=True)
             logits.append(outputs["logits"][0])
             state.lengths[0] += len(part)
         table = np.concatenate(logits).astype(np.float64)
@@ -148,18 +149,25 @@ class Session:
         found: Array = table[np.arange(len(chosen)), chosen]
         return found
 
-    def _read_in_chunks(self, state: DecodeState, text: list[int], row: int, chunk: int) -> StepOutput:
-        output: StepOutput | None = None
-        for start in range(0, len(text), chunk):
-            output = self._read(state, [text[start : start + chunk]], row)
-        assert output is not None
-        return output
+    def _read_in_chunks(self, state: DecodeState, texts: list[list[int]], row: int | None, chunk: int) -> StepOutput:
+        """`_read`, at most `chunk` tokens of every text at a time; a text's output is that of its last token."""
+        outputs = [
+            self._read(state, [text[start : start + chunk] for text in texts], row)
+            for start in range(0, max(map(len, texts)), chunk)
+        ]
+        last = [(len(text) - 1) // chunk for text in texts]
+        logits = np.stack([outputs[step].logits[index] for index, step in enumerate(last)])
+        if not self.siamese:
+            return StepOutput(logits, None)
+        gates = [outputs[step].gate_mean for step in last]
+        return StepOutput(logits, np.array([gate[index] for index, gate in enumerate(gates) if gate is not None]))
 
     def _read(self, state: DecodeState, texts: list[list[int]], row: int | None) -> StepOutput:
-        """Read texts that are all part of the query: into every row, or into one."""
+        """Read texts that are all part of the query, into every row or into one. An empty text leaves its row as it
+        is; its output means nothing."""
         rows = slice(None) if row is None else slice(row, row + 1)
         longest = max(map(len, texts))
-        input_ids = np.zeros((len(texts), longest), np.int64)  # right-padded: seqlens_k masks what follows a text
+        input_ids = np.zeros((len(texts), longest), np.int64)  # right-padded: the lengths mask what follows a text
         query_mask = np.zeros((len(texts), longest), np.float32)
         for index, text in enumerate(texts):
             input_ids[index, : len(text)] = text
@@ -180,12 +188,15 @@ class Session:
         batch, sequence = input_ids.shape
         lengths = state.lengths[rows]
         new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
-        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else new[:, None] - 1
+        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else np.maximum(new[:, None] - 1, 0)
+        self._reserve(state, int(lengths.max()) + sequence)  # padding needs room too
+        positions = lengths[:, None] + np.arange(sequence)[None]
         feed = {
             "input_ids": input_ids,
-            "position_ids": lengths[:, None] + np.arange(sequence)[None],
+            "position_ids": np.minimum(positions, self.manifest.context_length - 1),  # padding may lie past the end
             "seqlens_k": (lengths + new - 1).astype(np.int32),
             "total_sequence_length": np.array((lengths + new).max(), np.int32),
+            "query_seqlens": new.astype(np.int32),
             "logit_positions": wanted,
             "query_mask": query_mask,
             "past_query_sum": state.query_sum[rows],
@@ -204,14 +215,14 @@ class Session:
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None) -> None:
         """past and present are the same buffer: attention writes new keys behind the old ones."""
-        for stream, cache in state.caches.items():
+        for group, cache in state.caches.items():
             for name, shape, address in cache.bindings(row):
                 place = (self.device, 0, cache.dtype.type, shape, address)
-                binding.bind_input(f"past_key_values.{stream}.{name}", *place)
-                binding.bind_output(f"present.{stream}.{name}", *place)
+                binding.bind_input(f"past_key_values.{group}.{name}", *place)
+                binding.bind_output(f"present.{group}.{name}", *place)
 
     def _reserve(self, state: DecodeState, length: int) -> None:
-        moved = [cache.reserve(min(length, self.manifest.context_length)) for cache in state.caches.values()]
+        moved = [cache.reserve(length) for cache in state.caches.values()]
         if any(moved):
             state.decode_binding = None
 
@@ -244,7 +255,7 @@ def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
         return {}
     expected = {
         f"{index}.{part}": (layer.kv_heads, count, layer.head_size)
-        for index, layer in enumerate(manifest.caches["adapter"])
+        for index, layer in enumerate(manifest.layers)
         for part in ("key", "value")
     }
     try:
@@ -261,8 +272,3 @@ def _last_outputs(binding: onnxruntime.IOBinding, count: int) -> list[Array]:
     """The last `count` bound outputs as NumPy arrays: onnxruntime returns outputs in the order of binding."""
     bound = binding.get_outputs()
     return [np.asarray(value.numpy()) for value in bound[len(bound) - count :]]
-
-
-def _stack(rows: list[StepOutput]) -> StepOutput:
-    gates = [row.gate_mean for row in rows if row.gate_mean is not None]
-    return StepOutput(np.concatenate([row.logits for row in rows]), np.concatenate(gates) if gates else None)

@@ -10,6 +10,8 @@ from .manifest import Manifest
 _NUMPY_NAMES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int8)": "int8",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
@@ -34,7 +36,7 @@ def check_signature(onnx: onnxruntime.InferenceSession, manifest: Manifest) -> N
                 )
         if graph:
             raise ArtifactError(f"the graph has the {side} {next(iter(graph))}, which the manifest does not name")
-    for stream in manifest.streams:
-        names = {value.name for value in manifest.inputs if value.name.startswith(f"past_key_values.{stream}.")}
-        if len(names) != 2 * len(manifest.caches.get(stream, ())):
-            raise ArtifactError(f"the manifest's cache of the {stream} stream does not fit the graph's inputs")
+    for group, layers in manifest.groups.items():
+        names = {value.name for value in manifest.inputs if value.name.startswith(f"past_key_values.{group}.")}
+        if len(names) != 2 * len(layers):
+            raise ArtifactError(f"the manifest's cache of the group {group!r} does not fit the graph's inputs")

@@ -26,7 +26,7 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class DecodeState:
-    """What B texts have been so far: caches of every stream, lengths, and the gate's query.
+    """What B texts have been so far: caches of every group of rows, lengths, and the gate's query.
 
     lengths: (B,) tokens in the caches. query_sum (B, 2, d) and query_count (B,) make the query means of (base,
     adapter); reply_sum and reply_count hold the tokens generated since, which belong to the query as soon as the
@@ -51,5 +51,5 @@ class DecodeState:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches of every stream."""
+        """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.caches.values())

@@ -1,5 +1,5 @@
-"""Readable names for symbolic dimensions: batch, sequence, wanted, and past and total of each stream, whose caches
-differ in length where one has virtual tokens. They replace names such as s22 and s40."""
+"""Readable names for symbolic dimensions: batch, sequence, wanted, and past and total of each group of rows, whose
+caches differ in length where one has virtual tokens. They replace names such as s22 and s40."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ _NAMED = {
     "position_ids": ("batch", "sequence"),
     "query_mask": ("batch", "sequence"),
     "seqlens_k": ("batch",),
+    "query_seqlens": ("batch",),
     "logit_positions": ("batch", "wanted"),
     "past_query_sum": ("batch", None, None),
     "past_query_count": ("batch",),
@@ -39,9 +40,10 @@ def name_dimensions(model: ir.Model) -> int:
 
 def _names(name: str) -> tuple[str | None, ...] | None:
     direction, _, rest = name.partition(".")
-    stream = rest.partition(".")[0]
+    group = rest.partition(".")[0]
+    rows = "batch_of_both" if group == "both" else "batch"
     if direction == "past_key_values":
-        return ("batch", None, f"past_{stream}", None)
+        return (rows, None, f"past_{group}", None)
     if direction == "present":
-        return ("batch", None, f"total_{stream}", None)
+        return (rows, None, f"total_{group}", None)
     return _NAMED.get(name)
