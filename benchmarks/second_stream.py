@@ -20,37 +20,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.shapes import GATE, GATE_RANK, SHAPES, random_base, random_siamese, small_tokenizer
 from runtime.bench import BenchSettings, bench
 from runtime.machine import describe_machine
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2.5-0.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    },
-}
 COMPARED = ("ms_per_token", "ttft_ms", "peak_rss_mb", "cache_bytes", "load_ms")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b", help="shape of the random Qwen2 model")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b", help="shape of the random model")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, on every projection")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
@@ -77,26 +56,11 @@ def main() -> int:
 
 def export_pair(shape: dict[str, Any], rank: int, artifacts: dict[str, Path], scratch: Path) -> None:
     """Export one random model twice: with both streams, and its base stream alone."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
     from export.pipeline import ExportSettings, export_model
-    from imsm_core.adapters import attach_adapter
     from imsm_core.checkpoint import CheckpointInfo
-    from imsm_core.gates import make_gate
-    from imsm_core.methods import peft_config
-    from imsm_core.siamese import SiameseModel
 
-    torch.manual_seed(0)
-    base = Qwen2ForCausalLM(Qwen2Config(**shape)).eval().requires_grad_(False)
-    model = SiameseModel(
-        attach_adapter(base, peft_config("lora", rank)), make_gate("query_aware", shape["hidden_size"])
-    )
-    for parameter in model.trainable_parameters().values():
-        torch.nn.init.normal_(parameter, std=0.02)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<s>": 0, "a": 1}, [])), bos_token="<s>")
-    info = CheckpointInfo("random", None, "random", "query_aware", 8, "LORA")
+    model, tokenizer = random_siamese(random_base(shape), rank), small_tokenizer()
+    info = CheckpointInfo("random", None, "random", GATE, GATE_RANK, "LORA")
     for name, artifact in artifacts.items():
         settings = ExportSettings(base_only=name == "base")
         export_model(model, tokenizer, info, artifact, settings, force=True, report=lambda line: None)

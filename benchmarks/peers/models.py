@@ -1,0 +1,38 @@
+"""Every peer's model of one shape, built from the same saved backbone; what is there already is used again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from .catalogue import BACKBONE, BLOCK_SIZE, MODELS
+from .environments import python_of, run
+
+HERE = Path(__file__).parent
+
+
+def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
+    """WORK/models/SHAPE/name, built if it is not there: whole or not at all. Raises Unavailable."""
+    folder = work / "models" / shape / name
+    if folder.is_dir():
+        return folder
+    model = MODELS[name]
+    if name == BACKBONE:
+        options = ["--shape", shape, "--rank", str(rank)]
+    else:
+        backbone = model_folder(BACKBONE, shape, rank, work)
+        options = [*model.options, "--backbone", str(backbone)]
+        if model.environment in ("own", "genai"):
+            options += ["--block-size", str(BLOCK_SIZE)]
+    python = python_of(model.environment, work)
+    print(f"building {folder}", file=sys.stderr)
+    draft = folder.with_name(f".{name}.draft-{os.getpid()}")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run([str(python), str(HERE / model.script), str(draft), *options])
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
