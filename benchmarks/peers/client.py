@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,26 @@ class Process:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True, env=environment
         )
-        self.ready = self._read()
+        try:
+            self.ready = self._read()
+        except RunnerError:
+            self.close()
+            raise
         self.start_ms = (time.perf_counter() - self.started) * 1e3
 
     def ask(self, cmd: str, mode: str, **values: Any) -> dict[str, Any]:
         """One command and its answer. Raises RunnerError."""
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # _read says why
             self.process.stdin.write(json.dumps({"cmd": cmd, "mode": mode, **values}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # _read says why
         return self._read()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
         self.process.wait()
         self.messages.close()
 

@@ -11,14 +11,16 @@ from .catalogue import BACKBONE, BLOCK_SIZE, MODELS
 from .environments import python_of, run
 
 HERE = Path(__file__).parent
+SOURCES = ("export", "imsm_core")
 
 
 def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
     """WORK/models/SHAPE/name, built if it is not there: whole or not at all. Raises Unavailable."""
-    folder = work / "models" / shape / name
+    folder, model = work / "models" / shape / name, MODELS[name]
     if folder.is_dir():
+        if model.script == "build_ours.py" and folder.stat().st_mtime < newest_source():
+            print(f"note: {folder} is older than export/; remove it to have it built anew", file=sys.stderr)
         return folder
-    model = MODELS[name]
     if name == BACKBONE:
         options = ["--shape", shape, "--rank", str(rank)]
     else:
@@ -36,3 +38,8 @@ def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def newest_source() -> float:
+    """When what writes artifacts last changed, in seconds of the epoch."""
+    return max(path.stat().st_mtime for name in SOURCES for path in (HERE.parents[1] / name).rglob("*.py"))

@@ -38,7 +38,7 @@ def main(document: Path, picture: Path) -> None:
             limit = min(max(known), 4 * sorted(known)[len(known) // 2]) * 1.25 if known else 1
             for place, value in enumerate(values):
                 if value:
-                    text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+                    text = f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
                     inside = value < limit
                     axis.text(
                         min(value, limit) + limit * (0.015 if inside else -0.015),

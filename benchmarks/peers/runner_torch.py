@@ -39,11 +39,12 @@ def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
     modes: dict[str, Begin] = {}
     if "released" in args.modes:
         tuned = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).eval()
-        modes["released"] = released(base, load_adapter(tuned, args.folder / "checkpoint" / "adapter"), args.folder)
+        peft_model = load_adapter(tuned, args.folder / "checkpoint" / "adapter").eval()
+        modes["released"] = released(base, peft_model, args.folder)
     if "one" in args.modes and "two" not in args.modes:
         modes["one"] = one_stream(base, None)
     if "two" in args.modes:
-        peft_model = load_adapter(base, args.folder / "checkpoint" / "adapter")
+        peft_model = load_adapter(base, args.folder / "checkpoint" / "adapter").eval()
         modes["two"] = two_streams(base, peft_model, args.folder)
         modes["one"] = one_stream(base, peft_model)
     return modes, vocabulary
