@@ -14,6 +14,7 @@ from types import FrameType
 
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import Tensor
 
 from imsm_core.backbone import first_line, hidden_size
@@ -51,14 +52,15 @@ def trace(step: TwoStreamStep) -> TracedGraph:
                 dynamic_shapes=(_dynamic_shapes(sample),),
                 input_names=[*StepInputs._fields[:-1], *_cache_names("past_key_values", step)],
                 opset_version=OPSET,
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            assert program is not None
+            optimizer.optimize_ir(program.model, should_fold=_should_fold)
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
             f"architecture {step.model.config.model_type!r} is not supported: {_why(error.__cause__ or error)}"
         ) from error
-    assert program is not None
     model = program.model
     names = _output_names(step)
     if len(names) != len(model.graph.outputs):
@@ -66,6 +68,12 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
     return TracedGraph(model, streams)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """Everything constant as usual, but weights: the passes know them by their names and lay them out themselves."""
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    return False if weight is not None and weight.is_initializer() else None
 
 
 def _why(cause: BaseException) -> str:

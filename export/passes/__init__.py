@@ -10,7 +10,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..errors import TraceError
-from . import clean, fold_layout, name_dimensions, norms, reshapes, weight_layout
+from . import clean, fold_layout, low_rank, name_dimensions, norms, pack_qkv, reshapes, silu, weight_layout
 
 Pass = Callable[[ir.Model], int]
 
@@ -20,6 +20,9 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("merge_reshapes", reshapes.merge_reshapes),
     ("fold_layout", fold_layout.fold_layout),
     ("lay_out_weights", weight_layout.lay_out_weights),
+    ("pack_low_rank", low_rank.pack_low_rank),
+    ("pack_qkv", pack_qkv.pack_qkv),
+    ("fuse_silu", silu.fuse_silu),
     ("drop_unused_inputs", clean.drop_unused_inputs),
     ("name_dimensions", name_dimensions.name_dimensions),
     ("strip_metadata", clean.strip_metadata),

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import TraceError
+from . import weights
 
 
 def lay_out_weights(model: ir.Model) -> int:
@@ -48,6 +49,7 @@ def _transpose_in_file(graph: ir.Graph, weight: ir.Value) -> None:
     shape = ir.Shape((columns, rows))
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(original.dtype))
     value.const_value = ir.LazyTensor(transposed, dtype=original.dtype, shape=shape, name=name)
+    weights.note_parts(value, weights.parts(weight))
     graph.register_initializer(value)
     for node in [user for user, _ in weight.uses()]:
         node.outputs[0].replace_all_uses_with(value)
