@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from .normalized import ModelFacts
 from .streams import StreamLayout
 
 FORMAT_VERSION = 3
+INT8_COMPUTE = 4  # MatMulNBits' accuracy_level
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
@@ -26,6 +29,45 @@ PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir",
 def write_graph(model: ir.Model, folder: Path) -> None:
     """model.onnx and model.onnx.data: every weight external, in one file that onnxruntime maps into memory."""
     ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=256)
+    _share_storage(folder / GRAPH)
+
+
+def _share_storage(path: Path) -> None:
+    """Reshape(weight, constant) -> a second name for the same bytes of the data file. onnxruntime would otherwise copy
+    the weight to reshape it: a tied embedding, which is gathered from by rows and multiplied with in blocks."""
+    proto = onnx.load(str(path), load_external_data=False)
+    graph = proto.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    views = [
+        node
+        for node in graph.node
+        if node.op_type == "Reshape" and node.input[0] in weights and weights[node.input[0]].external_data
+    ]
+    for node in views:
+        weight, sizes = weights[node.input[0]], onnx.numpy_helper.to_array(weights[node.input[1]])
+        view = graph.initializer.add()
+        view.CopyFrom(weight)
+        view.name = node.output[0]
+        view.dims[:] = np.empty(tuple(weight.dims), np.bool_).reshape(sizes).shape
+        graph.node.remove(node)
+        if not any(node.input[1] in other.input for other in graph.node):
+            graph.initializer.remove(weights[node.input[1]])
+    if views:
+        onnx.save(proto, str(path))
+
+
+def set_int8_compute(folder: Path) -> int:
+    """Let the products with quantised weights round their activations to int8 (accuracy_level 4), which is what the
+    processor is fast at; returns how many. Before that they compute in floating point, as PyTorch does."""
+    proto = onnx.load(str(folder / GRAPH), load_external_data=False)
+    count = 0
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = INT8_COMPUTE
+                count += 1
+    onnx.save(proto, str(folder / GRAPH))
+    return count
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from imsm_core import prompts
@@ -19,11 +20,14 @@ from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
 from .adapters.report import check_delta_size, describe_adapter, report_adapter
-from .artifact import MANIFEST, write_graph, write_manifest, write_tokenizer
+from .artifact import MANIFEST, set_int8_compute, write_graph, write_manifest, write_tokenizer
 from .attention import plan_attention
 from .errors import UnsupportedError
 from .normalized import model_facts
 from .passes import run_passes
+from .passes.quantise import Quantisation, Quantised
+from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, rounded_weights
+from .quantised_weight import check_format
 from .streams import StreamLayout
 from .trace import trace
 from .trunk import trunk_length
@@ -31,26 +35,52 @@ from .two_stream import TwoStreamStep
 from .verify import ParityReport, verify_graph
 from .virtual_tokens import save_virtual_cache, virtual_cache
 
-PRECISIONS = ("fp32",)
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """base_only: one stream without adapter and gate, for comparing. context_length: None is the model's own.
-    max_delta_mb: the most that changes stored as whole matrices may take, in 10^6 bytes; None is any size."""
+    """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. portable: one attention node per stream, for
+    execution providers other than the CPU's; None: where activations are not fp32. context_length: None is the
+    model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the most that changes
+    stored as whole matrices may take, in 10^6 bytes; None is any size."""
 
     precision: str = "fp32"
+    activations: str | None = None
+    block_size: int = 32
+    symmetric: bool = True
+    portable: bool | None = None
     context_length: int | None = None
     base_only: bool = False
     max_delta_mb: float | None = None
-    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UnsupportedError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.activations is not None and self.precision in FLOATS:
+            raise UnsupportedError(f"activations go with int8 and int4 weights; {self.precision} has its own")
+        if self.activations is not None and self.activations not in FLOATS:
+            raise UnsupportedError(f"unknown activations {self.activations!r}; choose one of {', '.join(FLOATS)}")
+        if self.bits is not None:
+            check_format(self.bits, self.block_size)
         if self.max_delta_mb is not None and not self.max_delta_mb >= 0:
             raise UnsupportedError(f"--max-delta-mb is {self.max_delta_mb:g}; it must be a number from 0 on")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the backbone's weights, where they are quantised."""
+        return WEIGHT_BITS.get(self.precision)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the backbone computes in."""
+        return FLOATS[self.precision if self.bits is None else self.activations or "fp32"]
+
+    @property
+    def one_node_per_stream(self) -> bool:
+        """Whether the graph is in the portable form."""
+        return self.dtype != torch.float32 if self.portable is None else self.portable
 
 
 def export_checkpoint(
@@ -123,7 +153,7 @@ def export_model(
         report_adapter(adapter, causal_lm, report)
         check_delta_size(adapter, settings.max_delta_mb)
     trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
-    layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.portable)
+    layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
     with publish_folder(target, MANIFEST, force) as draft:
         # 2. Trace, rewrite, write.
         shared = f", the first {trunk} shared by both streams" if trunk else ""
@@ -133,14 +163,19 @@ def export_model(
                 gate = None if settings.base_only else model.gate
                 step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens)
                 traced = trace(step.eval())
-            counts = run_passes(traced.model)
+            counts, quantised = run_passes(traced.model, _quantisation(settings))
             write_graph(traced.model, draft)
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
-        # 3. Verify what was written, describe it.
+        if quantised is not None:
+            report_quantised(quantised, settings, report)
+        # 3. Verify what was written, against the weights that it has; describe it.
         save_virtual_cache(virtual, draft)
-        parity = verify_graph(draft, model, traced.streams, facts.context_length)
+        with rounded_weights(causal_lm, {} if quantised is None else quantised.weights):
+            parity = verify_graph(draft, model, traced.streams, facts.context_length)
         report_parity(parity, report)
+        if quantised is not None:
+            set_int8_compute(draft)
         sections = {
             "precision": settings.precision,
             "gate": None if settings.base_only else {"kind": info.gate_kind, "rank": info.gate_rank},
@@ -159,6 +194,24 @@ def export_model(
         manifest = write_manifest(draft, traced.model, facts, plan, layout, traced.streams, sections)
     report(f"written   {target}")
     return manifest
+
+
+def _quantisation(settings: ExportSettings) -> Quantisation | None:
+    if settings.bits is None:
+        return None
+    return Quantisation(settings.bits, settings.block_size, settings.symmetric)
+
+
+def report_quantised(done: Quantised, settings: ExportSettings, report: Report) -> None:
+    """One line, and one more where large matrices of the backbone stayed in floating point."""
+    embeddings = " and the embeddings" if done.embeddings else ""
+    report(
+        f"quantise  {done.matrices} matrices{embeddings} to {settings.precision}, blocks of {settings.block_size}: "
+        f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
+    )
+    if done.kept:
+        size = sum(done.kept.values()) / 1e6
+        report(f"quantise  {len(done.kept)} weights stay as they are ({size:.1f} MB), such as {next(iter(done.kept))}")
 
 
 def report_parity(parity: ParityReport, report: Report) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..errors import TraceError
 from . import clean, fold_layout, low_rank, name_dimensions, norms, pack_qkv, reshapes, silu, weight_layout
+from .quantise import Quantisation, Quantised, quantise
 
 Pass = Callable[[ir.Model], int]
 
@@ -23,17 +24,24 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("pack_low_rank", low_rank.pack_low_rank),
     ("pack_qkv", pack_qkv.pack_qkv),
     ("fuse_silu", silu.fuse_silu),
+)
+CLEANING: tuple[tuple[str, Pass], ...] = (
     ("drop_unused_inputs", clean.drop_unused_inputs),
     ("name_dimensions", name_dimensions.name_dimensions),
     ("strip_metadata", clean.strip_metadata),
 )
 
 
-def run_passes(model: ir.Model) -> dict[str, int]:
-    """Run every pass in order; returns the counts. Raises TraceError if a weight is left in PyTorch's layout, which
-    would make onnxruntime transpose it at every start."""
+def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tuple[dict[str, int], Quantised | None]:
+    """Run every pass in order, and the quantiser before the cleaning; returns the counts and what was quantised.
+
+    Raises TraceError if a weight is left in PyTorch's layout, which would make onnxruntime transpose it at every start.
+    """
     counts = {name: rewrite(model) for name, rewrite in PASSES}
     left = [node.name for node in model.graph if weight_layout.transposes_a_weight(node)]
     if left:
         raise TraceError(f"{len(left)} weights are still transposed in the graph, the first by {left[0]}")
-    return counts
+    quantised = None if quantisation is None else quantise(model, quantisation)
+    if quantised is not None:
+        counts["quantise"] = quantised.matrices + quantised.embeddings
+    return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantised

@@ -112,7 +112,7 @@ def _pack(graph: ir.Graph, attention: ir.Node, projections: list[Projection]) ->
         (inputs, sum(widths)),
         dtype,
     )
-    weights.note_parts(packed, [name for weight in known for name in weights.parts(weight)])
+    weights.note_parts(packed, [name for weight in known for name in weights.parts(weight)], widths)
     result = weights.add_node(attention, "MatMul", [first.x, packed]).outputs[0]
     biases = [projection.bias for projection in projections]
     if any(bias is not None for bias in biases):

@@ -9,17 +9,24 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
-_PARTS = "imsm.parts"
+_PARTS, _SIZES = "imsm.parts", "imsm.sizes"
 
 
-def note_parts(value: ir.Value, names: Sequence[str]) -> None:
-    """Remember which weights of the traced module a laid-out or packed one consists of, in the order of its outputs."""
+def note_parts(value: ir.Value, names: Sequence[str], sizes: Sequence[int] = ()) -> None:
+    """Remember which weights of the traced module a laid-out or packed one consists of, in the order of its outputs,
+    and how many outputs each has."""
     value.meta[_PARTS] = tuple(names)
+    value.meta[_SIZES] = tuple(sizes)
 
 
 def parts(value: ir.Value) -> tuple[str, ...]:
     """The weights of the traced module that a weight consists of; its own name where no pass has changed it."""
     return tuple(value.meta.get(_PARTS, (str(value.name),)))
+
+
+def part_sizes(value: ir.Value, outputs: int) -> tuple[int, ...]:
+    """How many outputs each of `parts` has, of all `outputs`."""
+    return tuple(value.meta.get(_SIZES, ())) or (outputs,)
 
 
 def constant_matrix(value: ir.Value | None) -> bool:
@@ -44,6 +51,12 @@ def matrix(value: ir.Value) -> Array:
     assert value.const_value is not None
     found: Array = value.const_value.numpy()
     return found
+
+
+def nbytes(value: ir.Value) -> int:
+    """Bytes of a constant."""
+    assert value.const_value is not None
+    return int(value.const_value.nbytes)
 
 
 def new_weight(

@@ -1,0 +1,47 @@
+"""What an artifact computes in and stores: the settings, and a PyTorch model with the weights that the file has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .quantised_weight import QuantisedWeight, dequantise
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+PRECISIONS = (*FLOATS, *WEIGHT_BITS)
+_TRACED_MODEL = "model."  # what the causal LM is called inside the traced module
+
+
+def layer_weight(model: PreTrainedModel, name: str) -> tuple[nn.Module, Tensor]:
+    """The layer and its weight that the traced module calls `name`, with or without an adapter around the layer."""
+    path = name.removeprefix(_TRACED_MODEL).removesuffix(".weight")
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        layer = model.get_submodule(path.replace(".base_layer", ""))
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return layer, weight
+
+
+@contextmanager
+def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeight]) -> Iterator[None]:
+    """Inside the block the model has the values of `rounded`, by the weights' names in the traced module."""
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, quantised in rounded.items():
+            layer, weight = layer_weight(model, name)
+            transposed = isinstance(layer, Conv1D)
+            values = torch.from_numpy(dequantise(quantised, weight.shape[0 if transposed else 1]))
+            originals.append((weight, weight.data))
+            weight.data = values.T.contiguous() if transposed else values
+        yield
+    finally:
+        for weight, original in reversed(originals):  # a tied weight was replaced more than once
+            weight.data = original
