@@ -65,9 +65,9 @@ def load_jsonl(
     """
     examples: list[Example] = []
     skipped = 0
-    for number, row in _rows(path):
-        prompt = _field(row, prompt_field, path, number)
-        answer = _field(row, answer_field, path, number)
+    for number, row in rows(path):
+        prompt = text_field(row, prompt_field, path, number)
+        answer = text_field(row, answer_field, path, number)
         example = Example(encode_prompt(tokenizer, prompt, raw), encode_answer(tokenizer, answer))
         if not prompt or not example.prompt_ids:
             raise DataError(f"{path}, line {number}: the prompt field {prompt_field!r} is empty")
@@ -127,7 +127,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return [int(index) for index in torch.randperm(count, generator=generator)]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Every JSON object of a JSONL file with its line number. Raises DataError for what cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
     except OSError as error:
@@ -148,7 +149,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield number, row
 
 
-def _field(row: dict[str, object], field: str, path: Path, number: int) -> str:
+def text_field(row: dict[str, object], field: str, path: Path, number: int) -> str:
+    """The text in one field of line `number`. Raises DataError if it is not there, or not text."""
     if field not in row:
         raise DataError(f"{path}, line {number} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
     value = row[field]
