@@ -20,31 +20,35 @@ def imports() -> Mapping[str, str]:
     import torch
     import transformers
 
-    import imsm_core.checkpoint  # noqa: F401  # its import belongs to this time
+    import imsm_core.gates  # noqa: F401  # its import belongs to this time
 
     return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 
 
 def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from imsm_core.adapters import load_adapter
-    from imsm_core.backbone import load_base_model
 
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    base = load_base_model(str(args.folder / "base"))
+
+    # The libraries alone: this project's own loading also checks, and holds copies while it does.
+    def base_model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).eval()
+
+    def with_adapter(model: Any) -> Any:
+        return PeftModel.from_pretrained(model, args.folder / "checkpoint" / "adapter").eval()
+
+    base = base_model()
     vocabulary = int(base.config.vocab_size)
     modes: dict[str, Begin] = {}
     if "released" in args.modes:
-        tuned = AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).eval()
-        peft_model = load_adapter(tuned, args.folder / "checkpoint" / "adapter").eval()
-        modes["released"] = released(base, peft_model, args.folder)
+        modes["released"] = released(base, with_adapter(base_model()), args.folder)
     if "one" in args.modes and "two" not in args.modes:
         modes["one"] = one_stream(base, None)
     if "two" in args.modes:
-        peft_model = load_adapter(base, args.folder / "checkpoint" / "adapter").eval()
+        peft_model = with_adapter(base)
         modes["two"] = two_streams(base, peft_model, args.folder)
         modes["one"] = one_stream(base, peft_model)
     return modes, vocabulary
