@@ -64,7 +64,7 @@ def round_to_nearest(weight: Array, bits: int, block_size: int, symmetric: bool)
 
 def pack(codes: Array, scales: Array, zero_points: Array | None, bits: int) -> QuantisedWeight:
     """codes: (N, blocks, block_size) integers of 0 .. 2 ** bits - 1; scales: (N, blocks); zero_points: as scales,
-    integers alike, or None for the symmetric ones. Keeps the scales as they are given (in float32)."""
+    integers alike; None if they are all 2 ** (bits - 1). Keeps the scales as they are given."""
     channels, blocks, _ = codes.shape
     packed_points = None
     if zero_points is not None:
@@ -75,13 +75,16 @@ def pack(codes: Array, scales: Array, zero_points: Array | None, bits: int) -> Q
 
 def dequantise(weight: QuantisedWeight, inputs: int) -> Array:
     """(N, K) float32, for K = `inputs`: the values that MatMulNBits multiplies with."""
-    channels, blocks = weight.scales.shape
     codes = _unpack(weight.packed, weight.bits).astype(np.float32)
-    points = np.full((channels, blocks), 1 << weight.bits - 1, np.float32)
-    if weight.zero_points is not None:
-        points = _unpack(weight.zero_points, weight.bits)[:, :blocks].astype(np.float32)
-    values = (codes - points[..., None]) * weight.scales[..., None]
-    return np.ascontiguousarray(values.reshape(channels, -1)[:, :inputs])
+    values = (codes - unpacked_zero_points(weight)[..., None]) * weight.scales[..., None]
+    return np.ascontiguousarray(values.reshape(len(values), -1)[:, :inputs])
+
+
+def unpacked_zero_points(weight: QuantisedWeight) -> Array:
+    """(N, blocks) float32 whole numbers."""
+    if weight.zero_points is None:
+        return np.full(weight.scales.shape, 1 << weight.bits - 1, np.float32)
+    return _unpack(weight.zero_points, weight.bits)[:, : weight.scales.shape[1]].astype(np.float32)
 
 
 def check_format(bits: int, block_size: int) -> None:
