@@ -173,7 +173,7 @@ def _add_bench(subparsers: Any) -> None:
     parser = _command(subparsers, "bench", _bench, "measure an artifact; the last line of stdout is JSON")
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
-    add("--providers", default="cpu", metavar="A,B", help="execution providers to compare")
+    add("--providers", default="cpu", metavar="A,B", help="execution providers to compare, or all that start")
     add("--prompt-lengths", default="32,128", metavar="N,N", help="prompt lengths in tokens")
     add("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate")
     add("--batch", type=int, default=1, metavar="N", help="texts at once")
@@ -183,7 +183,7 @@ def _add_bench(subparsers: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import BenchSettings, bench, format_table
+    from .bench import BenchSettings, bench, format_table, named_providers
 
     try:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
@@ -192,13 +192,16 @@ def _bench(args: argparse.Namespace) -> int:
     settings = BenchSettings(
         lengths, args.new_tokens, args.batch, args.repeats, args.threads, not args.no_spin, args.allow_fallback
     )
-    document = bench(args.artifact, [name.strip() for name in args.providers.split(",")], settings)
+    document = bench(args.artifact, named_providers(args.providers), settings)
     print(format_table(document))
     text = json.dumps(document)
     if args.json is not None:
         args.json.write_text(text + "\n", encoding="utf-8")
     print(text)
-    return 0
+    failures = [facts for facts in document["providers"] if "error" in facts]
+    for facts in failures:
+        print(f"error: {facts['provider']} did not run: {facts['error']}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _add_doctor(subparsers: Any) -> None:

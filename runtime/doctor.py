@@ -1,5 +1,5 @@
-"""What this machine can do with an artifact: Python, onnxruntime's build, providers that really start, threads,
-memory."""
+"""What this machine can do with an artifact: Python, onnxruntime's build, providers that really start, the forms of
+artifact that it runs, threads, memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from typing import Any
 
 import onnxruntime
 
-from .machine import describe_machine, memory_mb, usable_cores
-from .providers import installed_builds, usable_providers
+from .machine import cgroup_quota, describe_machine, memory_mb, usable_cores
+from .providers import (
+    DEFAULT_FORM_VERSION,
+    OLDEST_VERSION,
+    installed_builds,
+    installed_version,
+    spelt,
+    usable_providers,
+)
+
+_FORMS = (
+    f"none: this onnxruntime is older than {spelt(OLDEST_VERSION)}",
+    f"in the portable form; the default form needs onnxruntime {spelt(DEFAULT_FORM_VERSION)}",
+    "in the default form and in the portable form",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -28,11 +41,20 @@ def examine() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "builds": builds,
         "providers": providers,
+        "forms": _forms(),
         "threads": usable_cores(),
+        "cpu_quota": cgroup_quota(),
         "memory_mb": {name: round(size) for name, size in memory_mb().items()},
         "machine": describe_machine(),
         "problems": problems,
     }
+
+
+def _forms() -> list[str]:
+    """The forms of an artifact that this onnxruntime runs."""
+    version = installed_version()
+    oldest = {"portable": OLDEST_VERSION, "default": DEFAULT_FORM_VERSION}
+    return [form for form, needed in oldest.items() if version >= needed]
 
 
 def format_report(facts: dict[str, Any]) -> str:
@@ -41,7 +63,9 @@ def format_report(facts: dict[str, Any]) -> str:
     lines = [
         f"python       {facts['python']}",
         f"onnxruntime  {facts['onnxruntime']} ({builds})",
-        f"threads      {facts['threads']} (physical cores that this process may use)",
+        f"artifacts    {_FORMS[len(facts['forms'])]}",
+        f"threads      {facts['threads']} (physical cores that this process may use"
+        + (f"; its quota is {facts['cpu_quota']:g})" if facts["cpu_quota"] else ")"),
         "memory       " + ", ".join(f"{size} MiB {name}" for name, size in facts["memory_mb"].items()),
         f"processor    {facts['machine']['processor']}",
     ]

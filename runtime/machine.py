@@ -10,16 +10,32 @@ from pathlib import Path
 from typing import Any
 
 
-def usable_cores() -> int:
+def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores within the affinity mask and the cgroup's CPU quota: what onnxruntime should use as threads.
 
-    onnxruntime itself would size its pool from the whole machine.
+    onnxruntime itself would size its pool from the whole machine. root: where /sys and /proc are.
     """
-    allowed = _affinity()
-    cores = {_core_of(cpu) for cpu in allowed}
-    quota = _cgroup_quota()
-    count = len(cores) if quota is None else min(len(cores), max(1, int(quota)))
+    cores = {_core_of(cpu, root) for cpu in _affinity()}
+    quota = cgroup_quota(root)
+    count = len(cores) if quota is None else min(len(cores), int(quota))
     return max(1, count)
+
+
+def cgroup_quota(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that this process may use, by cgroup version 2 or 1; None without a limit. The
+    tightest limit of the process's own group and of all above it, as far as they can be seen from here."""
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, controllers, group = line.split(":", 2)
+        if number == "0" and not controllers:
+            mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / name for name in (controllers, "cpu")]
+        else:
+            continue
+        own = Path(group.lstrip("/"))
+        limits += [_limit(mount / part) for mount in mounts for part in (own, *own.parents)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def peak_rss_mb() -> float:
@@ -64,21 +80,33 @@ def _affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def _core_of(cpu: int) -> tuple[str, str]:
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        package = (topology / "physical_package_id").read_text(encoding="ascii").strip()
-        return package, (topology / "core_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "?", str(cpu)
+def _core_of(cpu: int, root: Path) -> str:
+    """The processors that share a core with this one: the same text for each of them."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the old name
+        siblings = _read(topology / name).strip()
+        if siblings:
+            return siblings
+    return str(cpu)
 
 
-def _cgroup_quota() -> float | None:
+def _limit(group: Path) -> float | None:
+    """quota / period of one cgroup folder of either version; None without a limit there."""
+    words = _read(group / "cpu.max").split() or [
+        _read(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    ]
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
+        quota, period = map(int, words)
+    except ValueError:  # "max", or no such file
         return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def _processor_name() -> str:

@@ -1,0 +1,171 @@
+"""Cores, quotas and memory of a machine, on made-up /sys and /proc trees; providers and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from runtime import machine
+from runtime.bandwidth import read_gb_per_s
+from runtime.doctor import examine, format_report
+from runtime.errors import ArtifactError, ProviderError
+from runtime.machine import cgroup_quota, describe_machine, peak_rss_mb, usable_cores
+from runtime.providers import _PROBE, open_session, usable_providers
+
+V1, V2 = "4:memory:/\n3:cpu,cpuacct:/box\n2:cpuset:/\n0::/\n", "0::/box/inner\n"
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.strip() + "\n")
+    return root
+
+
+def siblings(pairs: dict[int, str], name: str = "core_cpus_list") -> dict[str, str]:
+    return {f"sys/devices/system/cpu/cpu{cpu}/topology/{name}": text for cpu, text in pairs.items()}
+
+
+@pytest.fixture
+def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_affinity", lambda: set(range(8)))
+
+
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+def test_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    root = write_tree(tmp_path, siblings({cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}, name))
+    for allowed, cores in ((set(range(8)), 4), ({0, 4}, 1), ({0, 1, 4}, 2), ({3}, 1)):
+        monkeypatch.setattr(machine, "_affinity", lambda allowed=allowed: allowed)
+        assert usable_cores(root) == cores
+
+
+@pytest.mark.usefixtures("eight_processors")
+def test_without_a_topology_every_processor_is_a_core(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path) == 8
+
+
+@pytest.mark.usefixtures("eight_processors")
+@pytest.mark.parametrize(
+    ("files", "quota", "cores"),
+    [
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "max 100000"}, None, 8),
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/box/inner/cpu.max": "250000 100000"}, 2.5, 2),
+        (
+            {
+                "proc/self/cgroup": V2,
+                "sys/fs/cgroup/box/inner/cpu.max": "max 100000",
+                "sys/fs/cgroup/box/cpu.max": "300000 100000",
+                "sys/fs/cgroup/cpu.max": "600000 100000",
+            },
+            3.0,
+            3,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000"}, 0.5, 1),
+        (
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_quota_us": "400000",
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_period_us": "100000",
+            },
+            4.0,
+            4,
+        ),
+        (  # a container sees its own group where it is mounted, not under the path that it is told
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            2.0,
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+            },
+            None,
+            8,
+        ),
+        ({"proc/self/cgroup": V2, "sys/fs/cgroup/cpu.max": "damaged"}, None, 8),
+    ],
+)
+def test_the_tightest_quota_of_either_version_bounds_the_threads(
+    tmp_path: Path, files: dict[str, str], quota: float | None, cores: int
+) -> None:
+    root = write_tree(tmp_path, files)
+    assert cgroup_quota(root) == quota
+    assert usable_cores(root) == cores
+
+
+def test_the_machine_is_described() -> None:
+    assert usable_cores() >= 1
+    assert peak_rss_mb() > 10
+    assert describe_machine()["usable_cores"] == usable_cores()
+
+
+def test_the_reading_speed_is_plausible() -> None:
+    assert 0.1 < read_gb_per_s(2, mebibytes=16) < 10_000
+
+
+def test_the_probe_graph_starts_the_cpu() -> None:
+    assert usable_providers()["cpu"] == "usable"
+
+
+def test_threads_and_spinning_reach_the_session() -> None:
+    quiet = open_session(_PROBE, threads=3, spin=False).get_session_options()
+    assert quiet.intra_op_num_threads == 3
+    assert quiet.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert open_session(_PROBE).get_session_options().intra_op_num_threads == usable_cores()
+
+
+def test_an_onnxruntime_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.19.2")
+    with pytest.raises(ProviderError, match=r"onnxruntime 1\.19\.2 computes attention wrongly; .* at least 1\.20"):
+        open_session(_PROBE)
+    facts = examine()
+    assert facts["forms"] == []
+    assert facts["problems"]
+
+
+@pytest.mark.parametrize(("version", "forms"), [("1.24.1", ["portable"]), ("1.32.0", ["portable", "default"])])
+def test_the_doctor_says_which_form_runs(monkeypatch: pytest.MonkeyPatch, version: str, forms: list[str]) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    facts = examine()
+    assert facts["forms"] == forms
+    assert ("default form needs onnxruntime 1.32" in format_report(facts)) == (len(forms) == 1)
+
+
+def test_a_provider_with_threads_of_its_own_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    class Recorded:
+        def __init__(self, source: object, options: object, **settings: object) -> None:
+            given.update(settings)
+
+        def get_providers(self) -> list[str]:
+            return ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+
+    available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    open_session(_PROBE, "openvino", threads=3)
+    assert given == {"providers": available, "provider_options": [{"num_of_threads": "3"}, {}]}
+
+
+def test_a_graph_too_new_for_this_onnxruntime_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            raise RuntimeError("INVALID_GRAPH: GroupQueryAttention:1 has input size 17 not in range [min=7, max=12].")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Refusing)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")
+    with pytest.raises(ArtifactError, match=r"it needs onnxruntime 1\.32 and this is 1\.24\.1: .*portable form"):
+        open_session(_PROBE)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.32.0")
+    with pytest.raises(ArtifactError, match=r"max=12\]\.$"):
+        open_session(_PROBE)
