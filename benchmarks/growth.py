@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--contexts", default="128,256,512,1024,2048,4096", help="tokens in the caches, batch 1")
     parser.add_argument("--batches", default="1,2,4,8", help="rows; 1 is what the others are compared with")
     parser.add_argument("--batch-context", type=int, default=128, help="tokens in each row's caches")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that every state gets")
+    parser.add_argument("--rounds", type=int, default=8, help="turns that every state gets")
     parser.add_argument("--steps", type=int, default=12, help="decode steps a turn, of which the first is not counted")
     parser.add_argument("--provider", default="cpu", help="execution provider")
     parser.add_argument("--threads", type=int, help="threads of onnxruntime; without it the usable physical cores")
@@ -60,7 +60,7 @@ def main() -> int:
     room = session.manifest.context_length - args.rounds * args.steps
     if room < max(min(contexts), args.batch_context):
         parser.error(f"the artifact's context of {session.manifest.context_length} has no room for these steps")
-    by_context, lengths = measure_contexts(session, [min(context, room) for context in contexts], args)
+    by_context, lengths = measure_contexts(session, sorted({min(context, room) for context in contexts}), args)
     line = fit_line(lengths, by_context)
     by_batch = measure_batches(session, batches, args)
     rates = {batch: batch * 1e3 / milliseconds for batch, milliseconds in zip(batches, by_batch, strict=True)}
@@ -205,10 +205,12 @@ def draw(
     ends = np.array([0, max(lengths)])
     left.plot(ends, line.start + line.slope * ends, color="#b9bec4", label="least-squares line")
     left.plot(lengths, milliseconds, "o", color="#2f6f9f", label="measured")
-    left.set(xlabel="tokens in the caches", ylabel="ms per token", xlim=(0, None), ylim=(0, None))
+    left.set(xlabel="tokens in the caches", ylabel="ms per token", xlim=(0, None), ylim=(0, 1.1 * max(milliseconds)))
     left.legend(frameon=False)
     right.plot(list(rates), list(rates.values()), "o-", color="#2f6f9f")
-    right.set(xlabel="batch", ylabel="tokens/s", xlim=(0, None), ylim=(0, None), xticks=list(rates))
+    right.set(
+        xlabel="batch", ylabel="tokens/s", xlim=(0, None), ylim=(0, 1.1 * max(rates.values())), xticks=list(rates)
+    )
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
