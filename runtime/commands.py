@@ -173,7 +173,8 @@ def _add_bench(subparsers: Any) -> None:
     parser = _command(subparsers, "bench", _bench, "measure an artifact; the last line of stdout is JSON")
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
-    add("--providers", default="cpu", metavar="A,B", help="execution providers to compare, or all that start")
+    text = "execution providers to compare, or all that start; if one cannot run the others do, and the exit code is 1"
+    add("--providers", default="cpu", metavar="A,B", help=text)
     add("--prompt-lengths", default="32,128", metavar="N,N", help="prompt lengths in tokens")
     add("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate")
     add("--batch", type=int, default=1, metavar="N", help="texts at once")
