@@ -2,7 +2,7 @@
 
 adapter/             adapter_config.json, adapter_model.safetensors: PEFT alone can load it
 gate.safetensors     gate_down.weight (r, z), gate_up.weight (d, r), float32; empty for `mean_logits`
-imsm.json            base model and its fingerprint, gate kind and rank, PEFT type, settings, data, metrics
+imsm.json            base model, its fingerprint, its rounding, gate kind and rank, PEFT type, settings, data, metrics
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .backbone import fingerprint, hidden_size, load_base_model
 from .errors import BaseModelError, CheckpointError, SettingsError
 from .files import publish_folder
 from .gates import Gate, make_gate
+from .quantised_backbone import round_backbone
 from .siamese import SiameseModel
 
 FORMAT_VERSION = 1
@@ -29,7 +30,9 @@ INFO = "imsm.json"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What imsm.json says. `base_model` is a local path or a hub id."""
+    """What imsm.json says. `base_model` is a local path or a hub id, and `base_fingerprint` is of its weights as they
+    are there. quantised_backbone: the arguments of `round_backbone`, which they went through before training; empty
+    without it."""
 
     base_model: str
     base_revision: str | None
@@ -40,6 +43,7 @@ class CheckpointInfo:
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    quantised_backbone: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -77,7 +81,8 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 
 def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[SiameseModel, CheckpointInfo]:
-    """The siamese model of a CHECKPOINT folder, in float32 and eval mode, on the CPU.
+    """The siamese model of a CHECKPOINT folder, in float32 and eval mode, on the CPU, with the very weights of its
+    training: a backbone that was rounded for it is rounded again.
 
     base_model: where the base model is now, if not where imsm.json says. Raises CheckpointError, BaseModelError (also
     when the base model's weights are not those that were tuned) or AdapterError.
@@ -92,6 +97,11 @@ def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[Siames
             f"{name} is not the base model of {folder}: its fingerprint is {found[:12]}…, "
             f"the adapter was trained on {info.base_fingerprint[:12]}…"
         )
+    if info.quantised_backbone:
+        try:
+            round_backbone(base, **info.quantised_backbone)
+        except (SettingsError, TypeError) as error:
+            raise CheckpointError(f"{folder / INFO} is damaged: quantised_backbone: {error}") from error
     gate = _load_gate(folder / "gate.safetensors", info, hidden_size(base))
     model = SiameseModel(load_adapter(base, folder / "adapter"), gate)
     model.requires_grad_(False)

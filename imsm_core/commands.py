@@ -78,6 +78,13 @@ def register(subparsers: Any) -> None:
     add("--gate-rank", type=int, default=8, metavar="R", help="rank of the gate")
     add("--gate-dropout", type=float, default=0.1, metavar="P", help="dropout after each linear of the gate")
     add(
+        "--quantised-backbone",
+        metavar="NAME",
+        help="int4 or int8: train against the frozen weights as an export with this --precision rounds them, so that "
+        "the adapter learns to correct the error",
+    )
+    add("--block-size", type=int, metavar="N", help="with --quantised-backbone: weights that share a scale; 32")
+    add(
         "--learning-rate",
         type=float,
         metavar="LR",

@@ -23,6 +23,7 @@ from .files import refuse_existing, sha256_of_file
 from .gates import check_gate_kind, make_gate
 from .methods import OPTIONS, check_options, peft_config, read_peft_config
 from .prompts import context_length
+from .quantised_backbone import BLOCK_SIZE, check_rounding, round_backbone
 from .siamese import SiameseModel
 from .snapshots import newest_snapshot, partial_folder
 from .training import TrainSettings, train
@@ -34,7 +35,8 @@ LONGEST = 1024
 class TuneSettings:
     """What is tuned on which fields. max_length: tokens of the longest row that is kept; None is the model's context,
     at most 1024. peft: a name of `methods.PEFT_METHODS`, None is lora; the adapter's options of None are the method's
-    defaults. peft_config: a file with any PEFT config instead, as PEFT writes adapter_config.json."""
+    defaults. peft_config: a file with any PEFT config instead, as PEFT writes adapter_config.json. quantised_backbone:
+    int4 or int8, the values that the frozen weights have in training, in blocks of `block_size` (None is 32)."""
 
     prompt_field: str = "prompt"
     answer_field: str = "answer"
@@ -50,6 +52,8 @@ class TuneSettings:
     token_indices: Sequence[int] | None = None
     gate: str = "query_aware"
     gate_rank: int = 8
+    quantised_backbone: str | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -57,6 +61,10 @@ class TuneSettings:
                 f"{option('max_length')} is {self.max_length}; it must be at least 2, a prompt's and an answer's token"
             )
         check_gate_kind(self.gate)
+        if self.quantised_backbone is not None:
+            check_rounding(**self.rounding())
+        elif self.block_size is not None:
+            raise SettingsError(f"{option('block_size')} goes with {option('quantised_backbone')}")
         if self.peft_config is None:
             check_options(self.peft or "lora", **self._options())
         elif given := [name for name, value in (self._options() | {"peft": self.peft}).items() if value is not None]:
@@ -74,6 +82,12 @@ class TuneSettings:
             "virtual_tokens": self.virtual_tokens,
             "token_indices": self.token_indices,
         }
+
+    def rounding(self) -> dict[str, Any]:
+        """What `round_backbone` takes, as a checkpoint keeps it; empty if the backbone stays as it is."""
+        if self.quantised_backbone is None:
+            return {}
+        return {"precision": self.quantised_backbone, "block_size": self.block_size or BLOCK_SIZE}
 
     def adapter_for(self, model: PreTrainedModel) -> PeftConfig:
         """The config of the adapter that is trained on `model`. Raises AdapterError."""
@@ -128,6 +142,8 @@ def tune(
     if dataset.skipped:
         print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
     base_fingerprint = fingerprint(base)
+    if rounding := settings.rounding():
+        round_backbone(base, **rounding)
     torch.manual_seed(training.seed)
     gate = make_gate(settings.gate, hidden_size(base), settings.gate_rank, training.gate_dropout)
     siamese = SiameseModel(attach_adapter(base, config), gate).to(device)
@@ -148,6 +164,7 @@ def tune(
         training=asdict(training) | {"max_length": max_length, "raw": settings.raw},
         data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
         metrics=metrics,
+        quantised_backbone=rounding,
     )
     save_checkpoint(siamese, info, target, force)
     shutil.rmtree(partial, ignore_errors=True)
