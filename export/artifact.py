@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imsm_core.files import sha256_of_file
@@ -21,13 +22,13 @@ from .normalized import ModelFacts
 from .streams import StreamLayout
 
 FORMAT_VERSION = 3
-INT8_COMPUTE = 4  # MatMulNBits' accuracy_level
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
 
 def write_graph(model: ir.Model, folder: Path) -> None:
     """model.onnx and model.onnx.data: every weight external, in one file that onnxruntime maps into memory."""
+    (folder / DATA).unlink(missing_ok=True)  # a smaller one may follow a larger one
     ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=256)
     _share_storage(folder / GRAPH)
 
@@ -56,18 +57,9 @@ def _share_storage(path: Path) -> None:
         onnx.save(proto, str(path))
 
 
-def set_int8_compute(folder: Path) -> int:
-    """Let the products with quantised weights round their activations to int8 (accuracy_level 4), which is what the
-    processor is fast at; returns how many. Before that they compute in floating point, as PyTorch does."""
-    proto = onnx.load(str(folder / GRAPH), load_external_data=False)
-    count = 0
-    for node in proto.graph.node:
-        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
-            if attribute.name == "accuracy_level":
-                attribute.i = INT8_COMPUTE
-                count += 1
-    onnx.save(proto, str(folder / GRAPH))
-    return count
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -39,11 +39,13 @@ class Lengths(NamedTuple):
 
 @dataclass
 class StepTensors:
-    """What one traced step gives the attention of every layer and collects from it. past and present are indexed
-    [layer][group of `layout.groups(layer)`]. position_ids: like the rows of the first layer's input. lengths: by group,
-    virtual tokens counted in. cos, sin: the rotary tables, if the plan has them. scales: of quantised caches.
-    attention_biases: (1, heads, S, total) by group, computed by the first layer that has a key bias, for all of
-    them."""
+    """What one traced step gives the attention of every layer and collects from it.
+
+    past and present are indexed [layer][group of `layout.groups(layer)`]. position_ids: like the rows of the first
+    layer's input. lengths: by group, virtual tokens counted in. cos, sin: the rotary tables, if the plan has them.
+    scales: of quantised caches. dtype: what the backbone computes in. attention_biases: (1, heads, S, total) by group,
+    computed by the first layer that has a key bias, for all of them.
+    """
 
     plan: AttentionPlan
     layout: StreamLayout
@@ -53,6 +55,7 @@ class StepTensors:
     sin: Tensor | None
     past: list[LayerCaches]
     scales: KVScales | None = None
+    dtype: torch.dtype = torch.float32
     present: list[LayerCaches] = field(default_factory=list)
     attention_biases: dict[str, Tensor] = field(default_factory=dict)
 
@@ -111,7 +114,8 @@ def _attention_bias(
         length = step.past[index][0][0].shape[2] + sequence
         positions = torch.onnx.ops.symbolic("Range", [zero, total, one], dtype=total.dtype, shape=(length,))
         bias = key_bias(positions.float(), (total - 1).float())
-        step.attention_biases[group] = bias[None, :, None, :] + torch.zeros(sequence)[None, None, :, None]
+        bias = bias[None, :, None, :] + torch.zeros(sequence)[None, None, :, None]
+        step.attention_biases[group] = bias.to(step.dtype)
     return step.attention_biases[group]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,41 @@ def register(subparsers: Any) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", metavar="CKPT", help="a checkpoint folder, as `train` writes it")
     add("artifact", type=Path, metavar="ARTIFACT", help="the folder to write")
-    add("--precision", default="fp32", metavar="NAME", help="fp32")
+    add(
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="fp32, fp16, bf16, or int8 or int4 weights of the backbone (adapter and gate stay in floating point)",
+    )
+    add("--block-size", type=int, default=32, metavar="N", help="weights that share a scale in int8 and int4")
+    add("--asymmetric", action="store_true", help="a zero point for every block in int8 and int4")
+    add(
+        "--activations",
+        metavar="NAME",
+        help="what int8 and int4 models compute in: fp32 (the default), or fp16 or bf16 for a GPU",
+    )
+    add("--calibrate", type=Path, metavar="FILE", help="quantise with GPTQ on these texts (JSONL), not by rounding")
+    add(
+        "--kv-cache",
+        default="float",
+        metavar="NAME",
+        help="float, or int8: caches of a quarter of the size; --calibrate gives its scales texts",
+    )
+    add("--eval-data", type=Path, metavar="FILE", help="measure the quality against fp32 on held-out texts (JSONL)")
+    add("--eval-texts", type=int, default=64, metavar="N", help="how many texts of --eval-data")
+    add(
+        "--max-perplexity-change",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="warn if the perplexity on --eval-data rises by more than this share",
+    )
+    add(
+        "--portable",
+        action="store_true",
+        default=None,
+        help="for onnxruntime 1.20 to 1.31 and providers other than cpu; fp16 and bf16 are always in this form",
+    )
     add("--base", metavar="DIR_OR_HUB_ID", help="where the base model is, if not where the checkpoint says")
     add(
         "--adapter", type=Path, metavar="DIR", help="instead of CKPT: a PEFT adapter on --base, wherever it was trained"
@@ -64,7 +99,21 @@ def register(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     from .pipeline import ExportSettings, export_adapter, export_checkpoint
 
-    settings = ExportSettings(args.precision, args.context_length, args.base_only, args.max_delta_mb)
+    settings = ExportSettings(
+        precision=args.precision,
+        activations=args.activations,
+        block_size=args.block_size,
+        symmetric=not args.asymmetric,
+        calibrate=args.calibrate,
+        kv_cache=args.kv_cache,
+        eval_data=args.eval_data,
+        eval_texts=args.eval_texts,
+        max_perplexity_change=args.max_perplexity_change,
+        portable=args.portable,
+        context_length=args.context_length,
+        base_only=args.base_only,
+        max_delta_mb=args.max_delta_mb,
+    )
     if args.adapter is not None:
         if args.checkpoint is not None:
             raise ExportError(f"give the checkpoint {args.checkpoint} or --adapter {args.adapter}, not both")
@@ -90,20 +139,24 @@ def _export(args: argparse.Namespace) -> int:
             raise ExportError("give a checkpoint folder and ARTIFACT, or --adapter, --base and ARTIFACT")
         manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)
     size = sum(file["bytes"] for file in manifest["files"].values())
-    print(json.dumps({"artifact": str(args.artifact), "bytes": size, "parity": manifest["parity"]}))
+    document = {"artifact": str(args.artifact), "bytes": size, "parity": manifest["parity"]}
+    print(json.dumps(document | {"quality": manifest["quality"]}))
     return 0
 
 
 def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
-    """Run the parity check of an existing artifact again; returns the new report. Raises as `export_checkpoint`."""
+    """Run the parity check of an existing artifact again; returns the new report. What was quantised is reported and not
+    judged: the checkpoint has other weights. Raises as `export_checkpoint`."""
     from imsm_core.checkpoint import load_checkpoint
 
-    from .pipeline import report_parity
+    from .pipeline import ExportSettings, report_parity
     from .verify import verify_graph
 
     manifest = json.loads((artifact / "imsm_model.json").read_text(encoding="utf-8"))
     model, _ = load_checkpoint(checkpoint, base_model)
-    parity = verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"])
+    quantised = manifest["quantisation"] is not None or manifest["kv_cache"] == "int8"
+    tolerance = math.inf if quantised else ExportSettings(manifest["precision"]).tolerance
+    parity = verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"], tolerance)
     report_parity(parity, _to_stderr)
     return parity.as_dict()
 

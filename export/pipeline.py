@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from imsm_core import prompts
@@ -20,13 +24,17 @@ from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
 from .adapters.report import check_delta_size, describe_adapter, report_adapter
-from .artifact import MANIFEST, set_int8_compute, write_graph, write_manifest, write_tokenizer
+from .artifact import MANIFEST, dtype_name, write_graph, write_manifest, write_tokenizer
 from .attention import plan_attention
+from .calibration import calibrated_weights
 from .errors import UnsupportedError
+from .evaluation import evaluate
+from .kv_quantisation import find_scales
 from .normalized import model_facts
-from .passes import run_passes
+from .passes import finish_quantised, run_passes
 from .passes.quantise import Quantisation, Quantised
-from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, rounded_weights
+from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, computing_in, rounded_to, rounded_weights
+from .quality import THRESHOLD, QualityReport, quality_warnings, read_eval_texts
 from .quantised_weight import check_format
 from .streams import StreamLayout
 from .trace import trace
@@ -36,20 +44,33 @@ from .verify import ParityReport, verify_graph
 from .virtual_tokens import save_virtual_cache, virtual_cache
 
 Report = Callable[[str], None]
+KV_CACHES = ("float", "int8")
+CALIBRATION_TEXTS = 64
+RANDOM_TEXTS, RANDOM_TOKENS = 8, 64
+HALF_TOLERANCE = 0.05
+ROUNDED_TOLERANCE = 0.25  # catches a wrong tensor, not a rounded one: rounding is what the quality report tells
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
-    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. portable: one attention node per stream, for
-    execution providers other than the CPU's; None: where activations are not fp32. context_length: None is the
-    model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the most that changes
-    stored as whole matrices may take, in 10^6 bytes; None is any size."""
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) to quantise with GPTQ on,
+    None rounds to nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts
+    (JSONL) to measure the quality on, `eval_texts` of them; a perplexity that rises by more than
+    `max_perplexity_change` is warned of. portable: one attention node per stream, for execution providers other than
+    the CPU's; None: where activations are not fp32. context_length: None is the model's own. base_only: one stream
+    without adapter and gate, for comparing. max_delta_mb: the most that changes stored as whole matrices may take, in
+    10^6 bytes; None is any size."""
 
     precision: str = "fp32"
     activations: str | None = None
     block_size: int = 32
     symmetric: bool = True
+    calibrate: Path | None = None
+    kv_cache: str = "float"
+    eval_data: Path | None = None
+    eval_texts: int = 64
+    max_perplexity_change: float = THRESHOLD
     portable: bool | None = None
     context_length: int | None = None
     base_only: bool = False
@@ -64,6 +85,12 @@ class ExportSettings:
             raise UnsupportedError(f"unknown activations {self.activations!r}; choose one of {', '.join(FLOATS)}")
         if self.bits is not None:
             check_format(self.bits, self.block_size)
+        if self.calibrate is not None and self.bits is None and self.kv_cache != "int8":
+            raise UnsupportedError("calibration goes with int8 and int4 weights, and with int8 caches")
+        if self.eval_data is not None and not self.runs_here:
+            raise UnsupportedError("the quality of bf16 cannot be measured: onnxruntime's CPU provider has no bfloat16")
+        if self.kv_cache not in KV_CACHES:
+            raise UnsupportedError(f"unknown cache {self.kv_cache!r}; choose one of {', '.join(KV_CACHES)}")
         if self.max_delta_mb is not None and not self.max_delta_mb >= 0:
             raise UnsupportedError(f"--max-delta-mb is {self.max_delta_mb:g}; it must be a number from 0 on")
 
@@ -76,6 +103,18 @@ class ExportSettings:
     def dtype(self) -> torch.dtype:
         """What the backbone computes in."""
         return FLOATS[self.precision if self.bits is None else self.activations or "fp32"]
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether onnxruntime's CPU provider can run it, on which exports are verified: it has no bfloat16."""
+        return self.dtype != torch.bfloat16
+
+    @property
+    def tolerance(self) -> float | None:
+        """Of the comparison with PyTorch, absolute and relative to the largest value; None: float32's own."""
+        if self.dtype != torch.float32 and self.kv_cache == "float":
+            return HALF_TOLERANCE
+        return ROUNDED_TOLERANCE if self.kv_cache == "int8" else None
 
     @property
     def one_node_per_stream(self) -> bool:
@@ -142,6 +181,7 @@ def export_model(
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
+    texts = _read_texts(settings, tokenizer, facts.context_length)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
     model.check_forward()
@@ -154,30 +194,50 @@ def export_model(
         check_delta_size(adapter, settings.max_delta_mb)
     trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
     layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
+    # 2. What is found out on texts.
+    scales = find_scales(model, plan, texts.scales) if settings.kv_cache == "int8" else None
+    quantisation = None
+    if settings.bits is not None:
+        format_ = (settings.bits, settings.block_size, settings.symmetric)
+        calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
+        quantisation = Quantisation(*format_, calibrated)
     with publish_folder(target, MANIFEST, force) as draft:
-        # 2. Trace, rewrite, write.
+        # 3. Trace, rewrite, write.
         shared = f", the first {trunk} shared by both streams" if trunk else ""
         report(f"trace     {facts.architecture}, {facts.layers} layers{shared}, rotary: {plan.rotary.mode}")
-        with original_biases(model.peft_model):  # until the weights are written: the trace only refers to them
-            with replaced_layers(causal_lm, layers):
-                gate = None if settings.base_only else model.gate
-                step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens)
-                traced = trace(step.eval())
-            counts, quantised = run_passes(traced.model, _quantisation(settings))
+        with _as_traced(model, layers, settings.dtype):
+            gate = None if settings.base_only else model.gate
+            step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens, scales)
+            traced = trace(step.eval())
+            counts, quantised = run_passes(traced.model, quantisation)
             write_graph(traced.model, draft)
+        save_virtual_cache(virtual, draft)
+        # 4. Verify what was written, against the weights that it has.
+        rounded = {} if quantised is None else quantised.weights
+        with rounded_to(causal_lm, settings.dtype), rounded_weights(causal_lm, rounded):
+            compare = partial(verify_graph, draft, model, traced.streams, facts.context_length)
+            parity = compare(settings.tolerance) if settings.runs_here else ParityReport(HALF_TOLERANCE)
+            if quantised is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
+                counts |= finish_quantised(traced.model)
+                with _as_traced(model, layers, settings.dtype):
+                    write_graph(traced.model, draft)
+                finished = compare(ROUNDED_TOLERANCE) if settings.runs_here else parity
+                parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
         if quantised is not None:
             report_quantised(quantised, settings, report)
-        # 3. Verify what was written, against the weights that it has; describe it.
-        save_virtual_cache(virtual, draft)
-        with rounded_weights(causal_lm, {} if quantised is None else quantised.weights):
-            parity = verify_graph(draft, model, traced.streams, facts.context_length)
         report_parity(parity, report)
-        if quantised is not None:
-            set_int8_compute(draft)
+        quality = None
+        if texts.evaluation:
+            quality = evaluate(draft, model, traced.streams, texts.evaluation)
+            report_quality(quality, settings, report)
+        # 5. Describe it.
         sections = {
             "precision": settings.precision,
+            "activations": dtype_name(settings.dtype),
+            "quantisation": None if quantised is None or quantisation is None else quantised.as_dict(quantisation),
+            "kv_cache": settings.kv_cache,
             "gate": None if settings.base_only else {"kind": info.gate_kind, "rank": info.gate_rank},
             "adapter": adapter,
             "virtual_tokens": dict(zip(traced.streams, (0, virtual_tokens), strict=False)),
@@ -189,6 +249,7 @@ def export_model(
             "training": info.training,
             "passes": counts,
             "parity": parity.as_dict(),
+            "quality": None if quality is None else quality.as_dict(),
             "tokens": write_tokenizer(tokenizer, causal_lm, draft),
         }
         manifest = write_manifest(draft, traced.model, facts, plan, layout, traced.streams, sections)
@@ -196,26 +257,69 @@ def export_model(
     return manifest
 
 
-def _quantisation(settings: ExportSettings) -> Quantisation | None:
-    if settings.bits is None:
-        return None
-    return Quantisation(settings.bits, settings.block_size, settings.symmetric)
+@dataclass(frozen=True)
+class _Texts:
+    """Token ids: to calibrate weights on, to find the scales of int8 caches on, and to measure the quality on."""
+
+    calibration: list[list[int]]
+    scales: list[list[int]]
+    evaluation: list[list[int]]
+
+
+def _read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, context_length: int) -> _Texts:
+    def read(path: Path | None, limit: int) -> list[list[int]]:
+        return [] if path is None else read_eval_texts(path, tokenizer, context_length, limit)
+
+    given = read(settings.calibrate, CALIBRATION_TEXTS)
+    # Without texts, random ones: their keys and values are wilder than those of language, so that scales are coarser.
+    generator = np.random.default_rng(0)
+    length = min(context_length, RANDOM_TOKENS)
+    wild = [generator.integers(0, len(tokenizer), length).tolist() for _ in range(RANDOM_TEXTS)]
+    calibration = given if settings.bits is not None else []
+    return _Texts(calibration, given or wild, read(settings.eval_data, settings.eval_texts))
+
+
+@contextmanager
+def _as_traced(model: SiameseModel, layers: dict[str, nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the causal LM has its two-stream forms and computes in `dtype`. The weights are written there
+    too: a traced graph only refers to them."""
+    with (
+        original_biases(model.peft_model),
+        replaced_layers(model.causal_lm, layers),
+        computing_in(model.causal_lm, dtype),
+    ):
+        yield
 
 
 def report_quantised(done: Quantised, settings: ExportSettings, report: Report) -> None:
     """One line, and one more where large matrices of the backbone stayed in floating point."""
     embeddings = " and the embeddings" if done.embeddings else ""
+    how = f", {done.calibrated} of them calibrated" if done.calibrated else ""
     report(
-        f"quantise  {done.matrices} matrices{embeddings} to {settings.precision}, blocks of {settings.block_size}: "
-        f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
+        f"quantise  {done.matrices} matrices{embeddings} to {settings.precision}, "
+        f"blocks of {settings.block_size}{how}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
     if done.kept:
         size = sum(done.kept.values()) / 1e6
         report(f"quantise  {len(done.kept)} weights stay as they are ({size:.1f} MB), such as {next(iter(done.kept))}")
 
 
+def report_quality(quality: QualityReport, settings: ExportSettings, report: Report) -> None:
+    """One line, and one for each warning."""
+    report(
+        f"quality   {quality.tokens} tokens: perplexity {quality.perplexity_reference:.4g} -> {quality.perplexity:.4g} "
+        f"({quality.perplexity_change:+.2%}), argmax agreement {quality.argmax_agreement:.2%}, "
+        f"mean KL {quality.mean_kl:.2g} nats"
+    )
+    for warning in quality_warnings(quality, settings.max_perplexity_change):
+        report(f"warning   {warning}")
+
+
 def report_parity(parity: ParityReport, report: Report) -> None:
     """One line per way of computing."""
+    if not parity.differences:
+        report("verify    not verified: onnxruntime's CPU provider has no bfloat16; run `verify` where there is one")
+        return
     for way, differences in parity.differences.items():
         worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         report(f"verify    {way}: largest difference from PyTorch: {worst}")

@@ -57,6 +57,13 @@ class CachedGraph:
         self.lengths = np.array([len(prompt) for prompt in prompts])
         return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)), self.lengths)
 
+    def whole(self, text: list[int], query: int) -> dict[str, Array]:
+        """One text at once, of which the first `query` tokens are the gate's query; outputs at every position."""
+        self._reset(1)
+        self.lengths = np.array([len(text)])
+        mask = (np.arange(len(text)) < query)[None].astype(np.float32)
+        return self._run(np.array([text]), mask, np.arange(len(text))[None], self.lengths)
+
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""
         input_ids = np.array(tokens)[:, None]

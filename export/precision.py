@@ -45,3 +45,32 @@ def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeigh
     finally:
         for weight, original in reversed(originals):  # a tied weight was replaced more than once
             weight.data = original
+
+
+@contextmanager
+def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the model's parameters are of `dtype`; afterwards they are the very tensors that they were.
+    Buffers stay: the frequencies of rotary embeddings lose too much in half precision."""
+    originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.float32]
+    try:
+        if dtype != torch.float32:
+            for parameter, original in originals:
+                parameter.data = original.to(dtype)
+        yield
+    finally:
+        for parameter, original in originals:
+            parameter.data = original
+
+
+@contextmanager
+def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the model computes in float32 with weights that have been through `dtype`."""
+    originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.float32]
+    try:
+        if dtype != torch.float32:
+            for parameter, original in originals:
+                parameter.data = original.to(dtype).float()
+        yield
+    finally:
+        for parameter, original in originals:
+            parameter.data = original

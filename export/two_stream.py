@@ -67,8 +67,8 @@ class TwoStreamStep(nn.Module):
         self.virtual_tokens = virtual_tokens
         self.rotary_cos: Tensor | None
         self.rotary_sin: Tensor | None
-        self.register_buffer("rotary_cos", plan.rotary.cos, persistent=False)
-        self.register_buffer("rotary_sin", plan.rotary.sin, persistent=False)
+        for name, table in (("rotary_cos", plan.rotary.cos), ("rotary_sin", plan.rotary.sin)):
+            self.register_buffer(name, None if table is None else table.to(model.dtype), persistent=False)
         self.kv_scales = kv_scales
         for part, scales in (("key", kv_scales.keys), ("value", kv_scales.values)) if kv_scales else ():
             for layer, scale in enumerate(scales):
@@ -99,6 +99,7 @@ class TwoStreamStep(nn.Module):
             self.rotary_sin,
             inputs.past,
             self._scales(),
+            self.dtype,
         )
         ones = torch.ones_like(inputs.query_mask)[..., None].to(self.dtype)  # (B, S, 1)
         mask = torch.cat([torch.zeros_like(ones)] * (layout.streams - 1) + [ones])

@@ -76,12 +76,23 @@ class ParityReport:
         }
 
 
-def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], context_length: int) -> ParityReport:
-    """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode). Raises VerificationError."""
+def verify_graph(
+    folder: Path,
+    model: SiameseModel,
+    streams: tuple[str, ...],
+    context_length: int,
+    tolerance: float | None = None,
+) -> ParityReport:
+    """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode, the weights that the file has).
+
+    tolerance: None is float32's. Raises VerificationError.
+    """
     virtual = load_virtual_cache(folder)
     cached = CachedGraph(folder / GRAPH, virtual)
     layers = 1 + max(int(name.split(".")[2]) for name in cached.inputs if name.startswith("past_key_values."))
-    report = ParityReport(FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE)
+    if tolerance is None:
+        tolerance = FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE
+    report = ParityReport(tolerance)
     vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
     generator = np.random.default_rng(0)
     # Texts as long as the context allows, and no longer than needed to meet ragged rows and chunks.
@@ -106,7 +117,7 @@ def verify_graph(folder: Path, model: SiameseModel, streams: tuple[str, ...], co
     chunked = CachedGraph(folder / GRAPH, virtual, cached.session).chunks(pieces)
 
     # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
-    expected = [_expected(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
+    expected = [expected_outputs(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
 
     # 4. Compare.
     for row, (length, wanted) in enumerate(zip(lengths, expected, strict=True)):
@@ -137,7 +148,7 @@ def _judge_failures(
     ill-conditioned model, whose rounding another order of sums does not share."""
     with contextlib.suppress(RuntimeError, TypeError), _in_float64(model):  # code that insists on float32
         for text, length, rounded in zip(texts, lengths, expected, strict=True):
-            for name, exact in _expected(model, text, length, streams).items():
+            for name, exact in expected_outputs(model, text, length, streams).items():
                 difference = float(np.abs(rounded[name] - exact).max())
                 report.rounding[name] = max(report.rounding.get(name, 0.0), difference)
     for failure in report.failures:
@@ -166,7 +177,9 @@ def _trained_tokens(peft_model: PeftModel) -> list[int]:
 
 
 @torch.no_grad()
-def _expected(model: SiameseModel, text: list[int], prompt_length: int, streams: tuple[str, ...]) -> dict[str, Array]:
+def expected_outputs(
+    model: SiameseModel, text: list[int], prompt_length: int, streams: tuple[str, ...]
+) -> dict[str, Array]:
     """The compared outputs at every position of one text, each (S, ...)."""
     input_ids = torch.tensor([text])
     if len(streams) == 1:

@@ -10,8 +10,19 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ..errors import TraceError
-from . import clean, fold_layout, low_rank, name_dimensions, norms, pack_qkv, reshapes, silu, weight_layout
-from .quantise import Quantisation, Quantised, quantise
+from . import (
+    clean,
+    fold_layout,
+    half_adapter,
+    low_rank,
+    name_dimensions,
+    norms,
+    pack_qkv,
+    reshapes,
+    silu,
+    weight_layout,
+)
+from .quantise import Quantisation, Quantised, quantise, use_int8_compute
 
 Pass = Callable[[ir.Model], int]
 
@@ -45,3 +56,8 @@ def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tup
     if quantised is not None:
         counts["quantise"] = quantised.matrices + quantised.embeddings
     return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantised
+
+
+def finish_quantised(model: ir.Model) -> dict[str, int]:
+    """What makes a quantised graph fast and small at the price of rounding, after it was verified; returns counts."""
+    return {"int8_compute": use_int8_compute(model), "store_adapter_in_half": half_adapter.store_adapter_in_half(model)}

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ..calibration import layer_name
 from ..errors import TraceError
 from ..quantised_weight import QuantisedWeight, round_to_nearest
 from . import weights
 
+INT8_COMPUTE = 4  # MatMulNBits' accuracy_level
 SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """bits: 4 or 8. calibrated: weights that were quantised with data, by their name in the traced module; all others
-    are rounded to the nearest.
+    """bits: 4 or 8. calibrated: weights that were quantised with data, by their layer's name in the causal LM; all
+    others are rounded to the nearest.
 
-    The nodes compute in floating point; `set_int8_compute` changes that in the file, once it has been verified."""
+    The nodes compute in floating point; `use_int8_compute` changes that once the file has been verified."""
 
     bits: int
     block_size: int = 32
@@ -46,6 +49,19 @@ class Quantised:
     bytes_after: int = 0
     kept: dict[str, int] = field(default_factory=dict)
     weights: dict[str, QuantisedWeight] = field(default_factory=dict)
+
+    def as_dict(self, settings: Quantisation) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "bits": settings.bits,
+            "block_size": settings.block_size,
+            "symmetric": settings.symmetric,
+            "matrices": self.matrices,
+            "embeddings": self.embeddings,
+            "calibrated": self.calibrated,
+            "bytes": self.bytes_after,
+            "kept_bytes": sum(self.kept.values()),
+        }
 
 
 class _Quantiser:
@@ -151,7 +167,7 @@ class _Quantiser:
         channels = np.ascontiguousarray(values.T if in_by_out else values)  # (out, in)
         found, start = [], 0
         for name, size in zip(names, weights.part_sizes(weight, len(channels)), strict=True):
-            part = settings.calibrated.get(name)
+            part = settings.calibrated.get(layer_name(name))
             self.done.calibrated += part is not None
             if part is None:
                 rows = channels[start : start + size]
@@ -182,12 +198,23 @@ def quantise(model: ir.Model, settings: Quantisation) -> Quantised:
             quantiser.gather(node)
     weights.drop_unused(model.graph, quantiser.gone)
     done = quantiser.done
+    made = {id(value) for tensors in quantiser.tensors.values() for value in tensors}  # their scales are in float
     for value in model.graph.initializers.values():
-        if _large_and_floating(value) and weights.is_backbone(value) and not _is_table(value):
+        large = _large_and_floating(value) and id(value) not in made
+        if large and weights.is_backbone(value) and not _is_table(value):
             done.kept[str(value.name)] = weights.nbytes(value)
     if not _head_is_quantised(model):
         raise TraceError("the lm_head was not quantised: its product has a form that the quantiser does not know")
     return done
+
+
+def use_int8_compute(model: ir.Model) -> int:
+    """Let the products with quantised weights round their activations to int8, which is what processors are fast at;
+    returns how many."""
+    nodes = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    for node in nodes:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", INT8_COMPUTE)
+    return len(nodes)
 
 
 def _multiplies_a_weight(node: ir.Node) -> bool:
