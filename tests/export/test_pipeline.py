@@ -109,4 +109,6 @@ def test_a_base_only_export_has_one_stream_and_no_gate(tmp_path: Path) -> None:
     assert exported.manifest["streams"] == ["base"]
     assert exported.manifest["gate"] is None
     assert exported.manifest["model"]["context_length"] == 64
-    assert not any("adapter" in name or "query" in name or "gate" in name for name in names)
+    assert not any("adapter" in name or "query" in name or "gate" in name for name in names - {"query_seqlens"})
+    assert exported.manifest["shared_layers"] == 0
+    assert [layer["groups"] for layer in exported.manifest["cache"]] == [["base"]] * 2

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.attention import MOST_PADDING
 from imsm_core.reference import reference_generate
 from runtime import Session
+from tests.builders import CONTEXT
 from tests.exported import PROMPT, Exported, export_tiny
 
 STEPS = 24
@@ -55,9 +57,8 @@ def test_the_export_wrote_its_own_parity_report(exported: Exported) -> None:
 
 def test_backbone_weights_are_stored_once(exported: Exported) -> None:
     parameters = sum(parameter.numel() for parameter in exported.model.parameters())  # tied ones are counted once
-    tables = 0
-    if exported.manifest["graph"]["rotary"] != "none":
-        tables = 128 * exported.model.causal_lm.config.head_dim  # cos and sin, half the head size each
+    rows = {"none": 0, "node": CONTEXT, "fused": CONTEXT + MOST_PADDING}[exported.manifest["graph"]["rotary"]]
+    tables = rows and rows * exported.model.causal_lm.config.head_dim  # cos and sin, half the head size each
     size = (exported.artifact / "model.onnx.data").stat().st_size
     assert size <= 1.02 * 4 * (parameters + tables)
 

@@ -65,6 +65,8 @@ def test_the_query_mean_and_the_lengths_leave_virtual_tokens_out(exported: Expor
 def test_the_manifest_counts_them_and_the_context_is_shorter(exported: Exported) -> None:
     assert exported.manifest["virtual_tokens"] == {"base": 0, "adapter": VIRTUAL_TOKENS}
     assert exported.manifest["model"]["context_length"] == 128 - VIRTUAL_TOKENS
+    assert exported.manifest["shared_layers"] == 0
+    assert {tuple(layer["groups"]) for layer in exported.manifest["cache"]} == {("both",)}
     assert exported.manifest["adapter"]["layers"] == []
     assert exported.manifest["adapter"]["bytes"] > 0
     session = Session(exported.artifact)
@@ -83,7 +85,7 @@ def test_a_cache_that_grows_keeps_its_virtual_tokens(exported: Exported, monkeyp
     for step in reference_generate(exported.model, PROMPT, 9):
         np.testing.assert_allclose(output.logits[0], step.logits.numpy(), atol=ATOL, rtol=RTOL)
         output = session.decode_step(state, [step.token])
-    assert state.caches["adapter"].capacity >= len(PROMPT) + 9 + VIRTUAL_TOKENS
+    assert state.caches["both"].capacity >= len(PROMPT) + 9 + VIRTUAL_TOKENS
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", None], ids=["empty", "foreign", "other shapes"])

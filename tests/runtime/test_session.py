@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError
-from runtime.cache import BLOCK, KVCache
-from runtime.manifest import LayerCache, check_files, read_manifest
+from runtime.manifest import check_files, read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 
@@ -170,17 +169,11 @@ def test_scores_are_the_log_probabilities_of_stepwise_decoding(session: Session)
     np.testing.assert_allclose(session.score(PROMPT, rest), expected, atol=1e-4)
 
 
-def test_caches_grow_in_blocks_and_keep_their_content() -> None:
-    cache = KVCache([LayerCache(2, 8)], batch=2)
-    assert cache.nbytes == 0
-    assert cache.reserve(3)
-    cache._buffers["0.key"].numpy()[:, :, :3] = 7
-    assert not cache.reserve(BLOCK)
-    assert cache.reserve(BLOCK + 1)
-    assert cache._buffers["0.key"].numpy().shape == (2, 2, 2 * BLOCK, 8)
-    assert (cache._buffers["0.key"].numpy()[:, :, :3] == 7).all()
-    assert (cache._buffers["0.key"].numpy()[:, :, 3:] == 0).all()
-    assert cache.nbytes == 2 * 2 * 2 * 2 * BLOCK * 8 * 4
+def test_a_continuation_longer_than_a_chunk_scores_the_same(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = list(range(9, 30))
+    whole = session.score(PROMPT, rest)
+    monkeypatch.setattr("runtime.session.PREFILL_CHUNK", 4)
+    np.testing.assert_allclose(session.score(PROMPT, rest), whole, atol=1e-4)
 
 
 def test_a_text_longer_than_a_block_decodes_as_if_it_were_prefilled(
