@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from export.errors import TraceError
@@ -18,33 +14,7 @@ from export.passes.name_dimensions import name_dimensions
 from export.passes.norms import fuse_rms_norm, fuse_skip_rms_norm
 from export.passes.reshapes import merge_reshapes
 from export.passes.weight_layout import lay_out_weights
-
-HEADER = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
-
-
-def graph(text: str) -> ir.Model:
-    """A model from onnx's text form, with inferred shapes."""
-    return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(HEADER + text)))
-
-
-def with_weight(model: ir.Model, name: str, values: np.ndarray) -> ir.Model:
-    """Turn the graph input `name` into an initializer."""
-    value = next(value for value in model.graph.inputs if value.name == name)
-    model.graph.inputs.remove(value)
-    value.const_value = ir.tensor(values, name=name)
-    model.graph.register_initializer(value)
-    return model
-
-
-def run(model: ir.Model, **inputs: np.ndarray) -> list[Any]:
-    """What onnxruntime computes."""
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)
-
-
-def kinds(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
+from tests.graphs import graph, kinds, run, with_weight
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
