@@ -145,8 +145,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
-    """Run the parity check of an existing artifact again; returns the new report. What was quantised is reported and not
-    judged: the checkpoint has other weights. Raises as `export_checkpoint`."""
+    """Run the parity check of an existing artifact again; returns the new report. What was quantised is reported and
+    not judged: the checkpoint has other weights. Raises as `export_checkpoint`."""
     from imsm_core.checkpoint import load_checkpoint
 
     from .pipeline import ExportSettings, report_parity

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
+from imsm_core.adapters import known_warnings_ignored
+from imsm_core.biases import original_biases
 from imsm_core.siamese import SiameseModel
 
 from .attention import AttentionPlan
@@ -68,9 +71,10 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 def _caches(model: SiameseModel, input_ids: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
-    """What transformers caches over a text: of the base stream and of the adapter stream, by layer."""
-    caches = []
-    with model.peft_model.disable_adapter():
-        caches.append(model.causal_lm(input_ids=input_ids, use_cache=True).past_key_values)
-    caches.append(model.peft_model(input_ids=input_ids, use_cache=True).past_key_values)
+    """What transformers caches over a text: of the base stream and of the adapter stream, by layer. Caches of their own
+    accord keep no more than a window of the text; these keep it all."""
+    peft_model, caches = model.peft_model, []
+    with known_warnings_ignored(), peft_model.disable_adapter(), original_biases(peft_model):
+        caches.append(model.causal_lm(input_ids=input_ids, past_key_values=DynamicCache()).past_key_values)
+    caches.append(peft_model(input_ids=input_ids, past_key_values=DynamicCache()).past_key_values)
     return [[(layer.keys, layer.values) for layer in cache.layers] for cache in caches]

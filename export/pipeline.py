@@ -48,7 +48,6 @@ KV_CACHES = ("float", "int8")
 CALIBRATION_TEXTS = 64
 RANDOM_TEXTS, RANDOM_TOKENS = 8, 64
 HALF_TOLERANCE = 0.05
-ROUNDED_TOLERANCE = 0.25  # catches a wrong tensor, not a rounded one: rounding is what the quality report tells
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,7 @@ class ExportSettings:
     @property
     def tolerance(self) -> float | None:
         """Of the comparison with PyTorch, absolute and relative to the largest value; None: float32's own."""
-        if self.dtype != torch.float32 and self.kv_cache == "float":
-            return HALF_TOLERANCE
-        return ROUNDED_TOLERANCE if self.kv_cache == "int8" else None
+        return None if self.dtype == torch.float32 else HALF_TOLERANCE
 
     @property
     def one_node_per_stream(self) -> bool:
@@ -140,7 +137,9 @@ def export_checkpoint(
     report(f"load      {checkpoint}")
     model, info = load_checkpoint(checkpoint, base_model)
     tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
-    return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
+    settings = settings or ExportSettings()
+    check_quantised_backbone(info, settings, report)
+    return export_model(model, tokenizer, info, target, settings, force, report)
 
 
 def export_adapter(
@@ -216,12 +215,13 @@ def export_model(
         rounded = {} if quantised is None else quantised.weights
         with rounded_to(causal_lm, settings.dtype), rounded_weights(causal_lm, rounded):
             compare = partial(verify_graph, draft, model, traced.streams, facts.context_length)
-            parity = compare(settings.tolerance) if settings.runs_here else ParityReport(HALF_TOLERANCE)
+            int8_cache = settings.kv_cache == "int8"
+            parity = compare(settings.tolerance, int8_cache) if settings.runs_here else ParityReport(HALF_TOLERANCE)
             if quantised is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
                 counts |= finish_quantised(traced.model)
                 with _as_traced(model, layers, settings.dtype):
                     write_graph(traced.model, draft)
-                finished = compare(ROUNDED_TOLERANCE) if settings.runs_here else parity
+                finished = compare(settings.tolerance, rounded=True) if settings.runs_here else parity
                 parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
@@ -255,6 +255,22 @@ def export_model(
         manifest = write_manifest(draft, traced.model, facts, plan, layout, traced.streams, sections)
     report(f"written   {target}")
     return manifest
+
+
+def check_quantised_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:
+    """An adapter that was trained against a quantised backbone wants the same one. Raises UnsupportedError where
+    calibration would make another one of it; a warning says where the settings do."""
+    trained = info.quantised_backbone
+    if not trained:
+        return
+    if settings.calibrate is not None and settings.bits is not None:
+        raise UnsupportedError("the adapter was trained against the rounded backbone; leave --calibrate out")
+    found = {"precision": settings.precision, "block_size": settings.block_size}
+    if found != trained or not settings.symmetric:
+        report(
+            f"warning   the adapter was trained against a backbone of {trained['precision']} in blocks of "
+            f"{trained['block_size']}, symmetric; this export has another one"
+        )
 
 
 @dataclass(frozen=True)

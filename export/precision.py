@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,8 @@ def layer_weight(model: PreTrainedModel, name: str) -> tuple[nn.Module, Tensor]:
         layer = model.get_submodule(path)
     except AttributeError:
         layer = model.get_submodule(path.replace(".base_layer", ""))
+    if isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return layer, weight

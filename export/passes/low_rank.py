@@ -39,7 +39,10 @@ def _masked(node: ir.Node) -> ir.Node | None:
     uses = list(node.outputs[0].uses())
     if not weights.is_adapter(node.inputs[1]) or len(uses) != 1 or uses[0][0].op_type != "Mul":
         return None
-    return uses[0][0]
+    masked, place = uses[0]
+    mask = masked.inputs[1 - place]
+    one_a_row = mask is not None and mask.shape is not None and len(mask.shape) > 1 and mask.shape[-1] == 1
+    return masked if one_a_row and not node.outputs[0].is_graph_output() else None
 
 
 def _pack(graph: ir.Graph, pairs: list[tuple[ir.Node, ir.Node]]) -> None:
@@ -62,8 +65,8 @@ def _pack(graph: ir.Graph, pairs: list[tuple[ir.Node, ir.Node]]) -> None:
     graph.register_initializer(sizes)
     mask = next(value for value in first_masked.inputs if value is not first.outputs[0])
     product = weights.add_node(first, "MatMul", [first.inputs[0], packed])
-    masked = weights.add_node(first, "Mul", [product.outputs[0], mask])
-    split = weights.add_node(first, "Split", [masked.outputs[0], sizes], outputs=len(ranks), axis=-1)
+    masked = weights.add_node(first_masked, "Mul", [product.outputs[0], mask])
+    split = weights.add_node(first_masked, "Split", [masked.outputs[0], sizes], outputs=len(ranks), axis=-1)
     for output, (node, masked_node) in zip(split.outputs, pairs, strict=True):
         weights.replace_value(masked_node.outputs[0], output)
         graph.remove(masked_node, safe=True)

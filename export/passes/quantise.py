@@ -9,7 +9,7 @@ A tied embedding and lm_head share one quantised tensor. Experts inside MoE node
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class _Quantiser:
         self.graph = model.graph
         self.settings = settings
         self.done = Quantised()
-        self.tensors: dict[int, tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+        self.tensors: dict[tuple[int, bool], tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         self.gone: list[ir.Value] = []
 
     def matmul(self, node: ir.Node) -> None:
@@ -147,19 +147,20 @@ class _Quantiser:
 
     def _tensors(self, weight: ir.Value, in_by_out: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """B, scales and zero points of a weight, the same ones for everything that reads it."""
-        if id(weight) not in self.tensors:
+        key = id(weight), in_by_out
+        if key not in self.tensors:
             found = self._quantised(weight, in_by_out)
             dtype = weight.dtype or ir.DataType.FLOAT
             packed = self._initializer(f"{weight.name}.int{self.settings.bits}", found.packed)
             scales = self._initializer(f"{weight.name}.scales", found.scales.astype(dtype.numpy()))
             points = found.zero_points
             zeros = None if points is None else self._initializer(f"{weight.name}.zero_points", points)
-            self.tensors[id(weight)] = packed, scales, zeros
+            self.tensors[key] = packed, scales, zeros
             self.done.bytes_before += weights.nbytes(weight)
             self.done.bytes_after += sum(
                 weights.nbytes(value) for value in (packed, scales, zeros) if value is not None
             )
-        return self.tensors[id(weight)]
+        return self.tensors[key]
 
     def _quantised(self, weight: ir.Value, in_by_out: bool) -> QuantisedWeight:
         names, settings = weights.parts(weight), self.settings
@@ -172,6 +173,8 @@ class _Quantiser:
             if part is None:
                 rows = channels[start : start + size]
                 part = round_to_nearest(rows, settings.bits, settings.block_size, settings.symmetric)
+            if weight.dtype not in (None, ir.DataType.FLOAT):  # the scales as the file has them
+                part = replace(part, scales=part.scales.astype(weight.dtype.numpy()).astype(np.float32))
             self.done.weights[name] = part
             found.append(part)
             start += size
@@ -222,6 +225,10 @@ def _multiplies_a_weight(node: ir.Node) -> bool:
         return False
     weight = node.inputs[1]
     assert weight is not None
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        outputs = weights.matrix(weight).shape[0 if node.attributes.get_int("transB", 0) else 1]
+        if list(node.inputs[2].shape or []) != [outputs]:
+            return False
     plain = all(node.attributes.get_int(name, 0) == 0 for name in ("transA", "transBatchA", "transBatchB"))
     scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
     return plain and not scaled and weights.is_backbone(weight) and weights.matrix(weight).size >= SMALLEST

@@ -97,7 +97,6 @@ def test_what_was_seen_is_cached_to_half_a_step(scales: KVScales, streams: list[
             assert ((rounded * step - exact).abs() <= 0.501 * step).all()
 
 
-@pytest.mark.xfail(strict=True, reason="transformers' own cache keeps no more than the window")
 def test_tokens_that_a_window_has_passed_count_too(tmp_path: Path) -> None:
     base = make_zoo_base(tmp_path / "base", "mistral")
     model = make_siamese(base)
@@ -108,7 +107,6 @@ def test_tokens_that_a_window_has_passed_count_too(tmp_path: Path) -> None:
         assert (whole.keys[layer] >= start * 0.999).all()
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT's disabling leaves trained biases in place")
 def test_trained_biases_are_not_the_base_streams(tmp_path: Path, gpt2_folder: Path) -> None:
     model = make_siamese_with(gpt2_folder, "lora_all_biases")
     attention = model.causal_lm.transformer.h[0].attn.c_attn.base_layer

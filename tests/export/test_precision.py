@@ -149,7 +149,6 @@ def test_names_with_and_without_an_adapter_around_the_layer_mean_the_same(
         assert_found(wrapped)
 
 
-@pytest.mark.xfail(strict=True, reason="layer_weight takes PEFT's layer for the Conv1D inside it")
 def test_a_conv1d_is_found_inside_pefts_own_layer_by_the_name_of_a_base_only_trace(gpt2_folder: Path) -> None:
     model = make_siamese(gpt2_folder)
     layer, _ = layer_weight(model.causal_lm, GPT2[0])
