@@ -180,6 +180,8 @@ def export_model(
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
+    if virtual_tokens and (settings.dtype == torch.bfloat16 or settings.kv_cache == "int8"):
+        raise UnsupportedError("caches that begin with virtual tokens are float32 or float16, not bf16 or int8")
     texts = _read_texts(settings, tokenizer, facts.context_length)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)

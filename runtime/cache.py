@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .manifest import LayerCache
 
 BLOCK = 256
+BFLOAT16 = 16  # as ONNX numbers element types; NumPy has no such type
 
 
 class KVCache:
@@ -23,6 +24,7 @@ class KVCache:
 
     layers: geometry by the layer's index. virtual: what the last `virtual_rows` rows (all without it) begin with,
     before their text: layer.part -> (kv_heads, V, head_size); the other rows have room there that they do not use.
+    Caches in bfloat16, which NumPy has not, lose their content when they grow: whoever makes one reserves all at once.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class KVCache:
     ) -> None:
         self.layers = dict(layers)
         self.rows = rows
-        self.dtype = np.dtype(dtype)
+        self.element_type: Any = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+        self.dtype = np.dtype("uint16" if dtype == "bfloat16" else dtype)
         self.device = device
         self.virtual = dict(virtual or {})
         self.virtual_rows = rows if virtual_rows is None else virtual_rows
@@ -51,6 +54,10 @@ class KVCache:
             return False
         capacity = -(-length // BLOCK) * BLOCK
         for name, layer in self._named_layers():
+            if self.element_type == BFLOAT16:
+                shape = (self.rows, layer.kv_heads, capacity, layer.head_size)
+                self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
+                continue
             grown = np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size), self.dtype)
             if self.capacity:
                 old = self._buffers.pop(name)  # its NumPy view does not keep it alive

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .cache import KVCache
+from .cache import BFLOAT16, KVCache
 from .decode_binding import DecodeBinding
 from .errors import ArtifactError, PromptError, SettingsError
 from .manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
@@ -217,11 +217,13 @@ class Session:
         """past and present are the same buffer: attention writes new keys behind the old ones."""
         for group, cache in state.caches.items():
             for name, shape, address in cache.bindings(row):
-                place = (self.device, 0, cache.dtype.type, shape, address)
+                place = (self.device, 0, cache.element_type, shape, address)
                 binding.bind_input(f"past_key_values.{group}.{name}", *place)
                 binding.bind_output(f"present.{group}.{name}", *place)
 
     def _reserve(self, state: DecodeState, length: int) -> None:
+        if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
+            length = self.manifest.context_length + MOST_PADDING
         moved = [cache.reserve(length) for cache in state.caches.values()]
         if any(moved):
             state.decode_binding = None
