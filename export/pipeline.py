@@ -289,12 +289,12 @@ def _read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, co
         return [] if path is None else read_eval_texts(path, tokenizer, context_length, limit)
 
     given = read(settings.calibrate, CALIBRATION_TEXTS)
-    # Without texts, random ones: their keys and values are wilder than those of language, so that scales are coarser.
+    # The scales of int8 caches fit random tokens too: what is past a scale is cut off, and who knows what will be asked.
     generator = np.random.default_rng(0)
     length = min(context_length, RANDOM_TOKENS)
     wild = [generator.integers(0, len(tokenizer), length).tolist() for _ in range(RANDOM_TEXTS)]
     calibration = given if settings.bits is not None else []
-    return _Texts(calibration, given or wild, read(settings.eval_data, settings.eval_texts))
+    return _Texts(calibration, given + wild, read(settings.eval_data, settings.eval_texts))
 
 
 @contextmanager

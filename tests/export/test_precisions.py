@@ -1,0 +1,145 @@
+"""fp16, bf16 and int8 caches from export to runtime, the quality report, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export.errors import UnsupportedError
+from export.passes.half_adapter import store_adapter_in_half
+from export.pipeline import ExportSettings, check_quantised_backbone
+from imsm_core.checkpoint import CheckpointInfo
+from imsm_core.reference import reference_generate
+from runtime import Session
+from tests.builders import write_jsonl
+from tests.exported import PROMPT, Exported, export_tiny
+from tests.graphs import graph, run, with_weight
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows: list[dict[str, object]] = [{"text": f"once upon a time number {number} came"} for number in range(6)]
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, held_out: Path) -> Exported:
+    settings = ExportSettings(precision="fp16", eval_data=held_out)
+    return export_tiny(tmp_path_factory.mktemp("half"), head_dim=16, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def int8_caches(tmp_path_factory: pytest.TempPathFactory, held_out: Path) -> Exported:
+    settings = ExportSettings(kv_cache="int8", calibrate=held_out, eval_data=held_out)
+    return export_tiny(tmp_path_factory.mktemp("int8"), head_dim=16, settings=settings)
+
+
+def differences(exported: Exported) -> list[float]:
+    """The runtime's largest difference of logits from the uncached oracle, by step."""
+    expected = reference_generate(exported.model, PROMPT, STEPS)
+    session = Session(exported.artifact)
+    state = session.new_state(1)
+    output, found = session.prefill(state, [PROMPT]), []
+    for step in expected:
+        found.append(float(np.abs(output.logits[0] - step.logits.numpy()).max()))
+        output = session.decode_step(state, [step.token])
+    return found
+
+
+def test_fp16_decodes_like_float32_up_to_its_own_rounding(half: Exported) -> None:
+    found = differences(half)
+    assert 1e-5 < max(found) < 0.1
+
+
+def test_fp16_has_half_precision_caches_in_the_portable_form(half: Exported) -> None:
+    session = Session(half.artifact)
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    assert {cache.dtype.name for cache in state.caches.values()} == {"float16"}
+    assert set(state.caches) == {"base", "adapter"}
+    assert half.manifest["activations"] == "float16"
+
+
+def test_the_quality_report_is_in_the_manifest(half: Exported) -> None:
+    quality = half.manifest["quality"]
+    assert quality["texts"] == 6
+    assert quality["tokens"] > 50
+    assert quality["argmax_agreement"] > 0.9
+    assert 0 < quality["mean_kl"] < 1e-2
+
+
+def test_int8_caches_take_a_quarter_and_stay_close(int8_caches: Exported, tiny: Exported) -> None:
+    sizes = {}
+    for name, artifact in (("int8", int8_caches.artifact), ("float", tiny.artifact)):
+        session = Session(artifact)
+        state = session.new_state(1)
+        session.prefill(state, [PROMPT])
+        sizes[name] = state.cache_bytes / session.manifest.layers[0].head_size
+    assert sizes["int8"] * 4 == sizes["float"]
+    found = differences(int8_caches)
+    assert 1e-4 < max(found) < 2.0  # logits reach 10; another cache's content would be off by as much
+    assert int8_caches.manifest["quality"]["argmax_agreement"] > 0.7
+
+
+def test_bf16_is_written_and_said_to_be_unverified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="bf16"))
+    assert exported.manifest["parity"]["max_abs_difference"] == {}
+    inputs = {value["name"]: value["dtype"] for value in exported.manifest["graph"]["inputs"]}
+    assert inputs["past_key_values.base.0.key"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "int3"}, "unknown precision 'int3'"),
+        ({"activations": "fp16"}, "activations go with int8 and int4"),
+        ({"precision": "int4", "activations": "fp8"}, "unknown activations 'fp8'"),
+        ({"calibrate": Path("x")}, "calibration goes with"),
+        ({"kv_cache": "int2"}, "unknown cache 'int2'"),
+        ({"precision": "bf16", "eval_data": Path("x")}, "the quality of bf16 cannot be measured"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        ExportSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_a_rounded_backbone_wants_the_same_one() -> None:
+    trained = {"precision": "int4", "block_size": 32}
+    info = CheckpointInfo("m", None, "f", "query_aware", 8, "LORA", quantised_backbone=trained)
+    lines: list[str] = []
+    check_quantised_backbone(info, ExportSettings(precision="int4"), lines.append)
+    assert lines == []
+    check_quantised_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
+    assert "trained against a backbone of int4 in blocks of 32" in lines[0]
+    with pytest.raises(UnsupportedError, match="leave --calibrate out"):
+        check_quantised_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)
+
+
+def test_the_adapters_large_matrices_alone_are_stored_in_half() -> None:
+    generator = np.random.default_rng(0)
+    names = {"layer.adapter_a": (64, 32), "layer.weight": (64, 32), "small.adapter_b": (32, 4)}
+    model = graph(
+        """g (float[b, 64] x, float[64, 32] a, float[64, 32] w, float[32, 4] s) => (float[b, 4] y)
+        { l = MatMul(x, a)
+          f = MatMul(x, w)
+          t = Add(l, f)
+          y = MatMul(t, s) }"""
+    )
+    for short, (name, shape) in zip(("a", "w", "s"), names.items(), strict=True):
+        with_weight(model, short, generator.standard_normal(shape).astype(np.float32))
+        value = model.graph.initializers.pop(short)
+        value.name = name
+        model.graph.register_initializer(value)
+    x = generator.standard_normal((3, 64)).astype(np.float32)
+    before = run(model, x=x)[0]
+    assert store_adapter_in_half(model) == 1
+    kinds = {str(value.name): value.dtype for value in model.graph.initializers.values()}
+    assert kinds.pop("layer.adapter_a.fp16") == ir.DataType.FLOAT16
+    assert set(kinds.values()) == {ir.DataType.FLOAT}
+    np.testing.assert_allclose(run(model, x=x)[0], before, atol=0.3, rtol=1e-2)
