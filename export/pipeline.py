@@ -289,7 +289,7 @@ def _read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, co
         return [] if path is None else read_eval_texts(path, tokenizer, context_length, limit)
 
     given = read(settings.calibrate, CALIBRATION_TEXTS)
-    # The scales of int8 caches fit random tokens too: what is past a scale is cut off, and who knows what will be asked.
+    # The scales of int8 caches fit random tokens too: what is past a scale is cut off, and anything may be asked.
     generator = np.random.default_rng(0)
     length = min(context_length, RANDOM_TOKENS)
     wild = [generator.integers(0, len(tokenizer), length).tolist() for _ in range(RANDOM_TEXTS)]
