@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.errors import VerificationError
-from export.verify import Failure, ParityReport, _expected, _in_float64, _judge_failures
+from export.verify import Failure, ParityReport, _in_float64, _judge_failures, expected_outputs
 from tests.exported import PROMPT, Exported
 
 
@@ -15,7 +15,7 @@ def judge(tiny: Exported, difference: float) -> ParityReport:
     """A report with one difference past its limit, judged."""
     report = ParityReport(1e-4, failures=[Failure("decode", "logits", difference, 1e-9)])
     with torch.no_grad():
-        expected = [_expected(tiny.model, PROMPT, 5, ("base", "adapter"))]
+        expected = [expected_outputs(tiny.model, PROMPT, 5, ("base", "adapter"))]
         _judge_failures(report, tiny.model, [PROMPT], [5], ("base", "adapter"), expected)
     return report
 
@@ -39,3 +39,19 @@ def test_float64_leaves_the_model_as_it_was(tiny: Exported) -> None:
     for name, tensor in tiny.model.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), before[name].numpy())
         assert tensor.dtype == before[name].dtype
+
+
+def test_rounded_arithmetic_may_be_off_in_places_and_not_everywhere() -> None:
+    expected = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
+    other = np.random.default_rng(1).standard_normal((4, 50)).astype(np.float32)
+    spiked = expected.copy()
+    spiked[0, 0] += 3
+    report = ParityReport(1e-4, rounded=True)
+    report.compare("decode", "logits", spiked, expected)
+    assert report.failures == []
+    assert report.differences["decode"]["logits"] == pytest.approx(3)
+    report.compare("decode", "logits", other, expected)  # another tensor
+    assert len(report.failures) == 1
+    strict = ParityReport(1e-4)
+    strict.compare("decode", "logits", spiked, expected)
+    assert len(strict.failures) == 1
