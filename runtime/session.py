@@ -107,6 +107,8 @@ class Session:
         state.query_count += state.reply_count
         state.reply_sum[:] = 0
         state.reply_count[:] = 0
+        # Once for all chunks: growing copies the caches.
+        self._reserve(state, int(max(length + len(text) for length, text in zip(state.lengths, texts, strict=True))))
         if self.manifest.batched_chunks:
             return self._read_in_chunks(state, texts, None, chunk if len(texts) == 1 else min(chunk, MOST_PADDING))
         if not state.lengths.any() and not self.virtual and max(map(len, texts)) <= chunk:
@@ -137,6 +139,7 @@ class Session:
         self._check_lengths(state, [[*prompt, *continuation]])
         chosen = np.asarray(continuation, np.int64)
         self._check_vocabulary(chosen)
+        self._reserve(state, len(prompt) + len(continuation))
         logits = [self.prefill(state, [prompt]).logits]
         for start in range(0, len(continuation) - 1, PREFILL_CHUNK):
             part = list(continuation[start : min(start + PREFILL_CHUNK, len(continuation) - 1)])
