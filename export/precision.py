@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,29 +50,25 @@ def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeigh
             weight.data = original
 
 
-@contextmanager
-def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block the model's parameters are of `dtype`; afterwards they are the very tensors that they were.
-    Buffers stay: the frequencies of rotary embeddings lose too much in half precision."""
-    originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.float32]
-    try:
-        if dtype != torch.float32:
-            for parameter, original in originals:
-                parameter.data = original.to(dtype)
-        yield
-    finally:
-        for parameter, original in originals:
-            parameter.data = original
+def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Inside the block the model's parameters are of `dtype`. Buffers stay: the frequencies of rotary embeddings lose
+    too much in half precision."""
+    return _converted(model, lambda weight: weight.to(dtype))
 
 
-@contextmanager
-def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Inside the block the model computes in float32 with weights that have been through `dtype`."""
+    return _converted(model, lambda weight: weight.to(dtype).float())
+
+
+@contextmanager
+def _converted(model: PreTrainedModel, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block the model's float32 parameters are converted; afterwards they are the very tensors that they
+    were."""
     originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.float32]
     try:
-        if dtype != torch.float32:
-            for parameter, original in originals:
-                parameter.data = original.to(dtype).float()
+        for parameter, original in originals:
+            parameter.data = convert(original)
         yield
     finally:
         for parameter, original in originals:
