@@ -60,9 +60,7 @@ def _pack(graph: ir.Graph, pairs: list[tuple[ir.Node, ir.Node]]) -> None:
         known[0].dtype,
     )
     weights.note_parts(packed, [name for factor in known for name in weights.parts(factor)])
-    sizes = ir.Value(name=f"{packed.name}.ranks", shape=ir.Shape([len(ranks)]), type=ir.TensorType(ir.DataType.INT64))
-    sizes.const_value = ir.tensor(np.array(ranks, np.int64), name=sizes.name)
-    graph.register_initializer(sizes)
+    sizes = weights.new_constant(graph, f"{packed.name}.ranks", np.array(ranks, np.int64))
     mask = next(value for value in first_masked.inputs if value is not first.outputs[0])
     product = weights.add_node(first, "MatMul", [first.inputs[0], packed])
     masked = weights.add_node(first_masked, "Mul", [product.outputs[0], mask])

@@ -56,7 +56,7 @@ def _projection(value: ir.Value) -> Projection | None:
     while pending:
         term = pending.pop()
         node = term.producer()
-        if weights_bias(term) and found.bias is None:
+        if _is_bias(term) and found.bias is None:
             found.bias = term
         elif node is None or len(list(term.uses())) != 1 or term.is_graph_output():
             return None
@@ -76,7 +76,7 @@ def _projection(value: ir.Value) -> Projection | None:
     return found if found.weight is not None else None
 
 
-def weights_bias(value: ir.Value) -> bool:
+def _is_bias(value: ir.Value) -> bool:
     """Whether the value is a constant vector of the backbone."""
     return (
         value.is_initializer()

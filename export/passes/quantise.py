@@ -115,9 +115,8 @@ class _Quantiser:
         packed, scales, zero_points = self._tensors(weight, in_by_out=False)
         width, block = weights.matrix(weight).shape[1], self.settings.block_size
         blocks = -(-width // block)
-        flat = ir.Value(name=f"{packed.name}.row_shape", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
-        flat.const_value = ir.tensor(np.array([-1, blocks * block * self.settings.bits // 8], np.int64), name=flat.name)
-        self.graph.register_initializer(flat)
+        sizes = np.array([-1, blocks * block * self.settings.bits // 8], np.int64)
+        flat = weights.new_constant(self.graph, f"{packed.name}.row_shape", sizes)
         rows = weights.add_node(node, "Reshape", [packed, flat])  # `share_storage` makes a view of the file of it
         operands = [rows.outputs[0], node.inputs[1], scales, *([] if zero_points is None else [zero_points])]
         looked_up = weights.add_node(
@@ -140,10 +139,7 @@ class _Quantiser:
         self.done.embeddings += 1
 
     def _constant(self, name: str, number: int) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-        value.const_value = ir.tensor(np.array([number], np.int64), name=name)
-        self.graph.register_initializer(value)
-        return value
+        return weights.new_constant(self.graph, name, np.array([number], np.int64))
 
     def _tensors(self, weight: ir.Value, in_by_out: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """B, scales and zero points of a weight, the same ones for everything that reads it."""
@@ -151,10 +147,10 @@ class _Quantiser:
         if key not in self.tensors:
             found = self._quantised(weight, in_by_out)
             dtype = weight.dtype or ir.DataType.FLOAT
-            packed = self._initializer(f"{weight.name}.int{self.settings.bits}", found.packed)
-            scales = self._initializer(f"{weight.name}.scales", found.scales.astype(dtype.numpy()))
+            packed = weights.new_constant(self.graph, f"{weight.name}.int{self.settings.bits}", found.packed)
+            scales = weights.new_constant(self.graph, f"{weight.name}.scales", found.scales.astype(dtype.numpy()))
             points = found.zero_points
-            zeros = None if points is None else self._initializer(f"{weight.name}.zero_points", points)
+            zeros = None if points is None else weights.new_constant(self.graph, f"{weight.name}.zero_points", points)
             self.tensors[key] = packed, scales, zeros
             self.done.bytes_before += weights.nbytes(weight)
             self.done.bytes_after += sum(
@@ -179,14 +175,6 @@ class _Quantiser:
             found.append(part)
             start += size
         return _concatenated(found)
-
-    def _initializer(self, name: str, array: weights.Array) -> ir.Value:
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        )
-        value.const_value = ir.tensor(array, name=name)
-        self.graph.register_initializer(value)
-        return value
 
 
 def quantise(model: ir.Model, settings: Quantisation) -> Quantised:

@@ -73,6 +73,14 @@ def new_weight(
     return value
 
 
+def new_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A new initializer with values that are there already."""
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+    value.const_value = ir.tensor(array, name=name)
+    graph.register_initializer(value)
+    return value
+
+
 def add_node(
     before: ir.Node,
     op_type: str,
