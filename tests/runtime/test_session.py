@@ -10,6 +10,7 @@ import pytest
 
 from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError
 from runtime.manifest import check_files, read_manifest
+from runtime.session import CPU_PREFILL_ROWS
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 
@@ -172,8 +173,24 @@ def test_scores_are_the_log_probabilities_of_stepwise_decoding(session: Session)
 def test_a_continuation_longer_than_a_chunk_scores_the_same(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = list(range(9, 30))
     whole = session.score(PROMPT, rest)
-    monkeypatch.setattr("runtime.session.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(session, "prefill_rows", 8)
     np.testing.assert_allclose(session.score(PROMPT, rest), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_prefill_reads_no_more_rows_at_once_than_suit_the_provider(
+    tiny: Exported, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tiny.artifact)
+    assert session.prefill_rows == CPU_PREFILL_ROWS
+    prompts = [list(range(3, 12 + index)) for index in range(batch)]
+    whole = session.prefill(session.new_state(batch), prompts, chunk=100).logits
+    sizes: list[int] = []
+    run = session._run
+    monkeypatch.setattr(session, "_run", lambda state, ids, *rest: sizes.append(ids.size) or run(state, ids, *rest))
+    monkeypatch.setattr(session, "prefill_rows", 8)
+    np.testing.assert_allclose(session.prefill(session.new_state(batch), prompts).logits, whole, atol=1e-4)
+    assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; one token of every text at the least
 
 
 def test_a_text_longer_than_a_block_decodes_as_if_it_were_prefilled(
