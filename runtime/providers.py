@@ -60,7 +60,6 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 4  # errors are raised; onnxruntime would also print them
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")  # loads in 0.5 to 0.75 of the time
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
