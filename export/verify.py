@@ -34,10 +34,10 @@ FP32_TOLERANCE, FP32_TOLERANCE_DEEP, DEEP_LAYERS = 1e-4, 1e-3, 16
 ROUNDING_FACTOR = 4  # of PyTorch's own distance from float64
 
 
-def limit_of_rounding(expected: Array) -> float:
-    """The root mean square of a difference that int8 arithmetic or caches may make: half of the values' own. Values
-    that have nothing to do with the expected ones are further off than all of it."""
-    return 0.5 * float(np.sqrt((expected.astype(np.float64) ** 2).mean()))
+LIMIT_OF_ROUNDING = 0.5
+"""Of a position's root mean square: how much of it int8 arithmetic or caches may change at the middle one of all
+positions. Single positions may be far off, where attention is sharp or another expert is chosen; a wrong tensor changes
+all of them, and values that have nothing to do with the expected ones are further off than all of their size."""
 
 
 class Failure(NamedTuple):
@@ -54,8 +54,8 @@ class ParityReport:
     """Largest absolute differences from PyTorch, by way of computing and by output.
 
     tolerance: both the absolute one and the one relative to an output's largest value. rounded: the graph rounds to
-    int8 as it computes, so that `limit_of_rounding` judges. rounding: how far PyTorch's own float32 is from its
-    float64, by output; only where a difference is past the tolerance.
+    int8 as it computes, so that LIMIT_OF_ROUNDING judges, in `judge_positions`. rounding: how far PyTorch's own float32
+    is from its float64, by output; only where a difference is past the tolerance.
     """
 
     tolerance: float
@@ -65,18 +65,30 @@ class ParityReport:
     greedy_tokens_equal: int = 0
     rounding: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    _positions: dict[str, list[float]] = field(default_factory=dict)
 
     def compare(self, way: str, name: str, found: Array, expected: Array) -> None:
-        """Note one difference, and a failure where it is past the tolerance or not a number."""
+        """Note the differences at some positions, (..., values), and a failure where one is past the tolerance or not a
+        number."""
         differences = found.astype(np.float64) - expected
         difference = float(np.abs(differences).max())
         worst = self.differences.setdefault(way, {})
         worst[name] = max(worst.get(name, 0.0), difference)
+        if self.rounded:
+            sizes = np.sqrt((expected.astype(np.float64) ** 2).mean(-1))
+            changes = np.sqrt((differences**2).mean(-1)) / np.maximum(sizes, np.finfo(np.float32).tiny)
+            self._positions.setdefault(name, []).extend(np.atleast_1d(changes).tolist())
+            return
         limit = self.tolerance * (1 + float(np.abs(expected).max()))
-        if self.rounded:  # single values may be far off where attention is sharp; a wrong tensor changes all of them
-            difference, limit = float(np.sqrt((differences**2).mean())), limit_of_rounding(expected)
         if not difference <= limit:
             self.failures.append(Failure(way, name, difference, limit))
+
+    def judge_positions(self) -> None:
+        """Note a failure for every output that rounding alone does not explain."""
+        for name, changes in self._positions.items():
+            middle = float(np.median(changes))
+            if not middle <= LIMIT_OF_ROUNDING:
+                self.failures.append(Failure("most positions", name, middle, LIMIT_OF_ROUNDING))
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -145,6 +157,7 @@ def verify_graph(
     last = len(prompts[0]) - 1
     for name in expected[0]:  # a chunk's gate sees the query so far: only the last chunk's last position sees it whole
         report.compare("chunked prefill", name, chunked[name][0, -1], expected[0][name][last])
+    report.judge_positions()
     if report.failures:
         _judge_failures(report, model, texts, lengths, streams, expected)
     return report

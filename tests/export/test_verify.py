@@ -45,13 +45,29 @@ def test_rounded_arithmetic_may_be_off_in_places_and_not_everywhere() -> None:
     expected = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     other = np.random.default_rng(1).standard_normal((4, 50)).astype(np.float32)
     spiked = expected.copy()
-    spiked[0, 0] += 3
+    spiked[0, 0] += 3  # sharp attention
+    spiked[1] = other[1]  # another expert
     report = ParityReport(1e-4, rounded=True)
-    report.compare("decode", "logits", spiked, expected)
+    report.compare("prefill", "logits", spiked, expected)
+    report.judge_positions()
     assert report.failures == []
-    assert report.differences["decode"]["logits"] == pytest.approx(3)
-    report.compare("decode", "logits", other, expected)  # another tensor
-    assert len(report.failures) == 1
+    assert report.differences["prefill"]["logits"] == np.abs(spiked - expected).max()
+    for row in range(4):  # another tensor: as decode steps come
+        report.compare("decode", "logits", other[row], expected[row])
+    report.judge_positions()
+    assert [failure.name for failure in report.failures] == ["logits"]
+    assert report.failures[0].difference > 1
     strict = ParityReport(1e-4)
     strict.compare("decode", "logits", spiked, expected)
+    strict.judge_positions()
     assert len(strict.failures) == 1
+
+
+def test_rounded_arithmetic_that_is_not_a_number_fails() -> None:
+    expected = np.ones((5, 3), np.float32)
+    found = expected.copy()
+    found[0, 0] = np.nan
+    report = ParityReport(1e-4, rounded=True)
+    report.compare("prefill", "logits", found, expected)
+    report.judge_positions()
+    assert len(report.failures) == 1
