@@ -100,7 +100,8 @@ def measure(
     """Every prompt length on a loaded session, in ascending order; and the tokens of the last run of each."""
     generator = np.random.default_rng(0)
     timer = RunTimer(session.onnx)
-    weights = sum(weight.bytes_read(settings.batch) for weight in read_weights(session.folder / GRAPH))
+    streams = len(session.manifest.streams)
+    weights = sum(weight.bytes_read(settings.batch, streams) for weight in read_weights(session.folder / GRAPH))
     found, tokens = [], []
     for length in sorted(settings.prompt_lengths):
         runs = []

@@ -21,25 +21,36 @@ _TABLES: dict[str, tuple[int, ...]] = {
     "RotaryEmbedding": (1, 2),
     "GroupQueryAttention": (7, 8),
 }
+# Inputs of which a node reads a part per token, of the experts that it is routed to: `k` of them.
+_EXPERTS: dict[str, tuple[int, ...]] = {"MoE": (2, 3, 4, 5), "QMoE": (2, 3, 4, 5, 6, 7, 11, 12)}
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
+
+
+_Use = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One stored tensor. uses: (operator, place among its inputs). place: where its bytes are, so that two names of the
-    same bytes count once."""
+    """One stored tensor. uses: (operator, place among its inputs, its attribute k or 1). place: where its bytes are, so
+    that two names of the same bytes count once."""
 
     dims: tuple[int, ...]
     bytes: int
     place: tuple[str, ...]
-    uses: tuple[tuple[str, int], ...]
+    uses: tuple[_Use, ...]
 
-    def bytes_read(self, tokens: int) -> int:
-        """Bytes that a run over `tokens` new tokens must read: all, or a row for each token of a mere table."""
-        table = self.uses and all(place in _TABLES.get(operator, ()) for operator, place in self.uses)
-        if not self.dims or not table:
+    def bytes_read(self, tokens: int, streams: int = 1) -> int:
+        """Bytes that a run over `tokens` new tokens must read: all; a row for each token of a mere table; at most k
+        experts for each token in each of `streams`, all different in the worst case."""
+        if not self.dims or not self.uses:
             return self.bytes
-        return self.bytes // max(1, self.dims[0]) * min(tokens, self.dims[0])
+        if all(place in _TABLES.get(operator, ()) for operator, place, _ in self.uses):
+            parts = tokens
+        elif all(place in _EXPERTS.get(operator, ()) for operator, place, _ in self.uses):
+            parts = tokens * streams * max(k for _, _, k in self.uses)
+        else:
+            return self.bytes
+        return self.bytes // max(1, self.dims[0]) * min(parts, self.dims[0])
 
 
 def read_weights(model: Path) -> list[Weight]:
@@ -58,9 +69,9 @@ def read_weights(model: Path) -> list[Weight]:
     return list(found.values())
 
 
-def _uses(graph: bytes) -> dict[str, list[tuple[str, int]]]:
-    """Name of a value -> the operators that take it, and at which place."""
-    found: dict[str, list[tuple[str, int]]] = {}
+def _uses(graph: bytes) -> dict[str, list[_Use]]:
+    """Name of a value -> the operators that take it, at which place, and their k."""
+    found: dict[str, list[_Use]] = {}
     for number, node in _fields(graph):
         if number != 1:
             continue
@@ -69,12 +80,16 @@ def _uses(graph: bytes) -> dict[str, list[tuple[str, int]]]:
         domain = b"".join(value for number, value in fields if number == 7).decode()
         operator = f"{domain}.{operator}" if domain and f"{domain}.{operator}" in _TABLES else operator
         names = [value.decode() for number, value in fields if number == 1]
+        k = 1
+        for attribute in (dict(_fields(value)) for number, value in fields if number == 5):
+            if attribute.get(1) == b"k":
+                k = int.from_bytes(attribute.get(3, b""), "little")
         for place, name in enumerate(names):
-            found.setdefault(name, []).append((operator, place))
+            found.setdefault(name, []).append((operator, place, k))
     return found
 
 
-def _weight(tensor: bytes, uses: dict[str, list[tuple[str, int]]]) -> Weight:
+def _weight(tensor: bytes, uses: dict[str, list[_Use]]) -> Weight:
     dims: list[int] = []
     kind, name, size, external = 0, "", -1, {}
     for number, value in _fields(tensor, packed=(1,)):

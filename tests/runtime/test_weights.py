@@ -41,6 +41,21 @@ def test_a_table_costs_its_rows_unless_it_is_multiplied_too(tmp_path: Path) -> N
     assert tied.bytes_read(1) == 3200
 
 
+@pytest.mark.parametrize(("operator", "place"), [("MoE", 4), ("QMoE", 5)])
+def test_experts_cost_those_that_a_token_may_be_routed_to(operator: str, place: int, tmp_path: Path) -> None:
+    experts = numpy_helper.from_array(np.zeros((10, 4, 5), np.float32), "experts")
+    inputs = ["x", "router", "up", "", "", "", ""]
+    inputs[place] = "experts"
+    node = helper.make_node(operator, inputs, ["y"], domain="com.microsoft", k=2, activation_type="swiglu")
+    (weight,) = read_weights(save(tmp_path / "experts.onnx", [node], [experts]))
+    assert (weight.bytes, weight.bytes_read(1), weight.bytes_read(1, 2), weight.bytes_read(3, 2)) == (
+        800,
+        160,
+        320,
+        800,
+    )
+
+
 def test_two_names_of_the_same_bytes_count_once(tmp_path: Path) -> None:
     tensors = []
     for name, dims in (("rows", (10, 16)), ("blocks", (10, 2, 8))):
