@@ -33,7 +33,7 @@ from .kv_quantisation import find_scales
 from .normalized import model_facts
 from .passes import finish_quantised, run_passes
 from .passes.quantise import Quantisation, Quantised
-from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, computing_in, rounded_to, rounded_weights
+from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, computing_in, rounded_experts, rounded_to, rounded_weights
 from .quality import THRESHOLD, QualityReport, quality_warnings, read_eval_texts
 from .quantised_weight import check_format
 from .streams import StreamLayout
@@ -201,7 +201,7 @@ def export_model(
     if settings.bits is not None:
         format_ = (settings.bits, settings.block_size, settings.symmetric)
         calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
-        quantisation = Quantisation(*format_, calibrated)
+        quantisation = Quantisation(*format_, calibrated, experts=not layout.portable)
     with publish_folder(target, MANIFEST, force) as draft:
         # 3. Trace, rewrite, write.
         shared = f", the first {trunk} shared by both streams" if trunk else ""
@@ -214,8 +214,14 @@ def export_model(
             write_graph(traced.model, draft)
         save_virtual_cache(virtual, draft)
         # 4. Verify what was written, against the weights that it has.
-        rounded = {} if quantised is None else quantised.weights
-        with rounded_to(causal_lm, settings.dtype), rounded_weights(causal_lm, rounded):
+        rounded = quantised or Quantised()
+        with (
+            rounded_to(causal_lm, settings.dtype),
+            rounded_weights(causal_lm, rounded.weights),
+            rounded_experts(
+                causal_lm, rounded.expert_weights, settings.bits or 0, settings.block_size, settings.symmetric
+            ),
+        ):
             compare = partial(verify_graph, draft, model, traced.streams, facts.context_length)
             int8_cache = settings.kv_cache == "int8"
             parity = compare(settings.tolerance, int8_cache) if settings.runs_here else ParityReport(HALF_TOLERANCE)
@@ -312,9 +318,10 @@ def _as_traced(model: SiameseModel, layers: dict[str, nn.Module], dtype: torch.d
 def report_quantised(done: Quantised, settings: ExportSettings, report: Report) -> None:
     """One line, and one more where large matrices of the backbone stayed in floating point."""
     embeddings = " and the embeddings" if done.embeddings else ""
+    experts = f" and the experts of {done.experts} layers" if done.experts else ""
     how = f", {done.calibrated} of them calibrated" if done.calibrated else ""
     report(
-        f"quantise  {done.matrices} matrices{embeddings} to {settings.precision}, "
+        f"quantise  {done.matrices} matrices{embeddings}{experts} to {settings.precision}, "
         f"blocks of {settings.block_size}{how}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
     if done.kept:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .quantised_weight import QuantisedWeight, dequantise
+from .quantised_weight import QuantisedWeight, dequantise, round_to_nearest
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHT_BITS = {"int8": 8, "int4": 4}
@@ -21,16 +22,20 @@ _TRACED_MODEL = "model."  # what the causal LM is called inside the traced modul
 
 def layer_weight(model: PreTrainedModel, name: str) -> tuple[nn.Module, Tensor]:
     """The layer and its weight that the traced module calls `name`, with or without an adapter around the layer."""
-    path = name.removeprefix(_TRACED_MODEL).removesuffix(".weight")
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        layer = model.get_submodule(path.replace(".base_layer", ""))
+    layer = _layer(model, name.removesuffix(".weight"))
     if isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return layer, weight
+
+
+def _layer(model: PreTrainedModel, name: str) -> nn.Module:
+    path = name.removeprefix(_TRACED_MODEL)
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.replace(".base_layer", ""))
 
 
 @contextmanager
@@ -47,6 +52,30 @@ def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeigh
         yield
     finally:
         for weight, original in reversed(originals):  # a tied weight was replaced more than once
+            weight.data = original
+
+
+@contextmanager
+def rounded_experts(
+    model: PreTrainedModel, names: Sequence[str], bits: int, block_size: int, symmetric: bool
+) -> Iterator[None]:
+    """Inside the block the weights of all experts that the traced module calls `names` have values that are rounded to
+    the nearest."""
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name in names:
+            path, _, parameter = name.rpartition(".")
+            experts: Any = _layer(model, path)
+            weight = experts.get_parameter(parameter)
+            rows = weight.data.transpose(1, 2) if experts.is_transposed else weight.data  # (experts, out, in)
+            flat = rows.reshape(-1, rows.shape[2]).numpy()
+            found = dequantise(round_to_nearest(flat, bits, block_size, symmetric), rows.shape[2])
+            values = torch.from_numpy(found).view(rows.shape)
+            originals.append((weight, weight.data))
+            weight.data = values.transpose(1, 2).contiguous() if experts.is_transposed else values
+        yield
+    finally:
+        for weight, original in originals:
             weight.data = original
 
 

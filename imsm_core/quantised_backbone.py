@@ -7,6 +7,8 @@ the same size comes out as the very same values: rounding is a fixed point of it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,14 +32,17 @@ def check_rounding(precision: str, block_size: int) -> None:
 
 @torch.no_grad()
 def round_backbone(model: PreTrainedModel, precision: str, block_size: int = BLOCK_SIZE) -> None:
-    """Round every linear layer's weight, the lm_head's and the input embeddings in place, before an adapter is put on.
+    """Round the weights of all linear layers and experts, the lm_head's and the input embeddings in place, before an
+    adapter is put on.
 
-    Norms, biases, experts and position embeddings stay. Raises SettingsError as `check_rounding`.
+    Norms, biases and position embeddings stay. Raises SettingsError as `check_rounding`.
     """
     check_rounding(precision, block_size)
     embeddings = model.get_input_embeddings()
     rounded: set[int] = set()  # tied weights once
     for module in model.modules():
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # as transformers marks experts
+            _round_experts(module, BITS[precision], block_size)
         if not isinstance(module, nn.Linear | Conv1D) and module is not embeddings:
             continue
         weight = module.get_parameter("weight")
@@ -46,6 +51,15 @@ def round_backbone(model: PreTrainedModel, precision: str, block_size: int = BLO
             transposed = isinstance(module, Conv1D)  # (in, out)
             values = nearest_in_blocks(weight.T if transposed else weight, BITS[precision], block_size)
             weight.copy_(values.T if transposed else values)
+
+
+def _round_experts(experts: Any, bits: int, block_size: int) -> None:
+    """Every matrix of every expert: (experts, out, in), or (experts, in, out) where they are transposed."""
+    for weight in experts.parameters(recurse=False):
+        if weight.dim() == 3:
+            rows = weight.transpose(1, 2) if experts.is_transposed else weight
+            rounded = nearest_in_blocks(rows.reshape(-1, rows.shape[2]), bits, block_size).view(rows.shape)
+            weight.copy_(rounded.transpose(1, 2) if experts.is_transposed else rounded)
 
 
 def nearest_in_blocks(weight: Tensor, bits: int, block_size: int) -> Tensor:

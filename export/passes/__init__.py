@@ -23,6 +23,7 @@ from . import (
     weight_layout,
 )
 from .quantise import Quantisation, Quantised, quantise, use_int8_compute
+from .quantise_experts import finish_experts
 
 Pass = Callable[[ir.Model], int]
 
@@ -54,10 +55,13 @@ def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tup
         raise TraceError(f"{len(left)} weights are still transposed in the graph, the first by {left[0]}")
     quantised = None if quantisation is None else quantise(model, quantisation)
     if quantised is not None:
-        counts["quantise"] = quantised.matrices + quantised.embeddings
+        counts["quantise"] = quantised.matrices + quantised.embeddings + quantised.experts
     return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantised
 
 
 def finish_quantised(model: ir.Model) -> dict[str, int]:
     """What makes a quantised graph fast and small at the price of rounding, after it was verified; returns counts."""
-    return {"int8_compute": use_int8_compute(model), "store_adapter_in_half": half_adapter.store_adapter_in_half(model)}
+    return {
+        "int8_compute": use_int8_compute(model) + finish_experts(model),
+        "store_adapter_in_half": half_adapter.store_adapter_in_half(model),
+    }

@@ -14,6 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from . import weights
+
 Layout = Callable[[NDArray[np.generic]], NDArray[np.generic]]
 
 
@@ -55,6 +57,7 @@ def _fold(graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: Layout) -> N
 
     value = ir.Value(name=name, shape=shape, type=ir.TensorType(original.dtype))
     value.const_value = ir.LazyTensor(laid_out, dtype=original.dtype, shape=shape, name=name)
+    weights.note_parts(value, weights.parts(weight))
     graph.register_initializer(value)
     node.outputs[0].replace_all_uses_with(value)
     graph.remove(node, safe=True)

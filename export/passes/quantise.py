@@ -2,8 +2,10 @@
 
 MatMul(x, W) [+ bias], Gemm, FusedMatMul(transB)  ->  com.microsoft.MatMulNBits
 Gather(embedding)                                  ->  com.microsoft.GatherBlockQuantized
+MoE                                                ->  QMoE (`quantise_experts`)
 
-A tied embedding and lm_head share one quantised tensor. Experts inside MoE nodes stay as they are.
+A tied embedding and lm_head share one quantised tensor. Routers stay: they are small, and a rounded one sends tokens to
+other experts.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from ..calibration import layer_name
 from ..errors import TraceError
 from ..quantised_weight import QuantisedWeight, round_to_nearest
 from . import weights
+from .quantise_experts import quantise_experts
 
 INT8_COMPUTE = 4  # MatMulNBits' accuracy_level
+PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention")
 SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
 
 
 @dataclass(frozen=True)
 class Quantisation:
     """bits: 4 or 8. calibrated: weights that were quantised with data, by their layer's name in the causal LM; all
-    others are rounded to the nearest.
+    others are rounded to the nearest. experts: whether those are quantised, for which onnxruntime must be new.
 
     The nodes compute in floating point; `use_int8_compute` changes that once the file has been verified."""
 
@@ -35,20 +39,24 @@ class Quantisation:
     block_size: int = 32
     symmetric: bool = True
     calibrated: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    experts: bool = True
 
 
 @dataclass
 class Quantised:
     """What happened. bytes_before, bytes_after: of the matrices that were quantised. kept: matrices of the backbone
-    that stayed in floating point, by name, with their bytes. weights: what every weight of the traced module became."""
+    that stayed in floating point, by name, with their bytes. weights: what every weight of the traced module became.
+    expert_weights: those of its weights that are of experts, all rounded to the nearest."""
 
     matrices: int = 0
     embeddings: int = 0
+    experts: int = 0
     calibrated: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
     kept: dict[str, int] = field(default_factory=dict)
     weights: dict[str, QuantisedWeight] = field(default_factory=dict)
+    expert_weights: list[str] = field(default_factory=list)
 
     def as_dict(self, settings: Quantisation) -> dict[str, Any]:
         """For the manifest."""
@@ -58,6 +66,7 @@ class Quantised:
             "symmetric": settings.symmetric,
             "matrices": self.matrices,
             "embeddings": self.embeddings,
+            "experts": self.experts,
             "calibrated": self.calibrated,
             "bytes": self.bytes_after,
             "kept_bytes": sum(self.kept.values()),
@@ -71,6 +80,7 @@ class _Quantiser:
         self.done = Quantised()
         self.tensors: dict[tuple[int, bool], tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         self.gone: list[ir.Value] = []
+        self.made: list[ir.Value] = []  # that are not in `tensors`
 
     def matmul(self, node: ir.Node) -> None:
         """One product with a weight of the backbone."""
@@ -138,6 +148,18 @@ class _Quantiser:
         self.gone.append(weight)
         self.done.embeddings += 1
 
+    def experts(self, node: ir.Node) -> None:
+        """The experts of one layer."""
+        settings = self.settings
+        found = quantise_experts(self.graph, node, settings.bits, settings.block_size, settings.symmetric)
+        if found is None:
+            return
+        self.made += found.made
+        self.done.experts += 1
+        self.done.expert_weights += found.names
+        self.done.bytes_before += found.bytes_before
+        self.done.bytes_after += found.bytes_after
+
     def _constant(self, name: str, number: int) -> ir.Value:
         return weights.new_constant(self.graph, name, np.array([number], np.int64))
 
@@ -183,13 +205,16 @@ def quantise(model: ir.Model, settings: Quantisation) -> Quantised:
     quantiser = _Quantiser(model, settings)
     nodes = list(model.graph)
     for node in nodes:
-        if _multiplies_a_weight(node):
+        if _multiplies_a_weight(node) and not _chooses_experts(node):
             quantiser.matmul(node)
         elif _looks_up(node):
             quantiser.gather(node)
+        elif settings.experts and node.op_type == "MoE":
+            quantiser.experts(node)
     weights.drop_unused(model.graph, quantiser.gone)
     done = quantiser.done
     made = {id(value) for tensors in quantiser.tensors.values() for value in tensors}  # their scales are in float
+    made |= {id(value) for value in quantiser.made}
     for value in model.graph.initializers.values():
         large = _large_and_floating(value) and id(value) not in made
         if large and weights.is_backbone(value) and not _is_table(value):
@@ -220,6 +245,19 @@ def _multiplies_a_weight(node: ir.Node) -> bool:
     plain = all(node.attributes.get_int(name, 0) == 0 for name in ("transA", "transBatchA", "transBatchB"))
     scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
     return plain and not scaled and weights.is_backbone(weight) and weights.matrix(weight).size >= SMALLEST
+
+
+def _chooses_experts(node: ir.Node) -> bool:
+    """Whether the largest values of a product are picked, before anything else is multiplied with a weight."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().successors():
+            if user.op_type == "TopK":
+                return True
+            if user.op_type not in PRODUCTS and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _looks_up(node: ir.Node) -> bool:

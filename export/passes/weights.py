@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -87,7 +88,7 @@ def add_node(
     inputs: Sequence[ir.Value | None],
     outputs: int = 1,
     domain: str = "",
-    **attributes: int,
+    **attributes: Any,
 ) -> ir.Node:
     """A new node in front of another one."""
     node = ir.node(op_type, list(inputs), attributes=attributes, domain=domain, num_outputs=outputs)

@@ -56,7 +56,8 @@ def made(lines: str, head: str = HEAD) -> ir.Model:
     """`lines` compute h out of x, (2, 3, 40), or of token ids."""
     text = f"""g (float[2, 3, 40] x, int64[2, 3] input_ids, int64[2, 3] others{declared(WEIGHTS, lines + head)})
         => (float[2, 3, v] logits)
-        <int64[2] flat = {{6, 40}}, int64[1] first = {{0}}, float scale = {{0.1}}> {{ {lines} {head} }}"""
+        <int64[2] flat = {{6, 40}}, int64[1] first = {{0}}, int64[1] all = {{64}}, float scale = {{0.1}}>
+        {{ {lines} {head} }}"""
     return with_weights(graph(text), WEIGHTS)
 
 
@@ -145,8 +146,22 @@ UP = WEIGHTS["model.up.weight"].nbytes
         ),
         ('a = Abs("model.up.weight") h = MatMul(x, a)', HEAD, {"model.up.weight": UP}),
         ('h = MatMul(x, "model.experts")', HEAD, {"model.experts": 2 * UP}),
+        (
+            'r = MatMul(x, "model.up.weight") s = Softmax(r) h, chosen = TopK(s, all)',
+            HEAD,
+            {"model.up.weight": UP},
+        ),
     ],
-    ids=["the adapter's", "the gate's", "small", "scaled", "of a transposed input", "computed", "experts"],
+    ids=[
+        "the adapter's",
+        "the gate's",
+        "small",
+        "scaled",
+        "of a transposed input",
+        "computed",
+        "experts",
+        "a router's",
+    ],
 )
 def test_other_products_stay_and_the_backbones_are_listed(lines: str, head: str, kept: dict[str, int]) -> None:
     model, before = made(lines, head), made(lines, head)

@@ -18,6 +18,7 @@ from imsm_core.quantised_backbone import nearest_in_blocks, round_backbone
 from imsm_core.training import TrainSettings
 from imsm_core.tuning import TuneSettings, tune
 from tests.builders import write_jsonl
+from tests.zoo import make_zoo_base
 
 
 def awkward_weight(width: int) -> Tensor:
@@ -68,6 +69,24 @@ def tuned(base: Path, folder: Path, settings: TuneSettings) -> Path:
     training = TrainSettings(steps=2, batch_size=3, learning_rate=1e-2)
     tune(str(base), data, folder / "checkpoint", settings, training, device="cpu", progress=False)
     return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_rounded_along_what_they_multiply(name: str, tmp_path: Path) -> None:
+    folder = str(make_zoo_base(tmp_path / "base", name))
+    model, before = load_base_model(folder), dict(load_base_model(folder).named_parameters())
+    round_backbone(model, "int4", 16)
+    experts = [key for key in before if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(experts) == 2 * 2
+    for key in experts:
+        found, original = model.get_parameter(key).detach(), before[key].detach()
+        if name == "gpt_oss":  # (experts, in, out)
+            found, original = found.transpose(1, 2), original.transpose(1, 2)
+        expected = dequantise(
+            round_to_nearest(original.reshape(-1, original.shape[2]).numpy(), 4, 16, True), original.shape[2]
+        )
+        np.testing.assert_array_equal(found.reshape(-1, found.shape[2]).numpy(), expected)
+        assert not torch.equal(found, original)
 
 
 def test_a_checkpoint_comes_back_with_the_rounded_backbone(base_folder: Path, tmp_path: Path) -> None:
