@@ -72,23 +72,24 @@ def test_our_runner_generates_what_the_runtime_generates(tiny: Exported) -> None
 
 
 def test_measuring_in_turns_fills_every_figure(tiny: Exported) -> None:
-    settings = MeasureSettings(2, 3, 1, contexts=(16, 48), prompts=(8,), fresh_runs=1, fresh_prompt=8, fresh_tokens=4)
+    sizes = {"fresh_prompt": 8, "fresh_tokens": 4}
+    settings = MeasureSettings(2, 2, 3, 1, contexts=(16, 48), prompts=(8,), fresh_runs=1, **sizes)
     ready = {
         name: Ready(_peer(mode), Path(sys.executable), tiny.artifact)
         for name, mode in {"once": "one", "twice": "twice"}.items()
     }
     for result in measure(ready, settings, "once").values():
         assert {context: [len(block) for block in blocks] for context, blocks in result["decode"].items()} == {
-            "16": [3, 3],
-            "48": [3, 3],
+            "16": [3, 3, 3, 3],  # two starts of two rounds
+            "48": [3, 3, 3, 3],
         }
-        assert len(result["prefill"]["8"]) == 1
+        assert len(result["prefill"]["8"]) == 2  # every second round
         assert result["fresh"][0]["peak_mb"] > 1
         assert result["fresh"][0]["start_to_first_token_ms"] > result["fresh"][0]["load_to_first_token_ms"] > 0
 
 
 def test_a_peer_that_fails_leaves_the_others_measured(tiny: Exported, tmp_path: Path) -> None:
-    settings = MeasureSettings(1, 1, 1, contexts=(8,), prompts=(8,), fresh_runs=1, fresh_prompt=8, fresh_tokens=2)
+    settings = MeasureSettings(1, 1, 1, 1, contexts=(8,), prompts=(8,), fresh_runs=1, fresh_prompt=8, fresh_tokens=2)
     python = Path(sys.executable)
     results = measure(
         {"bad": Ready(_peer(), python, tmp_path), "good": Ready(_peer(), python, tiny.artifact)}, settings, "good"

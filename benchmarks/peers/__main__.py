@@ -36,6 +36,7 @@ DEFAULTS = MeasureSettings()
 def main() -> int:
     args = parse()
     settings = MeasureSettings(
+        args.starts,
         args.rounds,
         args.steps,
         args.threads,
@@ -68,7 +69,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["qwen2.5-0.5b"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--rounds", type=int, default=DEFAULTS.rounds, help="of alternating blocks")
+    parser.add_argument(
+        "--starts", type=int, default=DEFAULTS.starts, help="of every peer's process, each for all rounds"
+    )
+    parser.add_argument("--rounds", type=int, default=DEFAULTS.rounds, help="of alternating blocks after a start")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="counted decode steps a block")
     parser.add_argument("--threads", type=int, default=DEFAULTS.threads, help="of every peer")
     parser.add_argument("--contexts", nargs="+", type=int, default=list(DEFAULTS.contexts), help="of decode blocks")
@@ -82,8 +86,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--from", nargs="+", type=Path, default=[], dest="earlier", help="earlier runs' stdout")
     args = parser.parse_args()
     args.work = args.work.resolve()
-    if args.fresh_runs < 1 or args.rounds < 1:
-        parser.error("--rounds and --fresh-runs must be at least 1")
+    if min(args.starts, args.rounds, args.fresh_runs) < 1:
+        parser.error("--starts, --rounds and --fresh-runs must be at least 1")
     return args
 
 

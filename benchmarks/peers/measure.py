@@ -23,10 +23,12 @@ MEMORY_SHARE = 0.8
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """contexts, prompts: token counts of decode blocks and of prefills. fresh_runs: processes per peer that run one
-    generation of fresh_prompt and fresh_tokens, for memory and loading."""
+    """starts: how often every peer is started and measured for `rounds`: where a process's pages lie in memory changes
+    its speed by several percent. contexts, prompts: token counts of decode blocks and of prefills. fresh_runs:
+    processes per peer that run one generation of fresh_prompt and fresh_tokens, for memory and loading."""
 
-    rounds: int = 10
+    starts: int = 3
+    rounds: int = 4
     steps: int = 14
     threads: int = 2
     contexts: tuple[int, ...] = (128, 1024)
@@ -66,7 +68,9 @@ def measure(peers: dict[str, Ready], settings: MeasureSettings, reference: str) 
     working = {name: ready for name, ready in peers.items() if "error" not in results[name]}
     needs = {name: max(run["peak_mb"] for run in results[name]["fresh"]) for name in working}
     for batch in batches(working, needs, memory_mb().get("available", float("inf")) * MEMORY_SHARE, reference):
-        _alternate({name: working[name] for name in batch}, settings, results)
+        for start in range(settings.starts):
+            turn = {name: working[name] for name in batch if start == 0 or not working[name].peer.slow}
+            _alternate(turn, settings, results)
     return results
 
 

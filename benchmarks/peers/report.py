@@ -71,8 +71,9 @@ def page(document: dict[str, Any], picture: str | None) -> str:
             f"## {result['shape']}, {result['precision']}",
             f"{result['date']}; {machine['processor']}, {settings['threads']} threads of {machine['usable_cores']} "
             f"cores, {machine['memory_mb'] / 1024:.0f} GiB, reading {result['read_gb_per_s']:.1f} GB/s; "
-            f"{settings['rounds']} rounds of blocks of {settings['steps']} steps, {settings['fresh_runs']} generations "
-            f"of {settings['fresh_prompt']} + {settings['fresh_tokens']} tokens for memory and loading. "
+            f"{settings.get('starts', 1)} starts of {settings['rounds']} rounds, in blocks of {settings['steps']} "
+            f"steps; {settings['fresh_runs']} generations of {settings['fresh_prompt']} + {settings['fresh_tokens']} "
+            "tokens for memory and loading. "
             f"Versions: {_versions(result)}.",
             table(result),
         ]
