@@ -17,19 +17,22 @@ OURS, THEIRS, REFERENCE = "#2f6f9f", "#b9bec4", "#d1692f"
 def main(document: Path, picture: Path) -> None:
     """A row per shape and precision, a panel per quantity, a bar per peer; quantities are the document's `summary`."""
     results = json.loads(document.read_text(encoding="utf-8"))
-    columns = len(results[0]["columns"])
+    columns = list(dict.fromkeys(column for result in results for column in result["columns"]))
     heights = [1.2 + 0.32 * len(result["rows"]) for result in results]
     figure, grid = plt.subplots(
         len(results),
-        columns,
-        figsize=(2.6 + 3.1 * columns, sum(heights)),
+        len(columns),
+        figsize=(2.6 + 3.1 * len(columns), sum(heights)),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     for result, axes in zip(results, grid, strict=True):
         rows = result["rows"][::-1]
-        for axis, column in zip(axes, result["columns"], strict=True):
+        for axis, column in zip(axes, columns, strict=True):
+            if column not in result["columns"]:  # it was not measured there
+                axis.set_axis_off()
+                continue
             values = [row["values"].get(column) for row in rows]
             colours = [REFERENCE if row["reference"] else OURS if row["ours"] else THEIRS for row in rows]
             axis.barh(range(len(rows)), [value or 0 for value in values], color=colours)
