@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,45 +38,37 @@ def _layer(model: PreTrainedModel, name: str) -> nn.Module:
         return model.get_submodule(path.replace(".base_layer", ""))
 
 
-@contextmanager
-def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeight]) -> Iterator[None]:
+def rounded_weights(model: PreTrainedModel, rounded: Mapping[str, QuantisedWeight]) -> AbstractContextManager[None]:
     """Inside the block the model has the values of `rounded`, by the weights' names in the traced module."""
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name, quantised in rounded.items():
             layer, weight = layer_weight(model, name)
             transposed = isinstance(layer, Conv1D)
-            values = torch.from_numpy(dequantise(quantised, weight.shape[0 if transposed else 1]))
-            originals.append((weight, weight.data))
-            weight.data = values.T.contiguous() if transposed else values
-        yield
-    finally:
-        for weight, original in reversed(originals):  # a tied weight was replaced more than once
-            weight.data = original
+            found = torch.from_numpy(dequantise(quantised, weight.shape[0 if transposed else 1]))
+            yield weight, found.T.contiguous() if transposed else found
+
+    return _replaced_data(values())
 
 
-@contextmanager
 def rounded_experts(
     model: PreTrainedModel, names: Sequence[str], bits: int, block_size: int, symmetric: bool
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the block the weights of all experts that the traced module calls `names` have values that are rounded to
     the nearest."""
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
+
+    def values() -> Iterator[tuple[Tensor, Tensor]]:
         for name in names:
             path, _, parameter = name.rpartition(".")
             experts: Any = _layer(model, path)
             weight = experts.get_parameter(parameter)
             rows = weight.data.transpose(1, 2) if experts.is_transposed else weight.data  # (experts, out, in)
             flat = rows.reshape(-1, rows.shape[2]).numpy()
-            found = dequantise(round_to_nearest(flat, bits, block_size, symmetric), rows.shape[2])
-            values = torch.from_numpy(found).view(rows.shape)
-            originals.append((weight, weight.data))
-            weight.data = values.transpose(1, 2).contiguous() if experts.is_transposed else values
-        yield
-    finally:
-        for weight, original in originals:
-            weight.data = original
+            rounded = dequantise(round_to_nearest(flat, bits, block_size, symmetric), rows.shape[2])
+            found = torch.from_numpy(rounded).view(rows.shape)
+            yield weight, found.transpose(1, 2).contiguous() if experts.is_transposed else found
+
+    return _replaced_data(values())
 
 
 def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -90,15 +82,21 @@ def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> AbstractContextMan
     return _converted(model, lambda weight: weight.to(dtype).float())
 
 
+def _converted(model: PreTrainedModel, convert: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Inside the block the model's float32 parameters are converted."""
+    floats = [parameter for parameter in model.parameters() if parameter.dtype == torch.float32]
+    return _replaced_data((parameter, convert(parameter.data)) for parameter in floats)
+
+
 @contextmanager
-def _converted(model: PreTrainedModel, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block the model's float32 parameters are converted; afterwards they are the very tensors that they
-    were."""
-    originals = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype == torch.float32]
+def _replaced_data(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside the block tensors have other values, made one by one; afterwards they have the very data that they had."""
+    originals: list[tuple[Tensor, Tensor]] = []
     try:
-        for parameter, original in originals:
-            parameter.data = convert(original)
+        for tensor, data in values:
+            originals.append((tensor, tensor.data))
+            tensor.data = data
         yield
     finally:
-        for parameter, original in originals:
-            parameter.data = original
+        for tensor, original in reversed(originals):  # a tied weight was replaced more than once
+            tensor.data = original

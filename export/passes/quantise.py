@@ -21,9 +21,8 @@ from ..calibration import layer_name
 from ..errors import TraceError
 from ..quantised_weight import QuantisedWeight, round_to_nearest
 from . import weights
-from .quantise_experts import quantise_experts
+from .quantise_experts import INT8_COMPUTE, quantise_experts
 
-INT8_COMPUTE = 4  # MatMulNBits' accuracy_level
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention")
 SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..quantised_weight import QuantisedWeight, dequantise, round_to_nearest
 from . import weights
 
-INT8_COMPUTE = 4  # QMoE's accuracy_level, as MatMulNBits'
+INT8_COMPUTE = 4  # the accuracy_level of QMoE and of MatMulNBits
 _PACKED = "imsm.packed"
 _MATRICES = (2, 4)  # the places of the up and the down projections among MoE's inputs
 

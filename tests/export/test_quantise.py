@@ -13,7 +13,8 @@ import pytest
 from export.artifact import write_graph
 from export.errors import TraceError
 from export.passes import run_passes, weights
-from export.passes.quantise import INT8_COMPUTE, Quantisation, quantise, use_int8_compute
+from export.passes.quantise import Quantisation, quantise, use_int8_compute
+from export.passes.quantise_experts import INT8_COMPUTE
 from export.quantised_weight import dequantise, round_to_nearest
 from tests.graphs import declared, graph, kinds, run, with_weights
 
