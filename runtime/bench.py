@@ -230,7 +230,7 @@ def _death(code: int | None) -> str:
 
 def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
-    execution = (provider, settings.threads, settings.spin, settings.allow_fallback)
+    execution = (provider, settings.threads, settings.spin, settings.allow_fallback, settings.kernels)
     try:
         start = time.perf_counter()
         session = Session(folder, *execution)
@@ -238,7 +238,7 @@ def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -
         options = session.onnx.get_session_options()
         results, tokens = measure(session, provider, settings, load_ms)
         prompts = [[0] * min(settings.prompt_lengths)] * settings.batch
-        placement = place_nodes(session, *execution, prompts)
+        placement = place_nodes(session, execution, prompts)
         sender.send(_Measured(results, tokens, options.intra_op_num_threads, _spins(options), placement))
     except IMSMRuntimeError as error:
         sender.send(error)

@@ -75,6 +75,12 @@ def _add_execution(parser: Any) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads; without it the usable physical cores")
     parser.add_argument("--no-spin", action="store_true", help="let idle threads sleep: slower, kinder to others")
     parser.add_argument("--allow-fallback", action="store_true", help="go on if the provider does not start")
+    parser.add_argument("--no-kernels", action="store_true", help="run onnxruntime's own kernels only: slower")
+
+
+def _execution(args: argparse.Namespace) -> tuple[int | None, bool, bool, bool]:
+    """threads, spin, allow_fallback and kernels."""
+    return args.threads, not args.no_spin, args.allow_fallback, not args.no_kernels
 
 
 def _add_generate(subparsers: Any) -> None:
@@ -101,7 +107,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = generation.load(args.artifact, args.provider, args.threads, not args.no_spin, args.allow_fallback)
+    model = generation.load(args.artifact, args.provider, *_execution(args))
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampler": sampler,
@@ -190,9 +196,7 @@ def _bench(args: argparse.Namespace) -> int:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
     except ValueError as error:
         raise SettingsError(f"prompt lengths {args.prompt_lengths!r} are not numbers like 32,128") from error
-    settings = BenchSettings(
-        lengths, args.new_tokens, args.batch, args.repeats, args.threads, not args.no_spin, args.allow_fallback
-    )
+    settings = BenchSettings(lengths, args.new_tokens, args.batch, args.repeats, *_execution(args))
     document = bench(args.artifact, named_providers(args.providers), settings)
     print(format_table(document))
     text = json.dumps(document)

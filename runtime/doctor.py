@@ -8,6 +8,7 @@ from typing import Any
 
 import onnxruntime
 
+from . import own_kernels
 from .machine import cgroup_quota, describe_machine, memory_mb, usable_cores
 from .providers import (
     DEFAULT_FORM_VERSION,
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
         "builds": builds,
         "providers": providers,
         "forms": _forms(),
+        "kernels": own_kernels.describe(),
         "threads": usable_cores(),
         "cpu_quota": cgroup_quota(),
         "memory_mb": {name: round(size) for name, size in memory_mb().items()},
@@ -64,6 +66,7 @@ def format_report(facts: dict[str, Any]) -> str:
         f"python       {facts['python']}",
         f"onnxruntime  {facts['onnxruntime']} ({builds})",
         f"artifacts    {_FORMS[len(facts['forms'])]}",
+        f"kernels      {facts['kernels']}",
         f"threads      {facts['threads']} (physical cores that this process may use"
         + (f"; its quota is {facts['cpu_quota']:g})" if facts["cpu_quota"] else ")"),
         "memory       " + ", ".join(f"{size} MiB {name}" for name, size in facts["memory_mb"].items()),

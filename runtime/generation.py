@@ -39,12 +39,13 @@ def load(
     threads: int | None = None,
     spin: bool = True,
     allow_fallback: bool = False,
+    kernels: bool = True,
 ) -> Model:
     """Load an ARTIFACT folder. provider: a key of PROVIDERS; threads: None is the usable physical cores.
 
     Raises ArtifactError or ProviderError.
     """
-    session = Session(folder, provider, threads, spin, allow_fallback)
+    session = Session(folder, provider, threads, spin, allow_fallback, kernels)
     return Model(session, TextCodec(session.folder, session.manifest.special_tokens))
 
 

@@ -31,6 +31,7 @@ class BenchSettings:
     threads: int | None = None
     spin: bool = True
     allow_fallback: bool = False
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt_lengths or min(self.prompt_lengths) < 1:

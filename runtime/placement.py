@@ -40,15 +40,19 @@ class Placement:
 
 
 def place_nodes(
-    session: Session, provider: str, threads: int | None, spin: bool, allow_fallback: bool, prompts: list[list[int]]
+    session: Session, execution: tuple[str, int | None, bool, bool, bool], prompts: list[list[int]]
 ) -> Placement:
     """Open the session's graph again with the profiler on, and run a prefill and a decode step. Slow: never while
-    timing. The session keeps the profiled graph, whose profile has ended."""
+    timing. The session keeps the profiled graph, whose profile has ended. execution: the provider, threads, spin,
+    allow_fallback and kernels that the session was opened with."""
     with tempfile.TemporaryDirectory() as folder:
         del session.onnx  # one copy of the packed weights at a time
         gc.collect()  # states and their bindings refer to each other
         prefix = Path(folder) / "profile"
-        session.onnx = open_session(session.folder / GRAPH, provider, threads, spin, allow_fallback, profile=prefix)
+        provider, threads, spin, allow_fallback, kernels = execution
+        session.onnx = open_session(
+            session.folder / GRAPH, provider, threads, spin, allow_fallback, profile=prefix, kernels=kernels
+        )
         state = session.new_state(len(prompts))
         session.prefill(state, prompts)
         session.decode_step(state, np.zeros(len(prompts), np.int64))

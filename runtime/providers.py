@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from . import own_kernels
 from .errors import ArtifactError, ProviderError
 from .machine import usable_cores
 
@@ -41,11 +42,13 @@ def open_session(
     spin: bool = True,
     allow_fallback: bool = False,
     profile: Path | None = None,
+    kernels: bool = True,
 ) -> onnxruntime.InferenceSession:
     """An onnxruntime session on `provider`, a key of PROVIDERS.
 
     threads: None is the number of usable physical cores. spin: whether idle threads busy-wait, which is faster and
-    uses the processor. profile: the beginning of the path that `end_profiling` writes to. Raises ProviderError if the
+    uses the processor. profile: the beginning of the path that `end_profiling` writes to. kernels: whether the CPU
+    provider runs this project's kernels where it has them. Raises ProviderError if the
     provider is unknown, not built in, or did not start (unless `allow_fallback`), or if onnxruntime is too old, and
     ArtifactError if onnxruntime refuses the graph.
     """
@@ -62,6 +65,8 @@ def open_session(
     options.log_severity_level = 4  # errors are raised; onnxruntime would also print them
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if kernels and provider == "cpu" and (library := own_kernels.library()) is not None:
+        options.register_custom_ops_library(str(library))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

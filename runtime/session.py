@@ -41,12 +41,14 @@ class Session:
         threads: int | None = None,
         spin: bool = True,
         allow_fallback: bool = False,
+        kernels: bool = True,
     ) -> None:
-        """Load the artifact in `folder`. Raises ArtifactError or ProviderError."""
+        """Load the artifact in `folder`; the other arguments are those of `open_session`. Raises ArtifactError or
+        ProviderError."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_files(self.folder, self.manifest, hashes=False)
-        self.onnx = open_session(self.folder / GRAPH, provider, threads, spin, allow_fallback)
+        self.onnx = open_session(self.folder / GRAPH, provider, threads, spin, allow_fallback, kernels=kernels)
         check_signature(self.onnx, self.manifest)
         in_use = PROVIDERS[provider] in self.onnx.get_providers()
         self.device = ON_DEVICE.get(provider, "cpu") if in_use else "cpu"

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ..errors import TraceError
 from . import (
+    attention_operator,
     clean,
     fold_layout,
     half_adapter,
@@ -18,6 +19,7 @@ from . import (
     name_dimensions,
     norms,
     pack_qkv,
+    quantized_matmul,
     reshapes,
     silu,
     weight_layout,
@@ -36,6 +38,7 @@ PASSES: tuple[tuple[str, Pass], ...] = (
     ("pack_low_rank", low_rank.pack_low_rank),
     ("pack_qkv", pack_qkv.pack_qkv),
     ("fuse_silu", silu.fuse_silu),
+    ("use_own_attention", attention_operator.use_own_attention),
 )
 CLEANING: tuple[tuple[str, Pass], ...] = (
     ("drop_unused_inputs", clean.drop_unused_inputs),
@@ -64,4 +67,5 @@ def finish_quantised(model: ir.Model) -> dict[str, int]:
     return {
         "int8_compute": use_int8_compute(model) + finish_experts(model),
         "store_adapter_in_half": half_adapter.store_adapter_in_half(model),
+        "fuse_quantized_matmul": quantized_matmul.fuse_quantized_matmul(model),
     }

@@ -1,0 +1,20 @@
+"""Operators of this project as functions of the graph: their own nodes say what they compute, so that any onnxruntime
+runs them, and the runtime's kernels (`runtime/kernels`) take their place where there are some for the processor."""
+
+from __future__ import annotations
+
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "imsm"
+
+
+def define(model: ir.Model, signature: str, body: str) -> None:
+    """Add a function to the model. signature, body: in ONNX's text syntax
+    (https://github.com/onnx/onnx/blob/main/docs/Syntax.md), `Name <attributes> (inputs) => (outputs)` and nodes."""
+    opset = model.opset_imports[""]
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1]> {signature} {{ {body} }}'
+    made = ir.from_proto(onnx.parser.parse_function(text))
+    assert isinstance(made, ir.Function)
+    model.functions[made.identifier()] = made
+    model.opset_imports[DOMAIN] = 1

@@ -1,0 +1,123 @@
+#include "low_rank.h"
+
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  LANES = 16,
+  PART = 512,    // of k, where rows are few
+  GROUP = 16,    // rows, where they are many
+  TOGETHER = 4,  // rows that share a value of A
+};
+
+TARGET static inline __m512 load(const void* values, int half, size_t at, __mmask16 lanes) {
+  if (half) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, (const uint16_t*)values + at));
+  return _mm512_maskz_loadu_ps(lanes, (const float*)values + at);
+}
+
+static __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+int low_rank_begin(LowRank* change, const float* factors, size_t count, size_t rows) {
+  change->width = (change->rank + LANES - 1) / LANES * LANES;
+  change->rows = 0;
+  for (size_t row = 0; row < rows; row++) change->rows += factors[row * count / rows] != 0;
+  const int few = change->rows <= GROUP;
+  change->parts = few ? (change->k + PART - 1) / PART : 1;
+  change->groups = few ? 1 : (change->rows + GROUP - 1) / GROUP;
+  const size_t floats = (change->parts * change->width + 1) * change->rows;
+  change->low = malloc(floats * sizeof(float) + change->rows * sizeof(size_t) + 1);
+  if (change->low == NULL) return 0;
+  change->index = (size_t*)(change->low + (floats + 1) / 2 * 2);
+  change->factor = change->low + change->parts * change->width * change->rows;
+  size_t found = 0;
+  for (size_t row = 0; row < rows; row++) {
+    const float factor = factors[row * count / rows];
+    if (factor == 0) continue;
+    change->index[found] = row;
+    change->factor[found++] = factor;
+  }
+  atomic_init(&change->claimed, 0);
+  atomic_init(&change->done, 0);
+  atomic_init(&change->ready, change->rows == 0);
+  return 1;
+}
+
+void low_rank_end(LowRank* change) { free(change->low); }
+
+// x A of changed rows [first, first + rows) and of k [start, end).
+TARGET static void multiply(const LowRank* change, size_t part, size_t first, size_t rows, size_t start, size_t end) {
+  for (size_t row = 0; row < rows; row += TOGETHER) {
+    const size_t together = rows - row < TOGETHER ? rows - row : TOGETHER;
+    const float* x[TOGETHER];
+    for (size_t i = 0; i < TOGETHER; i++)
+      x[i] = change->x + change->index[first + row + (i < together ? i : 0)] * change->k;
+    for (size_t r = 0; r < change->rank; r += LANES) {
+      const __mmask16 lanes = first_lanes(change->rank - r);
+      __m512 sums[TOGETHER] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+      size_t k = start;
+      if (together == 1) {
+        for (; k + TOGETHER <= end; k += TOGETHER)
+          for (size_t i = 0; i < TOGETHER; i++)
+            sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[0][k + i]),
+                                      load(change->a, change->half, (k + i) * change->rank + r, lanes), sums[i]);
+        sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+      }
+      for (; k < end; k++) {
+        const __m512 a = load(change->a, change->half, k * change->rank + r, lanes);
+        for (size_t i = 0; i < together; i++) sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[i][k]), a, sums[i]);
+      }
+      for (size_t i = 0; i < together; i++) {
+        const size_t changed = first + row + i;
+        const __m512 factor = _mm512_set1_ps(change->factor[changed]);
+        _mm512_storeu_ps(change->low + (part * change->rows + changed) * change->width + r,
+                         _mm512_mul_ps(sums[i], factor));
+      }
+    }
+  }
+}
+
+TARGET void low_rank_wait(LowRank* change) {
+  const size_t all = change->parts * change->groups;
+  while (!atomic_load_explicit(&change->ready, memory_order_acquire)) {
+    const size_t mine = atomic_fetch_add(&change->claimed, 1);
+    if (mine >= all) {
+      _mm_pause();
+      continue;
+    }
+    const size_t part = mine % change->parts, first = mine / change->parts * GROUP;
+    const size_t rows = change->rows - first < GROUP ? change->rows - first : GROUP;
+    const size_t start = change->parts > 1 ? part * PART : 0;
+    const size_t end = change->parts > 1 && start + PART < change->k ? start + PART : change->k;
+    multiply(change, part, first, rows, start, end);
+    if (atomic_fetch_add(&change->done, 1) + 1 < all) continue;
+    const size_t size = change->rows * change->width;
+    for (size_t other = 1; other < change->parts; other++)
+      for (size_t i = 0; i < size; i++) change->low[i] += change->low[other * size + i];
+    atomic_store_explicit(&change->ready, 1, memory_order_release);
+  }
+}
+
+TARGET void low_rank_fetch(const LowRank* change, size_t column, size_t width) {
+  const size_t size = change->half ? 2 : 4;
+  for (size_t r = 0; r < change->rank; r++)
+    for (size_t at = 0; at < width * size; at += 64)
+      _mm_prefetch((const char*)change->b + (r * change->n + column) * size + at, _MM_HINT_T0);
+}
+
+TARGET void low_rank_add(const LowRank* change, size_t changed, size_t column, size_t width, float* sums) {
+  const float* low = change->low + changed * change->width;
+  for (size_t at = 0; at < width; at += 2 * LANES) {
+    const __mmask16 lanes = first_lanes(width - at), more = width - at > LANES ? first_lanes(width - at - LANES) : 0;
+    __m512 sum = _mm512_maskz_loadu_ps(lanes, sums + at), other = _mm512_setzero_ps();
+    if (more) other = _mm512_maskz_loadu_ps(more, sums + at + LANES);
+    for (size_t r = 0; r < change->rank; r++) {
+      const __m512 factor = _mm512_set1_ps(low[r]);
+      sum = _mm512_fmadd_ps(factor, load(change->b, change->half, r * change->n + column + at, lanes), sum);
+      if (more)
+        other = _mm512_fmadd_ps(factor, load(change->b, change->half, r * change->n + column + at + LANES, more), other);
+    }
+    _mm512_mask_storeu_ps(sums + at, lanes, sum);
+    if (more) _mm512_mask_storeu_ps(sums + at + LANES, more, other);
+  }
+}

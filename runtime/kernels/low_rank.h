@@ -1,0 +1,33 @@
+// The low-rank change of some rows of a product: y += f (x A) B, f being a row's factor, zero for the base stream's.
+#pragma once
+
+#include <stdatomic.h>
+
+#include "kernels.h"
+
+typedef struct {
+  const float* x;        // (all rows, k)
+  const void *a, *b;     // (k, rank), (rank, n): float32, or float16 where `half`
+  int half;
+  size_t k, n, rank, width;  // width: of a row of `low`, `rank` rounded up to whole registers
+  size_t rows;           // that are changed
+  size_t* index;         // (rows) which ones those are
+  float* factor;         // (rows)
+  float* low;            // (parts, rows, width): f x A, of which the first part is the sum once `ready`
+  size_t parts, groups;  // x A is divided into parts of k, or groups of rows
+  atomic_size_t claimed, done;
+  atomic_int ready;
+} LowRank;
+
+// Finds the changed rows of `rows`, each `count`-th part of which has one of `count` factors. False if out of memory.
+int low_rank_begin(LowRank* change, const float* factors, size_t count, size_t rows);
+void low_rank_end(LowRank* change);
+
+// Any thread that needs `low` calls this: all that do compute it together.
+void low_rank_wait(LowRank* change);
+
+// Fetches what `low_rank_add` reads for columns [column, column + width).
+void low_rank_fetch(const LowRank* change, size_t column, size_t width);
+
+// sums[0 .. width) += a changed row's change of columns [column, column + width).
+void low_rank_add(const LowRank* change, size_t changed, size_t column, size_t width, float* sums);
