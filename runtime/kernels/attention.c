@@ -339,16 +339,12 @@ static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index)
   return index == SEQLENS_K || index == TOTAL || index == QUERY_SEQLENS ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
                                                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
-static ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
-  return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-}
 static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
   (void)op;
   return index == KEY || index == VALUE || index == COS || index == SIN ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
 }
-static void destroy(void* kernel) { free(kernel); }
 
 const OrtCustomOp* group_query_attention(void) {
-  static const OrtCustomOp op = OPERATOR(name, inputs, outputs, input_type, output_type, input_characteristic, create, compute, destroy);
+  static const OrtCustomOp op = OPERATOR(name, inputs, outputs, input_type, float_output, input_characteristic, create, compute, free);
   return &op;
 }

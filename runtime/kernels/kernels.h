@@ -41,6 +41,7 @@ const OrtCustomOp* group_query_attention(void);
 // What is the same for all operators.
 const char* cpu_provider(const OrtCustomOp* op);
 OrtMemType default_memory(const OrtCustomOp* op, size_t index);
+ONNXTensorElementDataType float_output(const OrtCustomOp* op, size_t index);
 OrtCustomOpInputOutputCharacteristic required(const OrtCustomOp* op, size_t index);
 int first_version(const OrtCustomOp* op);
 int last_version(const OrtCustomOp* op);

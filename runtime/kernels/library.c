@@ -91,6 +91,9 @@ float float_attribute(const OrtKernelInfo* info, const char* name, float otherwi
 
 const char* cpu_provider(const OrtCustomOp* op) { return (void)op, NULL; }
 OrtMemType default_memory(const OrtCustomOp* op, size_t index) { return (void)op, (void)index, OrtMemTypeDefault; }
+ONNXTensorElementDataType float_output(const OrtCustomOp* op, size_t index) {
+  return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+}
 OrtCustomOpInputOutputCharacteristic required(const OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
 }

@@ -18,17 +18,25 @@ TARGET static inline __m512 load(const void* values, int half, size_t at, __mmas
 
 static __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-int low_rank_begin(LowRank* change, const float* factors, size_t count, size_t rows) {
+OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size_t factors_index, size_t a_index,
+                          const float* x, size_t rows, size_t k, size_t n) {
+  size_t count = 0;
+  const float* factors = input(context, factors_index, &count, NULL);
+  if (factors == NULL) return NULL;
+  if (count == 0 || rows % count) return failure("low-rank change: as many factors as do not fit the rows");
+  *change = (LowRank){.x = x, .k = k, .n = n, .half_a = is_half(context, a_index), .half_b = is_half(context, a_index + 1)};
+  change->a = input(context, a_index, NULL, &change->rank);
+  change->b = input(context, a_index + 1, NULL, NULL);
   change->width = (change->rank + LANES - 1) / LANES * LANES;
   change->rows = 0;
   for (size_t row = 0; row < rows; row++) change->rows += factors[row * count / rows] != 0;
   const int few = change->rows <= GROUP;
   change->parts = few ? (change->k + PART - 1) / PART : 1;
   change->groups = few ? 1 : (change->rows + GROUP - 1) / GROUP;
-  const size_t floats = (change->parts * change->width + 1) * change->rows;
-  change->low = malloc(floats * sizeof(float) + change->rows * sizeof(size_t) + 1);
-  if (change->low == NULL) return 0;
-  change->index = (size_t*)(change->low + (floats + 1) / 2 * 2);
+  const size_t floats = ((change->parts * change->width + 1) * change->rows + 1) / 2 * 2;
+  change->low = malloc(floats * sizeof(float) + (change->rows + 1) * sizeof(size_t));
+  if (change->low == NULL) return failure("no memory for a low-rank change");
+  change->index = (size_t*)(change->low + floats);
   change->factor = change->low + change->parts * change->width * change->rows;
   size_t found = 0;
   for (size_t row = 0; row < rows; row++) {
@@ -40,7 +48,7 @@ int low_rank_begin(LowRank* change, const float* factors, size_t count, size_t r
   atomic_init(&change->claimed, 0);
   atomic_init(&change->done, 0);
   atomic_init(&change->ready, change->rows == 0);
-  return 1;
+  return NULL;
 }
 
 void low_rank_end(LowRank* change) { free(change->low); }
@@ -60,11 +68,11 @@ TARGET static void multiply(const LowRank* change, size_t part, size_t first, si
         for (; k + TOGETHER <= end; k += TOGETHER)
           for (size_t i = 0; i < TOGETHER; i++)
             sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[0][k + i]),
-                                      load(change->a, change->half, (k + i) * change->rank + r, lanes), sums[i]);
+                                      load(change->a, change->half_a, (k + i) * change->rank + r, lanes), sums[i]);
         sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
       }
       for (; k < end; k++) {
-        const __m512 a = load(change->a, change->half, k * change->rank + r, lanes);
+        const __m512 a = load(change->a, change->half_a, k * change->rank + r, lanes);
         for (size_t i = 0; i < together; i++) sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[i][k]), a, sums[i]);
       }
       for (size_t i = 0; i < together; i++) {
@@ -99,7 +107,7 @@ TARGET void low_rank_wait(LowRank* change) {
 }
 
 TARGET void low_rank_fetch(const LowRank* change, size_t column, size_t width) {
-  const size_t size = change->half ? 2 : 4;
+  const size_t size = change->half_b ? 2 : 4;
   for (size_t r = 0; r < change->rank; r++)
     for (size_t at = 0; at < width * size; at += 64)
       _mm_prefetch((const char*)change->b + (r * change->n + column) * size + at, _MM_HINT_T0);
@@ -113,9 +121,9 @@ TARGET void low_rank_add(const LowRank* change, size_t changed, size_t column, s
     if (more) other = _mm512_maskz_loadu_ps(more, sums + at + LANES);
     for (size_t r = 0; r < change->rank; r++) {
       const __m512 factor = _mm512_set1_ps(low[r]);
-      sum = _mm512_fmadd_ps(factor, load(change->b, change->half, r * change->n + column + at, lanes), sum);
+      sum = _mm512_fmadd_ps(factor, load(change->b, change->half_b, r * change->n + column + at, lanes), sum);
       if (more)
-        other = _mm512_fmadd_ps(factor, load(change->b, change->half, r * change->n + column + at + LANES, more), other);
+        other = _mm512_fmadd_ps(factor, load(change->b, change->half_b, r * change->n + column + at + LANES, more), other);
     }
     _mm512_mask_storeu_ps(sums + at, lanes, sum);
     if (more) _mm512_mask_storeu_ps(sums + at + LANES, more, other);

@@ -7,8 +7,8 @@
 
 typedef struct {
   const float* x;        // (all rows, k)
-  const void *a, *b;     // (k, rank), (rank, n): float32, or float16 where `half`
-  int half;
+  const void *a, *b;     // (k, rank), (rank, n): float32, or float16 where `half_a`, `half_b`
+  int half_a, half_b;
   size_t k, n, rank, width;  // width: of a row of `low`, `rank` rounded up to whole registers
   size_t rows;           // that are changed
   size_t* index;         // (rows) which ones those are
@@ -19,8 +19,10 @@ typedef struct {
   atomic_int ready;
 } LowRank;
 
-// Finds the changed rows of `rows`, each `count`-th part of which has one of `count` factors. False if out of memory.
-int low_rank_begin(LowRank* change, const float* factors, size_t count, size_t rows);
+// Finds the changed rows of x (rows, k): the factors are at input `factors`, as many as rows or each for as many rows in
+// turn, A at input `a`, B behind it. Does nothing where there are no factors.
+OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size_t factors, size_t a, const float* x,
+                          size_t rows, size_t k, size_t n);
 void low_rank_end(LowRank* change);
 
 // Any thread that needs `low` calls this: all that do compute it together.

@@ -1,0 +1,339 @@
+// A product reads its weights from where the file is mapped, in the file's layout: nothing is packed when a graph is
+// loaded. Activations have one scale for 32 of them, as accuracy_level 4 of com.microsoft.MatMulNBits allows.
+//
+// A byte holds an even weight in its low half and the odd one behind it in its high half, so that activations are stored
+// as evens and odds too. A nibble q stands for q - 8: sum (q - 8) a = sum q a - 8 sum a, and the second sum depends on the
+// activations alone: dot products start from it.
+//
+// Few rows are bound by memory: columns are read one after the other, as they lie in the file. Many rows are bound by
+// arithmetic: 32 columns' weights of one block are put into lanes once, for all rows.
+#include "int4_product.h"
+
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  BLOCK = 32,          // activations with one scale
+  CHUNK = 128,         // weights in one register of 64 bytes
+  FEW = 16,            // rows up to which columns are read one by one
+  TILE = 256,          // rows of one tile, at most
+  WIDE = 32,           // columns of one tile
+  TASK = 64,           // columns of one task where rows are few
+  LINE = 64,           // bytes of the cache's unit
+  AHEAD = 4096,        // bytes of weights to fetch before they are needed: the processor itself stops at a page's end
+  SCALES_AHEAD = 256,  // scales
+};
+
+// 128 activations of one row; each lane is of eight of them.
+struct Chunk {
+  int8_t even[64], odd[64];
+  int32_t start[16];  // -8 sum
+  float scale[16];
+};
+
+// 32 activations of one row.
+struct Block {
+  int8_t even[16], odd[16];
+  int32_t start;  // -8 sum
+  float scale;
+};
+
+// A matrix and the place of a task in it.
+typedef struct {
+  const Activations* x;
+  const Int4Matrix* matrix;
+  size_t per_column;  // scales
+  size_t bytes;       // of a column
+  float* y;
+} Product;
+
+// Rounds up to 32 floats; returns their scale. Sums are of rounded values.
+TARGET static float round_block(const float* x, size_t count, int8_t* even, int8_t* odd, int32_t* lane_sums) {
+  const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+  const __mmask16 high = count >= 32 ? 0xffff : count <= 16 ? 0 : (__mmask16)((1u << (count - 16)) - 1);
+  const __m512 a = _mm512_maskz_loadu_ps(low, x), b = _mm512_maskz_loadu_ps(high, x + 16);
+  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+  const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+  const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, factor)));
+  const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, factor)));
+  const __m256i all = _mm256_set_m128i(second, first);
+  // Bytes 0, 2, 4, ... and 1, 3, 5, ...
+  const __m256i pairs = _mm256_permute4x64_epi64(
+      _mm256_shuffle_epi8(all, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10,
+                                                12, 14, 1, 3, 5, 7, 9, 11, 13, 15)),
+      0xd8);
+  const __m128i evens = _mm256_castsi256_si128(pairs), odds = _mm256_extracti128_si256(pairs, 1);
+  _mm_storeu_si128((__m128i*)even, evens);
+  _mm_storeu_si128((__m128i*)odd, odds);
+  const __m128i ones = _mm_set1_epi8(1);
+  const __m128i sums = _mm_dpbusd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, evens), ones, odds);
+  _mm_storeu_si128((__m128i*)lane_sums, sums);
+  return largest / 127.0f;
+}
+
+TARGET static void round_by_chunk(const Activations* activations, size_t row) {
+  const size_t k = activations->k;
+  for (size_t chunk = 0; chunk < activations->chunks; chunk++) {
+    Chunk* to = activations->by_chunk + row * activations->chunks + chunk;
+    for (size_t block = 0; block < CHUNK / BLOCK; block++) {
+      const size_t start = chunk * CHUNK + block * BLOCK;
+      const size_t count = start >= k ? 0 : k - start < BLOCK ? k - start : BLOCK;
+      int32_t sums[4];
+      const float scale = round_block(activations->x + row * k + start, count, to->even + 16 * block, to->odd + 16 * block, sums);
+      for (int lane = 0; lane < 4; lane++) {
+        to->start[4 * block + lane] = -8 * sums[lane];
+        to->scale[4 * block + lane] = scale;
+      }
+    }
+  }
+}
+
+TARGET static void round_by_block(void* arguments, size_t row) {
+  const Activations* activations = arguments;
+  const size_t k = activations->k;
+  for (size_t block = 0; block < activations->blocks; block++) {
+    Block* to = activations->by_block + block * activations->rows + row;
+    const size_t start = block * BLOCK, count = k - start < BLOCK ? k - start : BLOCK;
+    int32_t sums[4];
+    to->scale = round_block(activations->x + row * k + start, count, to->even, to->odd, sums);
+    to->start = -8 * (sums[0] + sums[1] + sums[2] + sums[3]);
+  }
+}
+
+// Up to four scales, or their first `count` ones.
+TARGET static inline __m128 load_scales(const Int4Matrix* matrix, size_t at, __mmask8 known) {
+  if (matrix->half) return _mm_cvtph_ps(_mm_maskz_loadu_epi16(known, (const uint16_t*)matrix->scales + at));
+  return _mm_maskz_loadu_ps(known, (const float*)matrix->scales + at);
+}
+
+static inline const char* scale_address(const Int4Matrix* matrix, size_t at) {
+  return (const char*)matrix->scales + at * (matrix->half ? 2 : 4);
+}
+
+// One or two columns of up to four rows. `spread` puts the scale of each of the chunk's blocks into its lanes.
+TARGET static inline __attribute__((always_inline)) void two_columns(const Product* product, size_t column, size_t first,
+                                                                     const int rows, const int columns, __m512i spread,
+                                                                     size_t scales_per_chunk) {
+  const Activations* activations = product->x;
+  const Int4Matrix* matrix = product->matrix;
+  const size_t bytes = product->bytes, per_column = product->per_column;
+  const __m512i low = _mm512_set1_epi8(15);
+  const uint8_t* weights[2];
+  size_t scales[2];
+  __m512 sums[2][4];
+  for (int c = 0; c < columns; c++) {
+    weights[c] = matrix->weights + (column + c) * bytes;
+    scales[c] = (column + c) * per_column;
+    for (int r = 0; r < rows; r++) sums[c][r] = _mm512_setzero_ps();
+  }
+  for (size_t chunk = 0; chunk < activations->chunks; chunk++) {
+    const size_t left = bytes - chunk * 64;
+    const __mmask64 there = left >= 64 ? ~0ull : (1ull << left) - 1;
+    const size_t scales_left = per_column - chunk * scales_per_chunk;
+    const __mmask8 known = (__mmask8)((1u << (scales_left < scales_per_chunk ? scales_left : scales_per_chunk)) - 1);
+    __m512i even[2], odd[2];
+    __m512 scale[2];
+    for (int c = 0; c < columns; c++) {
+      const size_t at = scales[c] + chunk * scales_per_chunk;
+      _mm_prefetch((const char*)weights[c] + chunk * 64 + AHEAD, _MM_HINT_T0);
+      _mm_prefetch(scale_address(matrix, at + SCALES_AHEAD), _MM_HINT_T0);
+      const __m512i both = _mm512_maskz_loadu_epi8(there, weights[c] + chunk * 64);
+      even[c] = _mm512_and_si512(both, low);
+      odd[c] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      scale[c] = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(load_scales(matrix, at, known)));
+    }
+    for (int r = 0; r < rows; r++) {
+      const Chunk* x = activations->by_chunk + (first + r) * activations->chunks + chunk;
+      const __m512i x_even = _mm512_loadu_si512(x->even), x_odd = _mm512_loadu_si512(x->odd);
+      const __m512i start = _mm512_loadu_si512(x->start);
+      const __m512 x_scale = _mm512_loadu_ps(x->scale);
+      for (int c = 0; c < columns; c++) {
+        const __m512i dot = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even[c], x_even), odd[c], x_odd);
+        sums[c][r] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot), x_scale), scale[c], sums[c][r]);
+      }
+    }
+  }
+  for (int c = 0; c < columns; c++)
+    for (int r = 0; r < rows; r++)
+      product->y[(first + r) * matrix->n + column + c] =
+          _mm512_reduce_add_ps(sums[c][r]) + (matrix->bias ? matrix->bias[column + c] : 0.0f);
+}
+
+TARGET static void few_rows(const Product* product, size_t first, size_t columns) {
+  const Int4Matrix* matrix = product->matrix;
+  const size_t end = first + columns, rows = product->x->rows;
+  int32_t lanes[16];
+  for (int lane = 0; lane < 16; lane++) lanes[lane] = 8 * lane / (int)matrix->block_size;
+  const __m512i spread = _mm512_loadu_si512(lanes);
+  const size_t scales = CHUNK / matrix->block_size;
+  if (matrix->change) {
+    low_rank_wait(matrix->change);
+    low_rank_fetch(matrix->change, first, columns);
+  }
+  for (size_t column = first; column < end; column += 2) {
+    const int two = end - column >= 2;
+    for (size_t row = 0; row < rows;) {
+      const size_t left = rows - row;
+#define ROWS(COUNT)                                                   \
+  {                                                                   \
+    if (two) two_columns(product, column, row, COUNT, 2, spread, scales); \
+    else two_columns(product, column, row, COUNT, 1, spread, scales);     \
+    row += COUNT;                                                     \
+  }
+      if (left >= 4) ROWS(4) else if (left == 3) ROWS(3) else if (left == 2) ROWS(2) else ROWS(1)
+#undef ROWS
+    }
+  }
+  for (size_t changed = 0; matrix->change && changed < matrix->change->rows; changed++)
+    low_rank_add(matrix->change, changed, first, columns,
+                 product->y + matrix->change->index[changed] * matrix->n + first);
+}
+
+// The 32 weights of a block for 16 columns from `column` on: registers of four weights a lane, one column a lane.
+TARGET static inline __attribute__((always_inline)) void unpack(const Product* product, size_t column, size_t block,
+                                                                __m512i even[4], __m512i odd[4]) {
+  const size_t last = product->matrix->n - 1;
+  __m512i rows[4];
+  for (size_t r = 0; r < 4; r++) {
+    const __m128i* parts[4];
+    for (size_t part = 0; part < 4; part++) {
+      const size_t wanted = column + 4 * part + r < last ? column + 4 * part + r : last;
+      parts[part] = (const __m128i*)(product->matrix->weights + wanted * product->bytes + block * (BLOCK / 2));
+    }
+    rows[r] = _mm512_castsi128_si512(_mm_loadu_si128(parts[0]));
+    rows[r] = _mm512_inserti32x4(rows[r], _mm_loadu_si128(parts[1]), 1);
+    rows[r] = _mm512_inserti32x4(rows[r], _mm_loadu_si128(parts[2]), 2);
+    rows[r] = _mm512_inserti32x4(rows[r], _mm_loadu_si128(parts[3]), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+  const __m512i all[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                          _mm512_unpackhi_epi64(b, d)};
+  const __m512i low = _mm512_set1_epi8(15);
+  for (int i = 0; i < 4; i++) {
+    even[i] = _mm512_and_si512(all[i], low);
+    odd[i] = _mm512_and_si512(_mm512_srli_epi16(all[i], 4), low);
+  }
+}
+
+// The scales of a block for `columns` columns, zero for the others.
+TARGET static inline void block_scales(const Product* product, size_t first, size_t columns, size_t block,
+                                       __m512 scales[2]) {
+  const Int4Matrix* matrix = product->matrix;
+  const size_t at = first * product->per_column + block * BLOCK / matrix->block_size;
+  if (matrix->half) {
+    uint16_t found[WIDE] = {0};
+    for (size_t c = 0; c < columns; c++) found[c] = ((const uint16_t*)matrix->scales)[at + c * product->per_column];
+    for (int half = 0; half < 2; half++)
+      scales[half] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(found + 16 * half)));
+  } else {
+    float found[WIDE] = {0};
+    for (size_t c = 0; c < columns; c++) found[c] = ((const float*)matrix->scales)[at + c * product->per_column];
+    for (int half = 0; half < 2; half++) scales[half] = _mm512_loadu_ps(found + 16 * half);
+  }
+}
+
+TARGET static inline __m512i four(const int8_t* values) {
+  int32_t word;
+  memcpy(&word, values, 4);
+  return _mm512_set1_epi32(word);
+}
+
+TARGET static void many_rows(const Product* product, size_t column, size_t columns) {
+  const Activations* activations = product->x;
+  const Int4Matrix* matrix = product->matrix;
+  float sums[TILE][WIDE], bias[WIDE] = {0};
+  if (matrix->bias) memcpy(bias, matrix->bias + column, columns * sizeof(float));
+  if (matrix->change) low_rank_wait(matrix->change);
+  size_t changed = 0;
+  for (size_t first = 0; first < activations->rows; first += TILE) {
+    const size_t rows = activations->rows - first < TILE ? activations->rows - first : TILE;
+    for (size_t row = 0; row < rows; row++) {
+      memcpy(sums[row], bias, sizeof bias);
+      if (matrix->change && changed < matrix->change->rows && matrix->change->index[changed] == first + row)
+        low_rank_add(matrix->change, changed++, column, columns, sums[row]);
+    }
+    for (size_t block = 0; block < activations->blocks; block++) {
+      __m512i even[2][4], odd[2][4];
+      __m512 scale[2];
+      if (block * (BLOCK / 2) % LINE == 0)
+        for (size_t c = 0; c < columns; c++) {
+          const size_t at = (column + c) * product->per_column + block * BLOCK / matrix->block_size;
+          _mm_prefetch((const char*)matrix->weights + (column + c) * product->bytes + block * (BLOCK / 2) + 2 * LINE,
+                       _MM_HINT_T0);
+          _mm_prefetch(scale_address(matrix, at + 8), _MM_HINT_T0);
+        }
+      for (size_t half = 0; half < 2; half++) unpack(product, column + 16 * half, block, even[half], odd[half]);
+      block_scales(product, column, columns, block, scale);
+      const Block* x = activations->by_block + block * activations->rows + first;
+      for (size_t row = 0; row < rows; row++, x++) {
+        __m512i dot[2] = {_mm512_set1_epi32(x->start), _mm512_set1_epi32(x->start)};
+        for (int i = 0; i < 4; i++) {
+          const __m512i x_even = four(x->even + 4 * i), x_odd = four(x->odd + 4 * i);
+          for (int half = 0; half < 2; half++) {
+            dot[half] = _mm512_dpbusd_epi32(dot[half], even[half][i], x_even);
+            dot[half] = _mm512_dpbusd_epi32(dot[half], odd[half][i], x_odd);
+          }
+        }
+        const __m512 x_scale = _mm512_set1_ps(x->scale);
+        for (int half = 0; half < 2; half++) {
+          float* sum = sums[row] + 16 * half;
+          const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[half]), x_scale);
+          _mm512_storeu_ps(sum, _mm512_fmadd_ps(value, scale[half], _mm512_loadu_ps(sum)));
+        }
+      }
+    }
+    for (size_t row = 0; row < rows; row++)
+      memcpy(product->y + (first + row) * matrix->n + column, sums[row], columns * sizeof(float));
+  }
+}
+
+Int4Matrix int4_matrix(const OrtKernelContext* context, size_t index, size_t n, size_t block_size) {
+  return (Int4Matrix){.weights = input(context, index, NULL, NULL),
+                      .scales = input(context, index + 1, NULL, NULL),
+                      .half = is_half(context, index + 1),
+                      .bias = input(context, index + 2, NULL, NULL),
+                      .n = n,
+                      .block_size = block_size};
+}
+
+OrtStatus* int4_begin(const OrtKernelContext* context, const float* x, size_t rows, size_t k, Activations* to) {
+  *to = (Activations){.x = x, .rows = rows, .k = k};
+  to->blocks = (k + BLOCK - 1) / BLOCK;
+  to->chunks = (k + CHUNK - 1) / CHUNK;
+  const size_t needed = rows <= FEW ? rows * to->chunks * sizeof(Chunk) : rows * to->blocks * sizeof(Block);
+  void* rounded = aligned_alloc(LINE, (needed + LINE - 1) / LINE * LINE);
+  if (rounded == NULL) return failure("no memory for rounded activations");
+  if (rows <= FEW) {
+    to->by_chunk = rounded;
+    for (size_t row = 0; row < rows; row++) round_by_chunk(to, row);
+    return NULL;
+  }
+  to->by_block = rounded;
+  return parallel_for(context, round_by_block, rows, to);
+}
+
+void int4_end(Activations* activations) {
+  free(activations->by_chunk);
+  free(activations->by_block);
+}
+
+static size_t columns_of_a_task(const Activations* activations) { return activations->by_chunk ? TASK : WIDE; }
+
+size_t int4_tasks(const Activations* activations, size_t n) {
+  const size_t columns = columns_of_a_task(activations);
+  return (n + columns - 1) / columns;
+}
+
+void int4_columns(const Activations* activations, const Int4Matrix* matrix, float* y, size_t task, size_t* first,
+                  size_t* columns) {
+  Product product = {.x = activations, .matrix = matrix, .y = y};
+  product.per_column = (activations->k + matrix->block_size - 1) / matrix->block_size;
+  product.bytes = product.per_column * matrix->block_size / 2;
+  const size_t most = columns_of_a_task(activations);
+  *first = task * most;
+  *columns = matrix->n - *first < most ? matrix->n - *first : most;
+  if (activations->by_chunk) few_rows(&product, *first, *columns);
+  else many_rows(&product, *first, *columns);
+}
