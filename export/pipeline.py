@@ -33,6 +33,7 @@ from .kv_quantisation import find_scales
 from .normalized import model_facts
 from .passes import finish_quantised, run_passes
 from .passes.quantise import Quantisation, Quantised
+from .passes.quantized_matmul import has_operator
 from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, computing_in, rounded_experts, rounded_to, rounded_weights
 from .quality import THRESHOLD, QualityReport, quality_warnings, read_eval_texts
 from .quantised_weight import check_format
@@ -201,7 +202,8 @@ def export_model(
     if settings.bits is not None:
         format_ = (settings.bits, settings.block_size, settings.symmetric)
         calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
-        quantisation = Quantisation(*format_, calibrated, experts=not layout.portable)
+        own = not layout.portable and settings.dtype == torch.float32 and has_operator(*format_)
+        quantisation = Quantisation(*format_, calibrated, experts=not layout.portable, half_scales=own)
     with publish_folder(target, MANIFEST, force) as draft:
         # 3. Trace, rewrite, write.
         shared = f", the first {trunk} shared by both streams" if trunk else ""

@@ -20,6 +20,7 @@ from . import (
     norms,
     pack_qkv,
     quantized_matmul,
+    quantized_swiglu,
     reshapes,
     silu,
     weight_layout,
@@ -68,4 +69,5 @@ def finish_quantised(model: ir.Model) -> dict[str, int]:
         "int8_compute": use_int8_compute(model) + finish_experts(model),
         "store_adapter_in_half": half_adapter.store_adapter_in_half(model),
         "fuse_quantized_matmul": quantized_matmul.fuse_quantized_matmul(model),
+        "fuse_quantized_swiglu": quantized_swiglu.fuse_quantized_swiglu(model),
     }

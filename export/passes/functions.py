@@ -13,7 +13,8 @@ def define(model: ir.Model, signature: str, body: str) -> None:
     """Add a function to the model. signature, body: in ONNX's text syntax
     (https://github.com/onnx/onnx/blob/main/docs/Syntax.md), `Name <attributes> (inputs) => (outputs)` and nodes."""
     opset = model.opset_imports[""]
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1]> {signature} {{ {body} }}'
+    imports = f'["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]'
+    text = f'<domain: "{DOMAIN}", opset_import: {imports}> {signature} {{ {body} }}'
     made = ir.from_proto(onnx.parser.parse_function(text))
     assert isinstance(made, ir.Function)
     model.functions[made.identifier()] = made

@@ -26,16 +26,21 @@ def store_adapter_in_half(model: ir.Model) -> int:
     for value in list(graph.initializers.values()):
         if not _fits(value):
             continue
-        values = weights.matrix(value)
-        name = f"{value.name}.fp16"
-        half = weights.new_weight(graph, name, partial(_half, values), values.shape, ir.DataType.FLOAT16)
-        weights.note_parts(half, weights.parts(value))
-        first = next(node for node in graph if value in node.inputs)
-        cast = weights.add_node(first, "Cast", [half], to=int(ir.DataType.FLOAT))
-        weights.replace_value(value, cast.outputs[0])
-        weights.drop_unused(graph, [value])
+        store_in_half(graph, value)
         count += 1
     return count
+
+
+def store_in_half(graph: ir.Graph, value: ir.Value) -> None:
+    """Put a Cast of float16 values in a constant's place."""
+    values = weights.matrix(value)
+    name = f"{value.name}.fp16"
+    half = weights.new_weight(graph, name, partial(_half, values), values.shape, ir.DataType.FLOAT16)
+    weights.note_parts(half, weights.parts(value))
+    first = next(node for node in graph if value in node.inputs)
+    cast = weights.add_node(first, "Cast", [half], to=int(ir.DataType.FLOAT))
+    weights.replace_value(value, cast.outputs[0])
+    weights.drop_unused(graph, [value])
 
 
 def _half(values: weights.Array) -> weights.Array:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ..calibration import layer_name
 from ..errors import TraceError
@@ -23,6 +24,7 @@ from ..quantised_weight import QuantisedWeight, round_to_nearest
 from . import weights
 from .quantise_experts import INT8_COMPUTE, quantise_experts
 
+Array = NDArray[Any]
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention")
 SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
 
@@ -31,6 +33,7 @@ SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own 
 class Quantisation:
     """bits: 4 or 8. calibrated: weights that were quantised with data, by their layer's name in the causal LM; all
     others are rounded to the nearest. experts: whether those are quantised, for which onnxruntime must be new.
+    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth.
 
     The nodes compute in floating point; `use_int8_compute` changes that once the file has been verified."""
 
@@ -39,6 +42,7 @@ class Quantisation:
     symmetric: bool = True
     calibrated: Mapping[str, QuantisedWeight] = field(default_factory=dict)
     experts: bool = True
+    half_scales: bool = False
 
 
 @dataclass
@@ -190,6 +194,8 @@ class _Quantiser:
             if part is None:
                 rows = channels[start : start + size]
                 part = round_to_nearest(rows, settings.bits, settings.block_size, settings.symmetric)
+            if settings.half_scales:
+                part = replace(part, scales=_in_half(part.scales))
             if weight.dtype not in (None, ir.DataType.FLOAT):  # the scales as the file has them
                 part = replace(part, scales=part.scales.astype(weight.dtype.numpy()).astype(np.float32))
             self.done.weights[name] = part
@@ -310,6 +316,12 @@ def _head_is_quantised(model: ir.Model) -> bool:
             return False
         pending += [value for value in node.inputs if value is not None]
     return False
+
+
+def _in_half(scales: Array) -> Array:
+    with np.errstate(over="ignore"):  # the comparison finds what is too large
+        half = scales.astype(np.float16).astype(np.float32)
+    return half if np.allclose(half, scales, rtol=1e-3, atol=0) else scales
 
 
 def _concatenated(found: list[QuantisedWeight]) -> QuantisedWeight:

@@ -14,17 +14,20 @@ import numpy as np
 import onnx_ir as ir
 
 from . import functions, weights
+from .half_adapter import store_in_half
 from .quantise_experts import INT8_COMPUTE
 
 BLOCK_SIZES = (32, 64, 128)
 PLAIN, LOW_RANK = "QuantizedMatMul", "QuantizedMatMulLowRank"
+_SCALES = "wide_scales = Cast <to: int = 1> (scales)"
 _PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = 4, block_size: int = @block_size,
-    accuracy_level: int = 4> (x, weights, scales, "", "", bias)"""
+    accuracy_level: int = 4> (x, weights, wide_scales, "", "", bias)"""
 _FUNCTIONS = {
-    PLAIN: ("(x, weights, scales, bias)", f"y = {_PRODUCT}"),
+    PLAIN: ("(x, weights, scales, bias)", f"{_SCALES} y = {_PRODUCT}"),
     LOW_RANK: (
         "(x, weights, scales, bias, rows, a, b)",
         f"""
+        {_SCALES}
         plain = {_PRODUCT}
         wide_a = Cast <to: int = 1> (a)
         wide_b = Cast <to: int = 1> (b)
@@ -50,6 +53,11 @@ class _Change:
     columns: tuple[int, int]
 
 
+def has_operator(bits: int, block_size: int, symmetric: bool) -> bool:
+    """Whether products with weights in this form become the project's own operator."""
+    return bits == 4 and symmetric and block_size in BLOCK_SIZES
+
+
 def fuse_quantized_matmul(model: ir.Model) -> int:
     """Returns how many products became the project's own operator."""
     graph = model.graph
@@ -59,6 +67,9 @@ def fuse_quantized_matmul(model: ir.Model) -> int:
     for change in found.values():
         if change is not None and change.split is not None:
             wanted[change.split] = wanted.get(change.split, 0) + 1
+    for scales in {id(node.inputs[2]): node.inputs[2] for node in found}.values():
+        if scales is not None and _is_half(weights.matrix(scales)):
+            store_in_half(graph, scales)
     used = set()
     for node, change in found.items():
         whole = change is None or change.split is None or wanted[change.split] == len(change.split.outputs)
@@ -76,8 +87,7 @@ def _fits(node: ir.Node) -> bool:
     attributes = {name: node.attributes.get_int(name, 0) for name in ("bits", "block_size", "accuracy_level")}
     x, scales = node.inputs[0], node.inputs[2]
     return (
-        attributes["bits"] == 4
-        and attributes["block_size"] in BLOCK_SIZES
+        has_operator(attributes["bits"], attributes["block_size"], symmetric=True)
         and attributes["accuracy_level"] == INT8_COMPUTE
         and x is not None
         and scales is not None
@@ -121,7 +131,10 @@ def _change(node: ir.Node) -> _Change | None:
 def _fuse(graph: ir.Graph, node: ir.Node, change: _Change | None) -> str:
     """Put the operator in the product's place; returns its name."""
     attributes = {name: node.attributes.get_int(name) for name in ("K", "N", "block_size")}
-    operands: list[ir.Value | None] = [*node.inputs[:3], node.inputs[5] if len(node.inputs) > 5 else None]
+    scales = node.inputs[2]
+    assert scales is not None
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    operands: list[ir.Value | None] = [*node.inputs[:2], _stored(scales) or scales, bias]
     result, name = node, PLAIN
     if change is not None:
         a, b = _stored(change.a), _stored(change.b)
@@ -135,6 +148,9 @@ def _fuse(graph: ir.Graph, node: ir.Node, change: _Change | None) -> str:
     if change is not None:
         _remove(graph, change.add)
     graph.remove(node, safe=True)
+    wide = scales.producer()
+    if wide is not None and not scales.uses():
+        graph.remove(wide, safe=True)
     return name
 
 
@@ -162,6 +178,10 @@ def _columns(graph: ir.Graph, a: ir.Value, columns: tuple[int, int]) -> ir.Value
     value = weights.new_constant(graph, f"{a.name}.{start}", part)
     weights.note_parts(value, weights.parts(a))
     return value
+
+
+def _is_half(values: weights.Array) -> bool:
+    return bool((values.astype(np.float16).astype(values.dtype) == values).all())
 
 
 def _stored(value: ir.Value) -> ir.Value | None:

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "vector_math.h"
 
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS_K, TOTAL, COS, SIN, QUERY_SEQLENS };  // inputs
 enum {
@@ -83,22 +84,6 @@ TARGET static void append(const Call* call, size_t row, size_t head) {
 TARGET static void append_task(void* arguments, size_t task) {
   const Call* call = arguments;
   append(call, task / call->kernel->kv_heads, task % call->kernel->kv_heads);
-}
-
-// e^x for x <= 0, to 2 units in the last place.
-TARGET static inline __m512 exponential(__m512 x) {
-  const __m512 clamped = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.0f / 720);  // the series of e^r
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 120));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 24));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 6));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, n);
 }
 
 // The sums of four registers.

@@ -186,8 +186,8 @@ TARGET static void few_rows(const Product* product, size_t first, size_t columns
     }
   }
   for (size_t changed = 0; matrix->change && changed < matrix->change->rows; changed++)
-    low_rank_add(matrix->change, changed, first, columns,
-                 product->y + matrix->change->index[changed] * matrix->n + first);
+    low_rank_add(matrix->change, changed, 1, first, columns,
+                 product->y + matrix->change->index[changed] * matrix->n + first, matrix->n);
 }
 
 // The 32 weights of a block for 16 columns from `column` on: registers of four weights a lane, one column a lane.
@@ -249,10 +249,15 @@ TARGET static void many_rows(const Product* product, size_t column, size_t colum
   size_t changed = 0;
   for (size_t first = 0; first < activations->rows; first += TILE) {
     const size_t rows = activations->rows - first < TILE ? activations->rows - first : TILE;
-    for (size_t row = 0; row < rows; row++) {
-      memcpy(sums[row], bias, sizeof bias);
-      if (matrix->change && changed < matrix->change->rows && matrix->change->index[changed] == first + row)
-        low_rank_add(matrix->change, changed++, column, columns, sums[row]);
+    for (size_t row = 0; row < rows; row++) memcpy(sums[row], bias, sizeof bias);
+    while (matrix->change && changed < matrix->change->rows && matrix->change->index[changed] < first + rows) {
+      const size_t from = matrix->change->index[changed];  // and as many as follow one another
+      size_t run = 1;
+      while (changed + run < matrix->change->rows && matrix->change->index[changed + run] == from + run &&
+             from + run < first + rows)
+        run++;
+      low_rank_add(matrix->change, changed, run, column, columns, sums[from - first], WIDE);
+      changed += run;
     }
     for (size_t block = 0; block < activations->blocks; block++) {
       __m512i even[2][4], odd[2][4];

@@ -36,6 +36,8 @@ OrtStatus* failure(const char* message);
 
 const OrtCustomOp* quantized_matmul(void);
 const OrtCustomOp* quantized_matmul_low_rank(void);
+const OrtCustomOp* quantized_swiglu(void);
+const OrtCustomOp* quantized_swiglu_low_rank(void);
 const OrtCustomOp* group_query_attention(void);
 
 // What is the same for all operators.

@@ -116,6 +116,8 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
     OrtStatus* status = ort->CreateCustomOpDomain("imsm", &domain);
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul_low_rank());
+    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu());
+    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu_low_rank());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, group_query_attention());
     if (status != NULL) return status;
   }

@@ -113,19 +113,44 @@ TARGET void low_rank_fetch(const LowRank* change, size_t column, size_t width) {
       _mm_prefetch((const char*)change->b + (r * change->n + column) * size + at, _MM_HINT_T0);
 }
 
-TARGET void low_rank_add(const LowRank* change, size_t changed, size_t column, size_t width, float* sums) {
-  const float* low = change->low + changed * change->width;
-  for (size_t at = 0; at < width; at += 2 * LANES) {
-    const __mmask16 lanes = first_lanes(width - at), more = width - at > LANES ? first_lanes(width - at - LANES) : 0;
-    __m512 sum = _mm512_maskz_loadu_ps(lanes, sums + at), other = _mm512_setzero_ps();
-    if (more) other = _mm512_maskz_loadu_ps(more, sums + at + LANES);
-    for (size_t r = 0; r < change->rank; r++) {
-      const __m512 factor = _mm512_set1_ps(low[r]);
-      sum = _mm512_fmadd_ps(factor, load(change->b, change->half_b, r * change->n + column + at, lanes), sum);
-      if (more)
-        other = _mm512_fmadd_ps(factor, load(change->b, change->half_b, r * change->n + column + at + LANES, more), other);
+// `rows` and `registers` are constants where this is put in place, so that sums stay in registers.
+TARGET static inline __attribute__((always_inline)) void add(const LowRank* change, const float* low, size_t column,
+                                                             size_t width, float* sums, size_t stride, const int rows,
+                                                             const int registers) {
+  __mmask16 lanes[2];
+  __m512 all[TOGETHER][2];
+  for (int i = 0; i < registers; i++) {
+    lanes[i] = first_lanes(width - (size_t)i * LANES);
+    for (int row = 0; row < rows; row++)
+      all[row][i] = _mm512_maskz_loadu_ps(lanes[i], sums + (size_t)row * stride + i * LANES);
+  }
+  for (size_t r = 0; r < change->rank; r++)
+    for (int i = 0; i < registers; i++) {
+      const __m512 b = load(change->b, change->half_b, r * change->n + column + (size_t)i * LANES, lanes[i]);
+      for (int row = 0; row < rows; row++)
+        all[row][i] = _mm512_fmadd_ps(_mm512_set1_ps(low[(size_t)row * change->width + r]), b, all[row][i]);
     }
-    _mm512_mask_storeu_ps(sums + at, lanes, sum);
-    if (more) _mm512_mask_storeu_ps(sums + at + LANES, more, other);
+  for (int i = 0; i < registers; i++)
+    for (int row = 0; row < rows; row++)
+      _mm512_mask_storeu_ps(sums + (size_t)row * stride + i * LANES, lanes[i], all[row][i]);
+}
+
+TARGET void low_rank_add(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width, float* sums,
+                         size_t stride) {
+  for (size_t at = 0; at < width; at += 2 * LANES) {
+    const size_t left = width - at;
+    for (size_t row = 0; row < rows;) {
+      const float* low = change->low + (changed + row) * change->width;
+      float* to = sums + row * stride + at;
+      if (rows - row >= TOGETHER) {
+        if (left > LANES) add(change, low, column + at, left, to, stride, TOGETHER, 2);
+        else add(change, low, column + at, left, to, stride, TOGETHER, 1);
+        row += TOGETHER;
+      } else {
+        if (left > LANES) add(change, low, column + at, left, to, stride, 1, 2);
+        else add(change, low, column + at, left, to, stride, 1, 1);
+        row++;
+      }
+    }
   }
 }

@@ -1,0 +1,97 @@
+// QuantizedSwiGLU: y = silu(x G^T [+ ...]) * (x U^T [+ ...]), both products as in QuantizedMatMul (SwiGLU, arXiv 2002.05202).
+#include <immintrin.h>
+#include <stdlib.h>
+
+#include "int4_product.h"
+#include "vector_math.h"
+
+enum { X, GATE, UP = GATE + 3, ROWS = UP + 3, A_GATE, A_UP = A_GATE + 2, INPUTS = A_UP + 2 };  // inputs
+
+typedef struct {
+  size_t k, n, block_size;
+} Kernel;
+
+typedef struct {
+  Activations x;
+  Int4Matrix gate, up;
+  float *y, *other;  // (rows, n)
+} Call;
+
+TARGET static void columns_task(void* arguments, size_t task) {
+  const Call* call = arguments;
+  size_t first, columns;
+  int4_columns(&call->x, &call->gate, call->y, task, &first, &columns);
+  int4_columns(&call->x, &call->up, call->other, task, &first, &columns);
+  for (size_t row = 0; row < call->x.rows; row++) {
+    float* gate = call->y + row * call->gate.n + first;
+    const float* up = call->other + row * call->gate.n + first;
+    for (size_t c = 0; c < columns; c += 16) {
+      const __mmask16 lanes = columns - c >= 16 ? 0xffff : (__mmask16)((1u << (columns - c)) - 1);
+      const __m512 value = _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(lanes, gate + c)), _mm512_maskz_loadu_ps(lanes, up + c));
+      _mm512_mask_storeu_ps(gate + c, lanes, value);
+    }
+  }
+}
+
+static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
+  const Kernel* kernel = op_kernel;
+  size_t count = 0;
+  const float* x = input(context, X, &count, NULL);
+  const size_t rows = count / kernel->k;
+  Call call = {.gate = int4_matrix(context, GATE, kernel->n, kernel->block_size),
+               .up = int4_matrix(context, UP, kernel->n, kernel->block_size),
+               .y = output_like(context, 0, X, (int64_t)kernel->n)};
+  if (rows == 0) return NULL;
+  LowRank gate = {0}, up = {0};
+  call.other = malloc(rows * kernel->n * sizeof(float));
+  OrtStatus* status = call.other == NULL ? failure("no memory for a product") : NULL;
+  if (status == NULL) status = low_rank_begin(&gate, context, ROWS, A_GATE, x, rows, kernel->k, kernel->n);
+  if (status == NULL) status = low_rank_begin(&up, context, ROWS, A_UP, x, rows, kernel->k, kernel->n);
+  if (gate.low != NULL) call.gate.change = &gate;
+  if (up.low != NULL) call.up.change = &up;
+  if (status == NULL) status = int4_begin(context, x, rows, kernel->k, &call.x);
+  if (status == NULL) status = parallel_for(context, columns_task, int4_tasks(&call.x, kernel->n), &call);
+  int4_end(&call.x);
+  low_rank_end(&gate);
+  low_rank_end(&up);
+  free(call.other);
+  return status;
+}
+
+static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
+  (void)op, (void)ort;
+  Kernel* made = malloc(sizeof *made);
+  if (made == NULL) return failure("no memory for a kernel");
+  made->k = (size_t)attribute(info, "K", 1);
+  made->n = (size_t)attribute(info, "N", 1);
+  made->block_size = (size_t)attribute(info, "block_size", 32);
+  *kernel = made;
+  return NULL;
+}
+
+static const char* plain_name(const OrtCustomOp* op) { return (void)op, "QuantizedSwiGLU"; }
+static const char* low_rank_name(const OrtCustomOp* op) { return (void)op, "QuantizedSwiGLULowRank"; }
+static size_t plain_inputs(const OrtCustomOp* op) { return (void)op, ROWS; }
+static size_t low_rank_inputs(const OrtCustomOp* op) { return (void)op, INPUTS; }
+static size_t outputs(const OrtCustomOp* op) { return (void)op, 1; }
+static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
+  (void)op;
+  if (index == GATE || index == UP) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  const int any = index == GATE + 1 || index == UP + 1 || index > ROWS;  // float32 or float16
+  return any ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+}
+static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
+  return (void)op, index == GATE + 2 || index == UP + 2 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+}
+
+const OrtCustomOp* quantized_swiglu(void) {
+  static const OrtCustomOp op = OPERATOR(plain_name, plain_inputs, outputs, input_type, float_output,
+                                         input_characteristic, create, compute, free);
+  return &op;
+}
+
+const OrtCustomOp* quantized_swiglu_low_rank(void) {
+  static const OrtCustomOp op = OPERATOR(low_rank_name, low_rank_inputs, outputs, input_type, float_output,
+                                         input_characteristic, create, compute, free);
+  return &op;
+}
