@@ -39,6 +39,20 @@ def nodes(proto: onnx.GraphProto, kind: str) -> list[onnx.NodeProto]:
     return [node for node in proto.node if node.op_type == kind]
 
 
+OWN = ("QuantizedMatMul", "QuantizedMatMulLowRank", "QuantizedSwiGLU", "QuantizedSwiGLULowRank")
+
+
+def quantised_weights(proto: onnx.GraphProto) -> list[str]:
+    """The weights of all products, in the graph's order."""
+    return [
+        name
+        for node in proto.node
+        if node.op_type in ("MatMulNBits", *OWN)
+        for name in node.input
+        if name.endswith(".int4")
+    ]
+
+
 def places(proto: onnx.GraphProto) -> dict[str, tuple[int, int]]:
     """(offset, length) in the data file by name."""
     found = {}
@@ -59,25 +73,48 @@ def test_the_file_was_pytorchs_with_the_rounded_weights_before_it_computed_in_in
 
 
 def test_every_product_with_a_quantised_weight_computes_in_int8(exported: Exported, proto: onnx.GraphProto) -> None:
-    products = nodes(proto, "MatMulNBits")
-    assert len(products) == exported.manifest["quantisation"]["matrices"]
+    model = onnx.load(str(exported.artifact / "model.onnx"), load_external_data=False)
+    assert len(quantised_weights(proto)) == exported.manifest["quantisation"]["matrices"]
+    functions = [node for function in model.functions for node in function.node]
+    products = [node for node in [*proto.node, *functions] if node.op_type == "MatMulNBits"]
     levels = [attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"]
     assert levels == [4] * len(products)
+    assert levels
 
 
 def test_the_backbones_matrices_are_all_quantised_and_have_their_names(
     exported: Exported, proto: onnx.GraphProto
 ) -> None:
     assert exported.manifest["quantisation"]["kept_bytes"] == 0
-    products = nodes(proto, "MatMulNBits")
-    llama = "model.layers.0.self_attn.q_proj" in products[0].input[1]
+    products = quantised_weights(proto)
+    llama = "model.layers.0.self_attn.q_proj" in products[0]
     assert len(products) == (2 * 5 if llama else 2 * 4) + 1  # q, k and v in one; and the head
     layer, head = (
         ("model.model.layers.", "model.lm_head.weight") if llama else ("model.transformer.h.", "model.lm_head.")
     )
-    assert all(node.input[1].startswith(layer) for node in products[:-1])
-    assert products[-1].input[1].startswith(head)
-    assert all(".weight" in node.input[1] for node in products)
+    assert all(name.startswith(layer) for name in products[:-1])
+    assert products[-1].startswith(head)
+    assert all(".weight" in name for name in products)
+
+
+def test_a_symmetric_export_consists_of_the_projects_own_operators(exported: Exported, proto: onnx.GraphProto) -> None:
+    llama = exported.manifest["model"]["architecture"] == "llama"
+    found = [node.op_type for node in proto.node if node.domain == "imsm"]
+    a_layer = ["QuantizedMatMulLowRank", "GroupQueryAttention", "QuantizedMatMulLowRank", "QuantizedSwiGLULowRank"]
+    asymmetric = ["GroupQueryAttention"] * 2  # whose products stay onnxruntime's
+    assert found == ([*a_layer, "QuantizedMatMulLowRank"] * 2 + ["QuantizedMatMul"] if llama else asymmetric)
+    scales = [tensor for tensor in proto.initializer if ".scales" in tensor.name]
+    assert {tensor.data_type for tensor in scales} == {onnx.TensorProto.FLOAT16 if llama else onnx.TensorProto.FLOAT}
+
+
+def test_the_functions_compute_what_the_kernels_do(exported: Exported) -> None:
+    prompt = next(texts())[0]
+    with_kernels, without = (
+        Session(exported.artifact, threads=1, kernels=kernels).prefill(state, [prompt]).logits
+        for kernels in (True, False)
+        for state in [Session(exported.artifact, threads=1, kernels=kernels).new_state()]
+    )
+    assert np.median(np.abs(with_kernels - without)) < 0.05 * np.abs(without).max()
 
 
 def test_a_conv1d_layers_bias_is_in_the_product(exported: Exported, proto: onnx.GraphProto) -> None:
@@ -89,10 +126,12 @@ def test_a_conv1d_layers_bias_is_in_the_product(exported: Exported, proto: onnx.
 def test_tied_embeddings_and_head_are_the_same_bytes_and_nothing_is_stored_twice(
     exported: Exported, proto: onnx.GraphProto
 ) -> None:
-    (lookup,), head = nodes(proto, "GatherBlockQuantized"), nodes(proto, "MatMulNBits")[-1]
+    (lookup,) = nodes(proto, "GatherBlockQuantized")
+    head = [node for node in proto.node if node.op_type in ("MatMulNBits", *OWN)][-1]
     found = places(proto)
     assert found[lookup.input[0]] == found[head.input[1]]
-    assert lookup.input[2] == head.input[2]
+    widened = {node.output[0]: node.input[0] for node in nodes(proto, "Cast")}
+    assert widened.get(lookup.input[2], lookup.input[2]) == head.input[2]
     assert list(lookup.input[3:]) == list(head.input[3:])
     parts = sorted(set(found.values()))
     assert [offset + length for offset, length in parts[:-1]] == [offset for offset, _ in parts[1:]]

@@ -12,8 +12,10 @@ import pytest
 
 from export.passes.attention_operator import use_own_attention
 from export.passes.half_adapter import store_adapter_in_half
+from export.passes.low_rank import pack_low_rank
 from export.passes.quantized_matmul import fuse_quantized_matmul
-from export.quantised_weight import dequantise, round_to_nearest
+from export.passes.quantized_swiglu import fuse_quantized_swiglu
+from export.quantised_weight import QuantisedWeight, dequantise, round_to_nearest
 from runtime import own_kernels
 from tests.graphs import graph, kinds, with_weights
 
@@ -136,6 +138,65 @@ def test_one_factor_for_all_tokens_of_a_row() -> None:
     )
     with pytest.raises(Exception, match="as many factors as do not fit the rows"):
         run_twice(model, {"x": x, "rows": np.ones((1, 3, 1), np.float32)})
+
+
+def swiglu(inputs: int, outputs: int, block: int, rank: int, up_bias: bool) -> tuple[ir.Model, dict[str, Any]]:
+    """The two products of SwiGLU, fused; its constants."""
+    random = np.random.default_rng(outputs)
+    constants: dict[str, Any] = {}
+    declared, lines = [], []
+    for name in ("gate", "up"):
+        weight = round_to_nearest(random.standard_normal((outputs, inputs)).astype(np.float32), 4, block, True)
+        constants |= {f"{name}.w": weight.packed, f"{name}.s": weight.scales.astype(np.float16).astype(np.float32)}
+        declared.append(f'uint8[{",".join(map(str, weight.packed.shape))}] "{name}.w"')
+        declared.append(f'float[{",".join(map(str, weight.scales.shape))}] "{name}.s"')
+        bias = up_bias and name == "up"
+        if bias:
+            constants[f"{name}.bias"] = random.standard_normal(outputs).astype(np.float32)
+            declared.append(f'float[{outputs}] "{name}.bias"')
+        attributes = f"K={inputs}, N={outputs}, bits=4, block_size={block}, accuracy_level=4"
+        operands = f'x, "{name}.w", "{name}.s"' + (f', "", "", "{name}.bias"' if bias else "")
+        lines.append(f"{name}{'_plain' if rank else ''} = com.microsoft.MatMulNBits<{attributes}>({operands})")
+        if rank:
+            a, b = f'"{name}.adapter_a"', f'"{name}.adapter_b"'
+            constants[f"{name}.adapter_a"] = random.standard_normal((inputs, rank)).astype(np.float32)
+            constants[f"{name}.adapter_b"] = random.standard_normal((rank, outputs)).astype(np.float32)
+            declared += [f"float[{inputs},{rank}] {a}", f"float[{rank},{outputs}] {b}"]
+            lines += [f"{name}_low = MatMul(x, {a})", f"{name}_kept = Mul({name}_low, rows)"]
+            lines += [f"{name}_change = MatMul({name}_kept, {b})", f"{name} = Add({name}_plain, {name}_change)"]
+    lines += ["active = com.microsoft.QuickGelu<alpha=1.0>(gate)", "y = Mul(active, up)"]
+    head = f"g (float[b,t,{inputs}] x, float[b,t,1] rows, {', '.join(declared)}) => (float[b,t,{outputs}] y)"
+    model = with_weights(graph(f"{head} {{ {' '.join(lines)} }}"), constants)
+    assert pack_low_rank(model) == (1 if rank else 0)
+    assert fuse_quantized_matmul(model) == 2
+    assert fuse_quantized_swiglu(model) == 1
+    assert kinds(model) == ["QuantizedSwiGLULowRank" if rank else "QuantizedSwiGLU"]
+    if not rank:
+        model.graph.inputs.pop(1)
+    return model, constants
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize(("outputs", "rank", "up_bias"), [(200, 8, False), (70, 0, True), (33, 4, True)])
+def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
+    inputs, block = 96, 32
+    model, constants = swiglu(inputs, outputs, block, rank, up_bias)
+    random = np.random.default_rng(tokens)
+    x = random.standard_normal((2, tokens, inputs)).astype(np.float32)
+    rows = np.zeros((2, tokens, 1), np.float32)
+    rows[1] = 1
+    mine, theirs = run_twice(model, {"x": x, "rows": rows} if rank else {"x": x})
+    flat, parts = x.reshape(-1, inputs), {}
+    for name in ("gate", "up"):
+        weight = QuantisedWeight(constants[f"{name}.w"], constants[f"{name}.s"], None, 4)
+        parts[name] = rounded(flat) @ dequantise(weight, inputs).T.astype(np.float64) + constants.get(f"{name}.bias", 0)
+        if rank:
+            a, b = (constants[f"{name}.adapter_{factor}"].astype(np.float64) for factor in "ab")
+            parts[name] += (flat.astype(np.float64) @ a * rows.reshape(-1, 1)) @ b
+    expected = parts["gate"] / (1 + np.exp(-parts["gate"])) * parts["up"]
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(mine[0].reshape(-1, outputs), expected, atol=3e-6 * size, rtol=0)
+    np.testing.assert_allclose(theirs[0].reshape(-1, outputs), expected, atol=0.03 * size, rtol=0)
 
 
 ATTENTION = {
