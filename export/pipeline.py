@@ -202,7 +202,7 @@ def export_model(
     if settings.bits is not None:
         format_ = (settings.bits, settings.block_size, settings.symmetric)
         calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
-        own = not layout.portable and settings.dtype == torch.float32 and has_operator(*format_)
+        own = not layout.portable and settings.dtype == torch.float32 and has_operator(*format_[:2])
         quantisation = Quantisation(*format_, calibrated, experts=not layout.portable, half_scales=own)
     with publish_folder(target, MANIFEST, force) as draft:
         # 3. Trace, rewrite, write.

@@ -230,7 +230,14 @@ def _death(code: int | None) -> str:
 
 def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
-    execution = (provider, settings.threads, settings.spin, settings.allow_fallback, settings.kernels)
+    execution = (
+        provider,
+        settings.threads,
+        settings.spin,
+        settings.allow_fallback,
+        settings.kernels,
+        settings.cuda_graph,
+    )
     try:
         start = time.perf_counter()
         session = Session(folder, *execution)

@@ -76,11 +76,12 @@ def _add_execution(parser: Any) -> None:
     parser.add_argument("--no-spin", action="store_true", help="let idle threads sleep: slower, kinder to others")
     parser.add_argument("--allow-fallback", action="store_true", help="go on if the provider does not start")
     parser.add_argument("--no-kernels", action="store_true", help="run onnxruntime's own kernels only: slower")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture decode steps and replay them (cuda only)")
 
 
-def _execution(args: argparse.Namespace) -> tuple[int | None, bool, bool, bool]:
-    """threads, spin, allow_fallback and kernels."""
-    return args.threads, not args.no_spin, args.allow_fallback, not args.no_kernels
+def _execution(args: argparse.Namespace) -> tuple[int | None, bool, bool, bool, bool]:
+    """threads, spin, allow_fallback, kernels and cuda_graph."""
+    return args.threads, not args.no_spin, args.allow_fallback, not args.no_kernels, args.cuda_graph
 
 
 def _add_generate(subparsers: Any) -> None:

@@ -1,7 +1,8 @@
-"""The bound form of one decode step."""
+"""The bound form of one decode step, and the one that a CUDA graph can replay."""
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from .session import Session
 
 Array = NDArray[Any]
+
+
+NO_GRAPH = -1
+"""The `gpu_graph_id` of runs that are not captured."""
+_graph_ids = count(1)
 
 
 class DecodeBinding:
@@ -47,6 +53,7 @@ class DecodeBinding:
         for name, array in self.outputs.items():
             self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         session.bind_caches(self.binding, state, None)
+        self.options: onnxruntime.RunOptions | None = None
 
     def step(self, tokens: Array) -> StepOutput:
         """Feed one token per row."""
@@ -55,7 +62,7 @@ class DecodeBinding:
         inputs["position_ids"][:, 0] = state.lengths
         inputs["seqlens_k"][:] = state.lengths
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
-        self.session.onnx.run_with_iobinding(self.binding)
+        self.run()
         state.lengths += 1
         logits = self.outputs["logits"][:, 0].copy()
         if not self.session.siamese:
@@ -64,3 +71,48 @@ class DecodeBinding:
         state.reply_sum[:, 1] += self.outputs["hidden_adapter"][:, 0]
         state.reply_count += 1
         return StepOutput(logits, self.outputs["gate_mean"][:, 0].copy())
+
+    def run(self) -> None:
+        """Compute `outputs` from `inputs`."""
+        self.session.onnx.run_with_iobinding(self.binding, self.options)
+
+
+class GraphDecodeBinding(DecodeBinding):
+    """The same step with everything at fixed places of the device, for a CUDA graph, which onnxruntime captures when it
+    first runs (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#cuda-graph).
+
+    What is on the host is baked into the graph, so that the total length is the caches' room; attention goes by each
+    row's own length.
+    """
+
+    def __init__(self, session: Session, state: DecodeState) -> None:
+        super().__init__(session, state)
+        place = (session.device, 0)
+        self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
+        self.sent = {name: array.copy() for name, array in self.inputs.items() if name in session.input_names}
+        self.values: dict[str, onnxruntime.OrtValue] = {}
+        for name, array in self.sent.items():
+            if name == "total_sequence_length":
+                array[...] = self.room
+                self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+            else:
+                self.values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *place)
+                self.binding.bind_ortvalue_input(name, self.values[name])
+        self.results = {
+            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, *place)
+            for name, array in self.outputs.items()
+        }
+        for name, value in self.results.items():
+            self.binding.bind_ortvalue_output(name, value)
+        self.options = onnxruntime.RunOptions()
+        self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+
+    def run(self) -> None:
+        """Compute `outputs` from `inputs`: what has changed is copied to the device, results are copied back."""
+        for name, value in self.values.items():
+            if not np.array_equal(self.sent[name], self.inputs[name]):
+                self.sent[name][...] = self.inputs[name]
+                value.update_inplace(self.sent[name])
+        super().run()
+        for name, value in self.results.items():
+            self.outputs[name][...] = value.numpy()

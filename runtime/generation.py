@@ -40,12 +40,14 @@ def load(
     spin: bool = True,
     allow_fallback: bool = False,
     kernels: bool = True,
+    cuda_graph: bool = False,
 ) -> Model:
-    """Load an ARTIFACT folder. provider: a key of PROVIDERS; threads: None is the usable physical cores.
+    """Load an ARTIFACT folder. provider: a key of PROVIDERS; threads: None is the usable physical cores; the other
+    arguments are those of `open_session`.
 
     Raises ArtifactError or ProviderError.
     """
-    session = Session(folder, provider, threads, spin, allow_fallback, kernels)
+    session = Session(folder, provider, threads, spin, allow_fallback, kernels, cuda_graph)
     return Model(session, TextCodec(session.folder, session.manifest.special_tokens))
 
 

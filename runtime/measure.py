@@ -32,6 +32,7 @@ class BenchSettings:
     spin: bool = True
     allow_fallback: bool = False
     kernels: bool = True
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_lengths or min(self.prompt_lengths) < 1:

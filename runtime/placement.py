@@ -40,25 +40,22 @@ class Placement:
 
 
 def place_nodes(
-    session: Session, execution: tuple[str, int | None, bool, bool, bool], prompts: list[list[int]]
+    session: Session, execution: tuple[str, int | None, bool, bool, bool, bool], prompts: list[list[int]]
 ) -> Placement:
     """Open the session's graph again with the profiler on, and run a prefill and a decode step. Slow: never while
     timing. The session keeps the profiled graph, whose profile has ended. execution: the provider, threads, spin,
-    allow_fallback and kernels that the session was opened with."""
+    allow_fallback, kernels and cuda_graph that the session was opened with."""
     with tempfile.TemporaryDirectory() as folder:
         del session.onnx  # one copy of the packed weights at a time
         gc.collect()  # states and their bindings refer to each other
         prefix = Path(folder) / "profile"
-        provider, threads, spin, allow_fallback, kernels = execution
-        session.onnx = open_session(
-            session.folder / GRAPH, provider, threads, spin, allow_fallback, profile=prefix, kernels=kernels
-        )
+        session.onnx = open_session(session.folder / GRAPH, *execution, profile=prefix)
         state = session.new_state(len(prompts))
         session.prefill(state, prompts)
         session.decode_step(state, np.zeros(len(prompts), np.int64))
         path = Path(session.onnx.end_profiling())
         events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    return read_events(events, PROVIDERS[provider])
+    return read_events(events, PROVIDERS[execution[0]])
 
 
 def read_events(events: list[dict[str, Any]], wanted: str) -> Placement:

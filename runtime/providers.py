@@ -41,14 +41,16 @@ def open_session(
     threads: int | None = None,
     spin: bool = True,
     allow_fallback: bool = False,
-    profile: Path | None = None,
     kernels: bool = True,
+    cuda_graph: bool = False,
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An onnxruntime session on `provider`, a key of PROVIDERS.
 
     threads: None is the number of usable physical cores. spin: whether idle threads busy-wait, which is faster and
     uses the processor. profile: the beginning of the path that `end_profiling` writes to. kernels: whether the CPU
-    provider runs this project's kernels where it has them. Raises ProviderError if the
+    provider runs this project's kernels where it has them. cuda_graph: whether runs can be captured and replayed, with
+    the CUDA provider. Raises ProviderError if the
     provider is unknown, not built in, or did not start (unless `allow_fallback`), or if onnxruntime is too old, and
     ArtifactError if onnxruntime refuses the graph.
     """
@@ -60,6 +62,8 @@ def open_session(
     if threads is not None and threads < 1:
         raise ProviderError(f"threads is {threads}; it must be at least 1")
     wanted = _full_name(provider)
+    if cuda_graph and provider != "cuda":
+        raise ProviderError(f"a CUDA graph goes with execution provider cuda, not with {provider}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.log_severity_level = 4  # errors are raised; onnxruntime would also print them
@@ -74,6 +78,8 @@ def open_session(
         onnxruntime.preload_dlls()
     names = [wanted] if wanted in onnxruntime.get_available_providers() else []
     own = {THREAD_OPTIONS[provider]: str(options.intra_op_num_threads)} if provider in THREAD_OPTIONS else {}
+    if cuda_graph:
+        own["enable_cuda_graph"] = "1"
     if "CPUExecutionProvider" not in names:
         names.append("CPUExecutionProvider")
     try:

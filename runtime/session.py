@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .cache import BFLOAT16, KVCache
-from .decode_binding import DecodeBinding
+from .decode_binding import NO_GRAPH, DecodeBinding, GraphDecodeBinding
 from .errors import ArtifactError, PromptError, SettingsError
 from .manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
 from .providers import ON_DEVICE, PROVIDERS, open_session
@@ -42,16 +42,18 @@ class Session:
         spin: bool = True,
         allow_fallback: bool = False,
         kernels: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         """Load the artifact in `folder`; the other arguments are those of `open_session`. Raises ArtifactError or
         ProviderError."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         check_files(self.folder, self.manifest, hashes=False)
-        self.onnx = open_session(self.folder / GRAPH, provider, threads, spin, allow_fallback, kernels=kernels)
+        self.onnx = open_session(self.folder / GRAPH, provider, threads, spin, allow_fallback, kernels, cuda_graph)
         check_signature(self.onnx, self.manifest)
         in_use = PROVIDERS[provider] in self.onnx.get_providers()
         self.device = ON_DEVICE.get(provider, "cpu") if in_use else "cpu"
+        self.cuda_graph = cuda_graph and in_use
         self.prefill_rows = CPU_PREFILL_ROWS if provider == "cpu" else PREFILL_ROWS
         self.virtual = _read_virtual_tokens(self.folder, self.manifest)
         self.input_names = {signature.name for signature in self.manifest.inputs}
@@ -139,7 +141,7 @@ class Session:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
         self._reserve(state, longest)
         if state.decode_binding is None:
-            state.decode_binding = DecodeBinding(self, state)
+            state.decode_binding = (GraphDecodeBinding if self.cuda_graph else DecodeBinding)(self, state)
         state.pending = [None] * state.batch
         return state.decode_binding.step(chosen)
 
@@ -228,7 +230,10 @@ class Session:
         names = ["logits", *(["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else [])]
         for name in names:
             binding.bind_output(name, "cpu")
-        self.onnx.run_with_iobinding(binding)
+        options = onnxruntime.RunOptions()
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
+        self.onnx.run_with_iobinding(binding, options)
         return dict(zip(names, _last_outputs(binding, len(names)), strict=True))
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None) -> None:

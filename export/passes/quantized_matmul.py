@@ -1,4 +1,4 @@
-"""Products with int4 weights as one operator of this project, together with the adapter's low-rank change of them.
+"""Products with int4 or int8 weights as one operator of this project, with the adapter's low-rank change of them.
 
 MatMulNBits(x, W) [+ MatMul(Mul(MatMul(x, A), rows), B)]  ->  imsm.QuantizedMatMul(x, W, ...), a function of the graph
 
@@ -17,15 +17,17 @@ from . import functions, weights
 from .half_adapter import store_in_half
 from .quantise_experts import INT8_COMPUTE
 
+BITS = (4, 8)
 BLOCK_SIZES = (32, 64, 128)
+ATTRIBUTES = ("K", "N", "bits", "block_size")
 PLAIN, LOW_RANK = "QuantizedMatMul", "QuantizedMatMulLowRank"
 _SCALES = "wide_scales = Cast <to: int = 1> (scales)"
-_PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = 4, block_size: int = @block_size,
-    accuracy_level: int = 4> (x, weights, wide_scales, "", "", bias)"""
+_PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
+    accuracy_level: int = 4> (x, weights, wide_scales, zero_points, "", bias)"""
 _FUNCTIONS = {
-    PLAIN: ("(x, weights, scales, bias)", f"{_SCALES} y = {_PRODUCT}"),
+    PLAIN: ("(x, weights, scales, zero_points, bias)", f"{_SCALES} y = {_PRODUCT}"),
     LOW_RANK: (
-        "(x, weights, scales, bias, rows, a, b)",
+        "(x, weights, scales, zero_points, bias, rows, a, b)",
         f"""
         {_SCALES}
         plain = {_PRODUCT}
@@ -53,9 +55,9 @@ class _Change:
     columns: tuple[int, int]
 
 
-def has_operator(bits: int, block_size: int, symmetric: bool) -> bool:
+def has_operator(bits: int, block_size: int) -> bool:
     """Whether products with weights in this form become the project's own operator."""
-    return bits == 4 and symmetric and block_size in BLOCK_SIZES
+    return bits in BITS and block_size in BLOCK_SIZES
 
 
 def fuse_quantized_matmul(model: ir.Model) -> int:
@@ -76,18 +78,20 @@ def fuse_quantized_matmul(model: ir.Model) -> int:
         used.add(_fuse(graph, node, change if whole else None))
     for name in sorted(used):
         inputs, body = _FUNCTIONS[name]
-        functions.define(model, f"{name} <K, N, block_size> {inputs} => (y)", body)
+        functions.define(model, f"{name} <{', '.join(ATTRIBUTES)}> {inputs} => (y)", body)
     return len(found)
 
 
 def _fits(node: ir.Node) -> bool:
-    """Whether the kernel computes it: symmetric int4 in blocks, int8 activations, nothing but a bias."""
-    if node.op_type != "MatMulNBits" or any(value is not None for value in node.inputs[3:5]):
+    """Whether the kernel computes it: int8 activations, and nothing but zero points in integers and a bias."""
+    if node.op_type != "MatMulNBits" or any(value is not None for value in node.inputs[4:5]):
+        return False
+    if any(value is not None and value.dtype != ir.DataType.UINT8 for value in node.inputs[3:4]):
         return False
     attributes = {name: node.attributes.get_int(name, 0) for name in ("bits", "block_size", "accuracy_level")}
     x, scales = node.inputs[0], node.inputs[2]
     return (
-        has_operator(attributes["bits"], attributes["block_size"], symmetric=True)
+        has_operator(attributes["bits"], attributes["block_size"])
         and attributes["accuracy_level"] == INT8_COMPUTE
         and x is not None
         and scales is not None
@@ -130,18 +134,18 @@ def _change(node: ir.Node) -> _Change | None:
 
 def _fuse(graph: ir.Graph, node: ir.Node, change: _Change | None) -> str:
     """Put the operator in the product's place; returns its name."""
-    attributes = {name: node.attributes.get_int(name) for name in ("K", "N", "block_size")}
+    attributes = {name: node.attributes.get_int(name) for name in ATTRIBUTES}
     scales = node.inputs[2]
     assert scales is not None
-    bias = node.inputs[5] if len(node.inputs) > 5 else None
-    operands: list[ir.Value | None] = [*node.inputs[:2], _stored(scales) or scales, bias]
+    given = [*node.inputs, *[None] * (6 - len(node.inputs))]
+    operands = [*given[:2], _stored(scales) or scales, given[3], given[5]]
     result, name = node, PLAIN
     if change is not None:
         a, b = _stored(change.a), _stored(change.b)
         assert a is not None
         operands += [change.rows, _columns(graph, a, change.columns), b]
         result, name = change.add, LOW_RANK
-    elif operands[-1] is None:
+    while operands[-1] is None:
         operands.pop()
     fused = weights.add_node(result, name, operands, domain=functions.DOMAIN, **attributes)
     weights.replace_value(result.outputs[0], fused.outputs[0])

@@ -1,4 +1,4 @@
-"""SwiGLU's two products with int4 weights and what combines them as one operator of this project.
+"""SwiGLU's two products with int4 or int8 weights and what combines them as one operator of this project.
 
 Mul(QuickGelu(QuantizedMatMul(x, ...)), QuantizedMatMul(x, ...)) -> imsm.QuantizedSwiGLU, a function of the graph
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from . import functions, weights
-from .quantized_matmul import LOW_RANK, PLAIN
+from .quantized_matmul import ATTRIBUTES, LOW_RANK, PLAIN
 
 NAMES = {PLAIN: "QuantizedSwiGLU", LOW_RANK: "QuantizedSwiGLULowRank"}
-_MATRIX, _LOW_RANK = slice(1, 4), slice(5, 7)  # inputs of a product; its rows are before its factors
-_GATE, _UP = "gate_weights, gate_scales, gate_bias", "up_weights, up_scales, up_bias"
+_MATRIX, _ROWS, _LOW_RANK = slice(1, 5), 5, slice(6, 8)  # inputs of a product
+_PARTS = ("weights", "scales", "zero_points", "bias")
+_GATE, _UP = (", ".join(f"{name}_{part}" for part in _PARTS) for name in ("gate", "up"))
 _GATE_CHANGE, _UP_CHANGE = "gate_a, gate_b", "up_a, up_b"
 
 
@@ -27,10 +28,10 @@ def fuse_quantized_swiglu(model: ir.Model) -> int:
         silu, gate, up = found
         operands = [gate.inputs[0], *_matrix(gate), *_matrix(up)]
         if gate.op_type == LOW_RANK:
-            operands += [gate.inputs[4], *gate.inputs[_LOW_RANK], *up.inputs[_LOW_RANK]]
+            operands += [gate.inputs[_ROWS], *gate.inputs[_LOW_RANK], *up.inputs[_LOW_RANK]]
         while operands[-1] is None:
             operands.pop()
-        attributes = {name: gate.attributes.get_int(name) for name in ("K", "N", "block_size")}
+        attributes = {name: gate.attributes.get_int(name) for name in ATTRIBUTES}
         name = NAMES[gate.op_type]
         fused = weights.add_node(node, name, operands, domain=functions.DOMAIN, **attributes)
         weights.replace_value(node.outputs[0], fused.outputs[0])
@@ -40,15 +41,16 @@ def fuse_quantized_swiglu(model: ir.Model) -> int:
         count += 1
     for product in sorted(used):
         low_rank = product == LOW_RANK
+        given = ", ".join(f"{name}: int = @{name}" for name in ATTRIBUTES)
         inputs = f"x, {_GATE}, {_UP}" + (f", rows, {_GATE_CHANGE}, {_UP_CHANGE}" if low_rank else "")
-        call = f"{functions.DOMAIN}.{product} <K: int = @K, N: int = @N, block_size: int = @block_size>"
+        call = f"{functions.DOMAIN}.{product} <{given}>"
         body = f"""
             gate = {call} (x, {_GATE}{f", rows, {_GATE_CHANGE}" if low_rank else ""})
             up = {call} (x, {_UP}{f", rows, {_UP_CHANGE}" if low_rank else ""})
             active = com.microsoft.QuickGelu <alpha: float = 1.0> (gate)
             y = Mul (active, up)
         """
-        functions.define(model, f"{NAMES[product]} <K, N, block_size> ({inputs}) => (y)", body)
+        functions.define(model, f"{NAMES[product]} <{', '.join(ATTRIBUTES)}> ({inputs}) => (y)", body)
     return count
 
 
@@ -63,8 +65,8 @@ def _products(node: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
         gate = _only(silu.inputs[0])
         if gate is None or gate.op_type not in NAMES or up.op_type != gate.op_type:
             continue
-        alike = all(gate.attributes.get_int(name) == up.attributes.get_int(name) for name in ("K", "N", "block_size"))
-        rows = gate.op_type == PLAIN or gate.inputs[4] is up.inputs[4]
+        alike = all(gate.attributes.get_int(name) == up.attributes.get_int(name) for name in ATTRIBUTES)
+        rows = gate.op_type == PLAIN or gate.inputs[_ROWS] is up.inputs[_ROWS]
         if alike and rows and gate.inputs[0] is up.inputs[0]:
             return silu, gate, up
     return None
@@ -72,7 +74,7 @@ def _products(node: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
 
 def _matrix(product: ir.Node) -> list[ir.Value | None]:
     found = list(product.inputs[_MATRIX])
-    return found + [None] * (3 - len(found))
+    return found + [None] * (4 - len(found))
 
 
 def _only(value: ir.Value | None) -> ir.Node | None:

@@ -3,6 +3,7 @@
 // A graph's own functions say what these operators compute; where they are not registered, onnxruntime runs those.
 #include "kernels.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 static const OrtApi* ort;
@@ -112,14 +113,17 @@ __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOp
   ort = base->GetApi(ORT_API_VERSION);
   if (ort == NULL || !imsm_kernels_supported()) return NULL;
   static OrtCustomOpDomain* domain;  // lives as long as the process: sessions share it
+  static pthread_mutex_t first = PTHREAD_MUTEX_INITIALIZER;
+  pthread_mutex_lock(&first);
+  OrtStatus* status = NULL;
   if (domain == NULL) {
-    OrtStatus* status = ort->CreateCustomOpDomain("imsm", &domain);
+    status = ort->CreateCustomOpDomain("imsm", &domain);
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul_low_rank());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu_low_rank());
     if (status == NULL) status = ort->CustomOpDomain_Add(domain, group_query_attention());
-    if (status != NULL) return status;
   }
-  return ort->AddCustomOpDomain(options, domain);
+  pthread_mutex_unlock(&first);
+  return status != NULL ? status : ort->AddCustomOpDomain(options, domain);
 }

@@ -1,14 +1,15 @@
 #include "low_rank.h"
 
 #include <immintrin.h>
+#include <sched.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum {
   LANES = 16,
   PART = 512,    // of k, where rows are few
   GROUP = 16,    // rows, where they are many
   TOGETHER = 4,  // rows that share a value of A
+  PATIENCE = 1000,
 };
 
 TARGET static inline __m512 load(const void* values, int half, size_t at, __mmask16 lanes) {
@@ -87,10 +88,12 @@ TARGET static void multiply(const LowRank* change, size_t part, size_t first, si
 
 TARGET void low_rank_wait(LowRank* change) {
   const size_t all = change->parts * change->groups;
+  unsigned waited = 0;
   while (!atomic_load_explicit(&change->ready, memory_order_acquire)) {
     const size_t mine = atomic_fetch_add(&change->claimed, 1);
-    if (mine >= all) {
-      _mm_pause();
+    if (mine >= all) {  // another thread is about to finish it, unless it was put to sleep
+      if (++waited % PATIENCE) _mm_pause();
+      else sched_yield();
       continue;
     }
     const size_t part = mine % change->parts, first = mine / change->parts * GROUP;

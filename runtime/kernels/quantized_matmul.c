@@ -1,24 +1,25 @@
-// QuantizedMatMul: y = x W^T [+ bias] [+ f (x A) B] with W in symmetric int4 blocks.
+// QuantizedMatMul: y = x W^T [+ bias] [+ f (x A) B] with W in blocks of int4 or int8.
 #include <stdlib.h>
 
-#include "int4_product.h"
+#include "quantized_product.h"
 
-enum { X, WEIGHTS, SCALES, BIAS, ROWS, A, B };  // inputs
+enum { X, WEIGHTS, SCALES, ZEROS, BIAS, ROWS, A, B };  // inputs
 
 typedef struct {
   size_t k, n, block_size;
+  int bits;
 } Kernel;
 
 typedef struct {
   Activations x;
-  Int4Matrix matrix;
+  QuantizedMatrix matrix;
   float* y;
 } Call;
 
 static void columns_task(void* arguments, size_t task) {
   const Call* call = arguments;
   size_t first, columns;
-  int4_columns(&call->x, &call->matrix, call->y, task, &first, &columns);
+  product_columns(&call->x, &call->matrix, call->y, task, &first, &columns);
 }
 
 static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
@@ -26,15 +27,15 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   size_t count = 0;
   const float* x = input(context, X, &count, NULL);
   const size_t rows = count / kernel->k;
-  Call call = {.matrix = int4_matrix(context, WEIGHTS, kernel->n, kernel->block_size),
+  Call call = {.matrix = product_matrix(context, WEIGHTS, kernel->n, kernel->block_size),
                .y = output_like(context, 0, X, (int64_t)kernel->n)};
   if (rows == 0) return NULL;
   LowRank change = {0};
   OrtStatus* status = low_rank_begin(&change, context, ROWS, A, x, rows, kernel->k, kernel->n);
   if (change.low != NULL) call.matrix.change = &change;
-  if (status == NULL) status = int4_begin(context, x, rows, kernel->k, &call.x);
-  if (status == NULL) status = parallel_for(context, columns_task, int4_tasks(&call.x, kernel->n), &call);
-  int4_end(&call.x);
+  if (status == NULL) status = product_begin(context, x, rows, kernel->k, kernel->bits, &call.x);
+  if (status == NULL) status = parallel_for(context, columns_task, product_tasks(&call.x, kernel->n), &call);
+  product_end(&call.x);
   low_rank_end(&change);
   return status;
 }
@@ -46,6 +47,7 @@ static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKern
   made->k = (size_t)attribute(info, "K", 1);
   made->n = (size_t)attribute(info, "N", 1);
   made->block_size = (size_t)attribute(info, "block_size", 32);
+  made->bits = (int)attribute(info, "bits", 4);
   *kernel = made;
   return NULL;
 }
@@ -57,12 +59,12 @@ static size_t low_rank_inputs(const OrtCustomOp* op) { return (void)op, B + 1; }
 static size_t outputs(const OrtCustomOp* op) { return (void)op, 1; }
 static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   (void)op;
-  if (index == WEIGHTS) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  if (index == WEIGHTS || index == ZEROS) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   const int any = index == SCALES || index == A || index == B;  // float32 or float16
   return any ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
-  return (void)op, index == BIAS ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  return (void)op, index == ZEROS || index == BIAS ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
 }
 
 const OrtCustomOp* quantized_matmul(void) {

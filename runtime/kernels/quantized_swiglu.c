@@ -2,26 +2,27 @@
 #include <immintrin.h>
 #include <stdlib.h>
 
-#include "int4_product.h"
+#include "quantized_product.h"
 #include "vector_math.h"
 
-enum { X, GATE, UP = GATE + 3, ROWS = UP + 3, A_GATE, A_UP = A_GATE + 2, INPUTS = A_UP + 2 };  // inputs
+enum { X, GATE, UP = GATE + 4, ROWS = UP + 4, A_GATE, A_UP = A_GATE + 2, INPUTS = A_UP + 2 };  // inputs
 
 typedef struct {
   size_t k, n, block_size;
+  int bits;
 } Kernel;
 
 typedef struct {
   Activations x;
-  Int4Matrix gate, up;
+  QuantizedMatrix gate, up;
   float *y, *other;  // (rows, n)
 } Call;
 
 TARGET static void columns_task(void* arguments, size_t task) {
   const Call* call = arguments;
   size_t first, columns;
-  int4_columns(&call->x, &call->gate, call->y, task, &first, &columns);
-  int4_columns(&call->x, &call->up, call->other, task, &first, &columns);
+  product_columns(&call->x, &call->gate, call->y, task, &first, &columns);
+  product_columns(&call->x, &call->up, call->other, task, &first, &columns);
   for (size_t row = 0; row < call->x.rows; row++) {
     float* gate = call->y + row * call->gate.n + first;
     const float* up = call->other + row * call->gate.n + first;
@@ -38,8 +39,8 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   size_t count = 0;
   const float* x = input(context, X, &count, NULL);
   const size_t rows = count / kernel->k;
-  Call call = {.gate = int4_matrix(context, GATE, kernel->n, kernel->block_size),
-               .up = int4_matrix(context, UP, kernel->n, kernel->block_size),
+  Call call = {.gate = product_matrix(context, GATE, kernel->n, kernel->block_size),
+               .up = product_matrix(context, UP, kernel->n, kernel->block_size),
                .y = output_like(context, 0, X, (int64_t)kernel->n)};
   if (rows == 0) return NULL;
   LowRank gate = {0}, up = {0};
@@ -49,9 +50,9 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   if (status == NULL) status = low_rank_begin(&up, context, ROWS, A_UP, x, rows, kernel->k, kernel->n);
   if (gate.low != NULL) call.gate.change = &gate;
   if (up.low != NULL) call.up.change = &up;
-  if (status == NULL) status = int4_begin(context, x, rows, kernel->k, &call.x);
-  if (status == NULL) status = parallel_for(context, columns_task, int4_tasks(&call.x, kernel->n), &call);
-  int4_end(&call.x);
+  if (status == NULL) status = product_begin(context, x, rows, kernel->k, kernel->bits, &call.x);
+  if (status == NULL) status = parallel_for(context, columns_task, product_tasks(&call.x, kernel->n), &call);
+  product_end(&call.x);
   low_rank_end(&gate);
   low_rank_end(&up);
   free(call.other);
@@ -65,6 +66,7 @@ static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKern
   made->k = (size_t)attribute(info, "K", 1);
   made->n = (size_t)attribute(info, "N", 1);
   made->block_size = (size_t)attribute(info, "block_size", 32);
+  made->bits = (int)attribute(info, "bits", 4);
   *kernel = made;
   return NULL;
 }
@@ -76,12 +78,13 @@ static size_t low_rank_inputs(const OrtCustomOp* op) { return (void)op, INPUTS; 
 static size_t outputs(const OrtCustomOp* op) { return (void)op, 1; }
 static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   (void)op;
-  if (index == GATE || index == UP) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  if (index == GATE || index == UP || index == GATE + 2 || index == UP + 2) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   const int any = index == GATE + 1 || index == UP + 1 || index > ROWS;  // float32 or float16
   return any ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
-  return (void)op, index == GATE + 2 || index == UP + 2 ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  const int optional = index == GATE + 2 || index == GATE + 3 || index == UP + 2 || index == UP + 3;
+  return (void)op, optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
 }
 
 const OrtCustomOp* quantized_swiglu(void) {

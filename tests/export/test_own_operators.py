@@ -20,7 +20,8 @@ RANDOM = np.random.default_rng(0)
 CONSTANTS: dict[str, Any] = {
     "w": RANDOM.integers(0, 256, (WIDTH, 2, 16), np.uint8),
     "s": RANDOM.uniform(0.01, 0.02, (WIDTH, 2)).astype(np.float32),
-    "zero": np.full((WIDTH, 1), 0x77, np.uint8),
+    "w16": RANDOM.integers(0, 256, (WIDTH, 4, 8), np.uint8),
+    "s16": RANDOM.uniform(0.01, 0.02, (WIDTH, 4)).astype(np.float32),
     "w2": RANDOM.integers(0, 256, (WIDTH, 2, 16), np.uint8),
     "l.adapter_a": RANDOM.standard_normal((WIDTH, RANK)).astype(np.float32),
     "l.adapter_b": RANDOM.standard_normal((RANK, WIDTH)).astype(np.float32),
@@ -29,7 +30,8 @@ CONSTANTS: dict[str, Any] = {
 DECLARED = {
     "w": f"uint8[{WIDTH},2,16] w",
     "s": f"float[{WIDTH},2] s",
-    "zero": f"uint8[{WIDTH},1] zero",
+    "w16": f"uint8[{WIDTH},4,8] w16",
+    "s16": f"float[{WIDTH},4] s16",
     "w2": f"uint8[{WIDTH},2,16] w2",
     "l.adapter_a": f'float[{WIDTH},{RANK}] "l.adapter_a"',
     "l.adapter_b": f'float[{RANK},{WIDTH}] "l.adapter_b"',
@@ -106,10 +108,10 @@ def test_a_change_of_another_form_stays(lines: str, outputs: tuple[str, ...], ex
 @pytest.mark.parametrize(
     "line",
     [
-        product("x, w, s, zero"),
         product(accuracy_level=0),
+        product("x, w16, s16", block_size=16),
     ],
-    ids=["zero points", "float compute"],
+    ids=["float compute", "small blocks"],
 )
 def test_products_that_the_kernel_has_not_stay(line: str) -> None:
     model = model_of(f"y = {line}")

@@ -53,11 +53,12 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def product(
-    inputs: int, outputs: int, block: int, rank: int, bias: bool, half: bool
+    inputs: int, outputs: int, block: int, rank: int, bias: bool, half: bool, bits: int = 4, symmetric: bool = True
 ) -> tuple[ir.Model, dict[str, np.ndarray], np.ndarray]:
-    """A product with int4 weights and a low-rank change, fused; its constants, and the weights that it stands for."""
+    """A product with quantised weights and a low-rank change, fused; its constants, and what its weights stand for."""
     random = np.random.default_rng(inputs * outputs + rank)
-    weight = round_to_nearest(random.standard_normal((outputs, inputs)).astype(np.float32), 4, block, True)
+    values = random.standard_normal((outputs, inputs)) + (0 if symmetric else 0.7)
+    weight = round_to_nearest(values.astype(np.float32), bits, block, symmetric)
     constants = {
         "w": weight.packed,
         "s": weight.scales,
@@ -68,11 +69,15 @@ def product(
     declared = [
         f"uint8[{','.join(map(str, weight.packed.shape))}] w",
         f"float[{','.join(map(str, weight.scales.shape))}] s",
+        *([] if weight.zero_points is None else [f"uint8[{','.join(map(str, weight.zero_points.shape))}] z"]),
         *([f"float[{outputs}] bias"] if bias else []),
         *([f'float[{inputs},{rank}] "l.adapter_a", float[{rank},{outputs}] "l.adapter_b"'] if rank else []),
     ]
-    attributes = f"K={inputs}, N={outputs}, bits=4, block_size={block}, accuracy_level=4"
-    operands = 'x, w, s, "", "", bias' if bias else "x, w, s"
+    if weight.zero_points is not None:
+        constants["z"] = weight.zero_points
+    attributes = f"K={inputs}, N={outputs}, bits={bits}, block_size={block}, accuracy_level=4"
+    zeros = '""' if symmetric else "z"
+    operands = f'x, w, s, {zeros}, "", bias' if bias else f"x, w, s, {zeros}"
     change = """
         low = MatMul(x, "l.adapter_a")
         kept = Mul(low, rows)
@@ -91,9 +96,8 @@ def product(
     return model, constants, dequantise(weight, inputs).astype(np.float64)
 
 
-@pytest.mark.parametrize(
-    "batch_and_tokens", [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)]
-)
+@pytest.mark.parametrize("rows", [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)], ids=str)
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)], ids=str)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "block", "rank", "bias", "half"),
     [
@@ -107,22 +111,30 @@ def product(
     ],
 )
 def test_products(
-    inputs: int, outputs: int, block: int, rank: int, bias: bool, half: bool, batch_and_tokens: tuple[int, int]
+    inputs: int,
+    outputs: int,
+    block: int,
+    rank: int,
+    bias: bool,
+    half: bool,
+    bits: int,
+    symmetric: bool,
+    rows: tuple[int, int],
 ) -> None:
-    model, constants, weight = product(inputs, outputs, block, rank, bias, half)
-    batch, tokens = batch_and_tokens
+    model, constants, weight = product(inputs, outputs, block, rank, bias, half, bits, symmetric)
+    batch, tokens = rows
     random = np.random.default_rng(tokens)
     x = random.standard_normal((batch, tokens, inputs)).astype(np.float32)
     x[0, 0, :ROUNDED_TOGETHER] = 0  # a block without a scale
-    rows = np.zeros((batch, tokens, 1), np.float32)
-    rows[batch // 2 :] = 1
-    mine, theirs = run_twice(model, {"x": x, "rows": rows} if rank else {"x": x})
+    factors = np.zeros((batch, tokens, 1), np.float32)
+    factors[batch // 2 :] = 1
+    mine, theirs = run_twice(model, {"x": x, "rows": factors} if rank else {"x": x})
     flat = x.reshape(-1, inputs)
     expected = rounded(flat) @ weight.T + (constants["bias"] if bias else 0)
     if rank:
-        factors = [constants[f"l.adapter_{name}"] for name in "ab"]
-        a, b = (values.astype(np.float16) if half and values.size >= 1024 else values for values in factors)
-        expected += (flat.astype(np.float64) @ a.astype(np.float64) * rows.reshape(-1, 1)) @ b.astype(np.float64)
+        stored = [constants[f"l.adapter_{name}"] for name in "ab"]
+        a, b = (values.astype(np.float16) if half and values.size >= 1024 else values for values in stored)
+        expected += (flat.astype(np.float64) @ a.astype(np.float64) * factors.reshape(-1, 1)) @ b.astype(np.float64)
     size = np.abs(expected).max()
     np.testing.assert_allclose(mine[0].reshape(-1, outputs), expected, atol=3e-6 * size, rtol=0)
     np.testing.assert_allclose(theirs[0].reshape(-1, outputs), expected, atol=0.02 * size, rtol=0)
