@@ -17,7 +17,10 @@ NAME = "_kernels"
 def library() -> Path | None:
     """The library, if it was built and has kernels for this processor: what `register_custom_ops_library` takes."""
     found = _built()
-    return found if found is not None and _supported(found) else None
+    try:
+        return found if found is not None and _supported(found) else None
+    except OSError:  # `describe` says so
+        return None
 
 
 def describe() -> str:

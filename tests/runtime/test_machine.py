@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 
-from runtime import machine
+from runtime import machine, own_kernels
 from runtime.bandwidth import read_gb_per_s
 from runtime.doctor import examine, format_report
 from runtime.errors import ArtifactError, ProviderError
@@ -138,6 +139,49 @@ def test_the_doctor_says_which_form_runs(monkeypatch: pytest.MonkeyPatch, versio
     facts = examine()
     assert facts["forms"] == forms
     assert ("default form needs onnxruntime 1.32" in format_report(facts)) == (len(forms) == 1)
+
+
+@pytest.mark.skipif(own_kernels.library() is None, reason=own_kernels.describe())
+def test_the_doctor_says_whether_there_are_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "AVX-512 VNNI" in examine()["kernels"]
+    assert f"kernels      {examine()['kernels']}" in format_report(examine())
+    damaged = tmp_path / "_kernels.so"
+    damaged.write_bytes(b"no library")
+    cases: list[tuple[str, Any, str]] = [
+        ("_built", lambda: None, "not built"),
+        ("_built", lambda: damaged, f"{damaged} cannot be loaded"),
+        ("_supported", lambda path: False, "none for this processor"),
+    ]
+    for name, fake, message in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(own_kernels, name, fake)
+            assert message in own_kernels.describe()
+            own_kernels.library.cache_clear()
+            assert own_kernels.library() is None
+            open_session(_PROBE)  # runs without them
+    own_kernels.library.cache_clear()
+
+
+def test_a_cuda_graph_without_cuda_is_an_error() -> None:
+    with pytest.raises(ProviderError, match="goes with execution provider cuda, not with cpu"):
+        open_session(_PROBE, cuda_graph=True)
+
+
+def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Recorded:
+        def __init__(self, source: object, options: object, **settings: object) -> None:
+            given.update(settings)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    for wanted in (True, False):
+        open_session(_PROBE, "cuda", cuda_graph=wanted)
+        assert given["provider_options"] == [{"enable_cuda_graph": "1"} if wanted else {}, {}]
 
 
 def test_a_provider_with_threads_of_its_own_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError
+from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError, cache
+from runtime.decode_binding import GraphDecodeBinding
 from runtime.manifest import check_files, read_manifest
 from runtime.session import CPU_PREFILL_ROWS
 from tests.exported import PROMPT, Exported, copied, edit_manifest
@@ -207,3 +208,38 @@ def test_a_text_longer_than_a_block_decodes_as_if_it_were_prefilled(
     whole = session.score(PROMPT, [*range(20, 40), 50])
     row = output.logits[0].astype(np.float64)
     np.testing.assert_allclose(row[50] - np.log(np.exp(row).sum()), whole[-1], atol=1e-4)
+
+
+def test_without_kernels_the_same_tokens_follow(session: Session, tiny: Exported) -> None:
+    other = Session(tiny.artifact, kernels=False)
+    states = [used.new_state() for used in (session, other)]
+    outputs = [used.prefill(state, [PROMPT]) for used, state in zip((session, other), states, strict=True)]
+    for _ in range(8):
+        np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=1e-5)
+        tokens = outputs[1].logits.argmax(-1)
+        outputs = [used.decode_step(state, tokens) for used, state in zip((session, other), states, strict=True)]
+
+
+def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 32)
+    plain, fixed = Session(tiny.artifact), Session(tiny.artifact)
+    fixed.cuda_graph = True  # the CPU provider captures nothing, and binds the same
+    states = [used.new_state(2, memory_bias=[0.0, 0.5]) for used in (plain, fixed)]
+    ragged = [PROMPT, PROMPT[:3]]
+    for used, state in zip((plain, fixed), states, strict=True):
+        used.prefill(state, ragged)
+    bindings = set()
+    for step in range(40):  # past the first buffers
+        if step == 10:  # a second turn changes the query's state
+            for used, state in zip((plain, fixed), states, strict=True):
+                used.prefill(state, [PROMPT[2:6], PROMPT[:2]])
+        tokens = [5 + step % 7, 9]
+        expected, found = (used.decode_step(state, tokens) for used, state in zip((plain, fixed), states, strict=True))
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        assert found.gate_mean is not None
+        assert expected.gate_mean is not None
+        np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-6)
+        assert isinstance(states[1].decode_binding, GraphDecodeBinding)
+        bindings.add(states[1].decode_binding.options.get_run_config_entry("gpu_graph_id"))
+    assert len(bindings) > 1  # a graph of its own for every place of the caches
+    np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)
