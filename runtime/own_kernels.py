@@ -30,7 +30,7 @@ def describe() -> str:
         return "none: they were not built, which needs GCC or Clang at installation; onnxruntime's own run, slower"
     try:
         if _supported(found):
-            return "for int4 products, low-rank changes and attention (AVX-512 VNNI)"
+            return "for products with int4 and int8 weights, and attention (AVX-512 VNNI)"
     except OSError as error:
         return f"none: {found} cannot be loaded: {error}"
     return "none for this processor: they need x86-64 with AVX-512 VNNI; onnxruntime's own run, slower"

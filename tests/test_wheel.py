@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from runtime import own_kernels
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
 import importlib.util, json, imsm_runtime
+from imsm_runtime import own_kernels
 names = ("torch", "transformers", "onnx", "runtime", "export", "cli")
 found = [name for name in names if importlib.util.find_spec(name)]
-print(json.dumps({"found": found, "names": len(imsm_runtime.__all__)}))
+print(json.dumps({"found": found, "names": len(imsm_runtime.__all__), "kernels": own_kernels.describe()}))
 """
 
 
@@ -45,6 +47,7 @@ def test_nothing_called_runtime_or_export_is_installed_and_no_pytorch(environmen
     document = json.loads(done.stdout)
     assert document["found"] == []
     assert document["names"] > 10
+    assert document["kernels"] == own_kernels.describe()  # built for the wheel as for this checkout
 
 
 def test_the_installed_commands_work(environment: Path, tiny: Exported, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from benchmarks.shapes import Sizes
 BLOCK_SIZE = 32
 FP32 = 4.0
 INT4_FP32_SCALES = 0.5 + 4 / BLOCK_SIZE  # onnxruntime's MatMulNBits, symmetric
-Q4_0 = 0.5 + 2 / BLOCK_SIZE  # float16 scales
+INT4_FP16_SCALES = 0.5 + 2 / BLOCK_SIZE  # ours, and llama.cpp's Q4_0
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _llama(label: str, mode: str) -> Peer:
         "llama",
         "runner_llama.py",
         "gguf",
-        Q4_0,
+        INT4_FP16_SCALES,
         mode,
         stored=("base.gguf", "lora.gguf") if lora else ("base.gguf",),
         streams=2 if mode.startswith("two") else 1,
@@ -136,7 +136,7 @@ def _torch(label: str, mode: str, passes: int, heads: int, streams: int, apart: 
 
 
 PEERS = {
-    **_ours("int4", INT4_FP32_SCALES),
+    **_ours("int4", INT4_FP16_SCALES),
     "genai": _genai("onnxruntime-genai", "genai-int4"),
     "genai-pruned": _genai("onnxruntime-genai, lm_head pruned", "genai-int4-pruned"),
     "genai-lora": _genai("onnxruntime-genai, unmerged LoRA", "genai-int4-lora", INT4_FP32_SCALES),
