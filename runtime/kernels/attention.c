@@ -236,6 +236,13 @@ TARGET static void attend_task(void* arguments, size_t task) {
   if (atomic_fetch_add(&call->finished[place], 1) + 1 == call->parts && queries > 0) merge(call, row, kv_head);
 }
 
+// Copies a cache that is not continued in place.
+static void copy_cache(const Call* call, float* to, const float* from, size_t capacity) {
+  if (to == from) return;
+  for (size_t at = 0; at < call->rows * call->kernel->kv_heads; at++)
+    memcpy(to + at * call->capacity * call->size, from + at * capacity * call->size, capacity * call->size * sizeof(float));
+}
+
 static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   const Kernel* kernel = op_kernel;
   Call call = {.kernel = kernel};
@@ -247,12 +254,16 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   const float* past_value = input(context, PAST_VALUE, NULL, NULL);
   call.lengths = input(context, SEQLENS_K, &call.rows, NULL);
   const int32_t* total = input(context, TOTAL, NULL, NULL);
-  call.cos = input(context, COS, NULL, &call.half);
+  size_t angles = 0;
+  call.cos = input(context, COS, &angles, &call.half);
   call.sin = input(context, SIN, NULL, NULL);
   call.news = input(context, QUERY_SEQLENS, NULL, NULL);
   call.group = kernel->heads / kernel->kv_heads;
   const size_t queries_width = kernel->heads * call.size, kv_width = kernel->kv_heads * call.size;
-  if (call.size % LANES || call.size > LARGEST_HEAD) return failure("GroupQueryAttention: a head size that the kernel has not");
+  if (call.size % LANES || call.size > LARGEST_HEAD)
+    return failure("GroupQueryAttention: a head size that the kernel has not");
+  if (width != queries_width + (call.key ? 0 : 2 * kv_width) || (kernel->rotary && call.cos == NULL))
+    return failure("GroupQueryAttention: inputs that do not fit its heads");
   call.query_stride = width;
   call.kv_stride = call.key ? kv_width : width;
   if (call.key == NULL) {
@@ -268,11 +279,8 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   call.keys = output(context, 1, shape, 4);
   call.values = output(context, 2, shape, 4);
   if (call.rows == 0 || call.tokens == 0) return NULL;
-  if (call.keys != past_key)  // not continued in place
-    for (size_t at = 0; at < call.rows * kernel->kv_heads; at++) {
-      memcpy(call.keys + at * call.capacity * call.size, past_key + at * capacity * call.size, capacity * call.size * sizeof(float));
-      memcpy(call.values + at * call.capacity * call.size, past_value + at * capacity * call.size, capacity * call.size * sizeof(float));
-    }
+  copy_cache(&call, call.keys, past_key, capacity);
+  copy_cache(&call, call.values, past_value, capacity);
   size_t longest = 0;
   for (size_t row = 0; row < call.rows; row++) {
     const int64_t known = (int64_t)call.lengths[row] + 1, fresh = (int64_t)new_tokens(&call, row);
@@ -280,6 +288,8 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
       return failure("GroupQueryAttention: lengths that do not fit the cache");
     if ((size_t)known > longest) longest = (size_t)known;
   }
+  if (kernel->rotary && longest * call.half > angles)
+    return failure("GroupQueryAttention: a position past the rotary tables");
   const size_t places = call.rows * kernel->kv_heads;
   call.block = call.group < VECTORS ? VECTORS / call.group : 1;
   if (call.block > call.tokens) call.block = call.tokens;

@@ -26,8 +26,11 @@ OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size
   if (factors == NULL) return NULL;
   if (count == 0 || rows % count) return failure("low-rank change: as many factors as do not fit the rows");
   *change = (LowRank){.x = x, .k = k, .n = n, .half_a = is_half(context, a_index), .half_b = is_half(context, a_index + 1)};
-  change->a = input(context, a_index, NULL, &change->rank);
-  change->b = input(context, a_index + 1, NULL, NULL);
+  size_t a_size = 0, b_size = 0;
+  change->a = input(context, a_index, &a_size, &change->rank);
+  change->b = input(context, a_index + 1, &b_size, NULL);
+  if (a_size != k * change->rank || b_size != change->rank * n)
+    return failure("low-rank change: factors that are not (K, rank) and (rank, N)");
   change->width = (change->rank + LANES - 1) / LANES * LANES;
   change->rows = 0;
   for (size_t row = 0; row < rows; row++) change->rows += factors[row * count / rows] != 0;

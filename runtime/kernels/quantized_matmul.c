@@ -6,11 +6,6 @@
 enum { X, WEIGHTS, SCALES, ZEROS, BIAS, ROWS, A, B };  // inputs
 
 typedef struct {
-  size_t k, n, block_size;
-  int bits;
-} Kernel;
-
-typedef struct {
   Activations x;
   QuantizedMatrix matrix;
   float* y;
@@ -23,33 +18,23 @@ static void columns_task(void* arguments, size_t task) {
 }
 
 static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
-  const Kernel* kernel = op_kernel;
-  size_t count = 0;
-  const float* x = input(context, X, &count, NULL);
-  const size_t rows = count / kernel->k;
-  Call call = {.matrix = product_matrix(context, WEIGHTS, kernel->n, kernel->block_size),
-               .y = output_like(context, 0, X, (int64_t)kernel->n)};
-  if (rows == 0) return NULL;
+  const ProductKernel* kernel = op_kernel;
+  Call call = {0};
   LowRank change = {0};
-  OrtStatus* status = low_rank_begin(&change, context, ROWS, A, x, rows, kernel->k, kernel->n);
+  const float* x = NULL;
+  size_t rows = 0;
+  OrtStatus* status = product_input(context, kernel, X, &x, &rows);
+  if (status == NULL) status = product_matrix(context, kernel, WEIGHTS, &call.matrix);
+  if (status != NULL) return status;
+  call.y = output_like(context, 0, X, (int64_t)kernel->n);
+  if (rows == 0) return NULL;
+  status = low_rank_begin(&change, context, ROWS, A, x, rows, kernel->k, kernel->n);
   if (change.low != NULL) call.matrix.change = &change;
   if (status == NULL) status = product_begin(context, x, rows, kernel->k, kernel->bits, &call.x);
   if (status == NULL) status = parallel_for(context, columns_task, product_tasks(&call.x, kernel->n), &call);
   product_end(&call.x);
   low_rank_end(&change);
   return status;
-}
-
-static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
-  (void)op, (void)ort;
-  Kernel* made = malloc(sizeof *made);
-  if (made == NULL) return failure("no memory for a kernel");
-  made->k = (size_t)attribute(info, "K", 1);
-  made->n = (size_t)attribute(info, "N", 1);
-  made->block_size = (size_t)attribute(info, "block_size", 32);
-  made->bits = (int)attribute(info, "bits", 4);
-  *kernel = made;
-  return NULL;
 }
 
 static const char* plain_name(const OrtCustomOp* op) { return (void)op, "QuantizedMatMul"; }
@@ -69,12 +54,12 @@ static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustom
 
 const OrtCustomOp* quantized_matmul(void) {
   static const OrtCustomOp op = OPERATOR(plain_name, plain_inputs, outputs, input_type, float_output,
-                                         input_characteristic, create, compute, free);
+                                         input_characteristic, product_create, compute, free);
   return &op;
 }
 
 const OrtCustomOp* quantized_matmul_low_rank(void) {
   static const OrtCustomOp op = OPERATOR(low_rank_name, low_rank_inputs, outputs, input_type, float_output,
-                                         input_characteristic, create, compute, free);
+                                         input_characteristic, product_create, compute, free);
   return &op;
 }

@@ -352,14 +352,44 @@ TARGET static inline __attribute__((always_inline)) void many_rows(const Product
   }
 }
 
-QuantizedMatrix product_matrix(const OrtKernelContext* context, size_t index, size_t n, size_t block_size) {
-  return (QuantizedMatrix){.weights = input(context, index, NULL, NULL),
-                      .scales = input(context, index + 1, NULL, NULL),
-                      .half = is_half(context, index + 1),
-                      .zeros = input(context, index + 2, NULL, NULL),
-                      .bias = input(context, index + 3, NULL, NULL),
-                      .n = n,
-                      .block_size = block_size};
+OrtStatus* product_create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
+  (void)op, (void)ort;
+  ProductKernel* made = malloc(sizeof *made);
+  if (made == NULL) return failure("no memory for a kernel");
+  made->k = (size_t)attribute(info, "K", 0);
+  made->n = (size_t)attribute(info, "N", 0);
+  made->block_size = (size_t)attribute(info, "block_size", 0);
+  made->bits = (int)attribute(info, "bits", 0);
+  *kernel = made;
+  const int blocks = made->block_size == 32 || made->block_size == 64 || made->block_size == 128;
+  if (made->k && made->n && blocks && (made->bits == 4 || made->bits == 8)) return NULL;
+  free(made);
+  return failure("a product with attributes that the kernel has not: K, N, bits 4 or 8, block_size 32, 64 or 128");
+}
+
+OrtStatus* product_matrix(const OrtKernelContext* context, const ProductKernel* kernel, size_t index,
+                          QuantizedMatrix* to) {
+  size_t weights = 0, scales = 0, zeros = 0, bias = 0;
+  *to = (QuantizedMatrix){.weights = input(context, index, &weights, NULL),
+                          .scales = input(context, index + 1, &scales, NULL),
+                          .zeros = input(context, index + 2, &zeros, NULL),
+                          .bias = input(context, index + 3, &bias, NULL),
+                          .half = is_half(context, index + 1),
+                          .n = kernel->n,
+                          .block_size = kernel->block_size};
+  const size_t blocks = (kernel->k + kernel->block_size - 1) / kernel->block_size, bits = (size_t)kernel->bits;
+  const int fits = weights == kernel->n * blocks * kernel->block_size * bits / 8 && scales == kernel->n * blocks &&
+                   (to->zeros == NULL || zeros == kernel->n * ((blocks * bits + 7) / 8)) &&
+                   (to->bias == NULL || bias == kernel->n);
+  return fits ? NULL : failure("a product whose weights, scales, zero points or bias have not the size of K and N");
+}
+
+OrtStatus* product_input(const OrtKernelContext* context, const ProductKernel* kernel, size_t index, const float** x,
+                         size_t* rows) {
+  size_t count = 0, last = 0;
+  *x = input(context, index, &count, &last);
+  *rows = count / kernel->k;
+  return last == kernel->k ? NULL : failure("a product whose input has not K columns");
 }
 
 OrtStatus* product_begin(const OrtKernelContext* context, const float* x, size_t rows, size_t k, int bits,

@@ -7,6 +7,15 @@
 typedef struct Chunk Chunk;
 typedef struct Block Block;
 
+// A kernel of these operators: its node's attributes.
+typedef struct {
+  size_t k, n, block_size;
+  int bits;
+} ProductKernel;
+
+// CreateKernelV2 of these operators.
+OrtStatus* product_create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel);
+
 // Rows of activations, rounded.
 typedef struct {
   const float* x;  // (rows, k)
@@ -27,8 +36,13 @@ typedef struct {
   LowRank* change;         // or NULL
 } QuantizedMatrix;
 
-// The matrix whose weights are at input `index`, followed by scales, zero points and a bias; without a change.
-QuantizedMatrix product_matrix(const OrtKernelContext* context, size_t index, size_t n, size_t block_size);
+// Finds the matrix whose weights are at input `index`, followed by scales, zero points and a bias; without a change.
+OrtStatus* product_matrix(const OrtKernelContext* context, const ProductKernel* kernel, size_t index,
+                          QuantizedMatrix* to);
+
+// Finds x (rows, k) at an input.
+OrtStatus* product_input(const OrtKernelContext* context, const ProductKernel* kernel, size_t index, const float** x,
+                         size_t* rows);
 
 // Rounds `rows` rows of k activations for weights of `bits`. product_end frees what it holds.
 OrtStatus* product_begin(const OrtKernelContext* context, const float* x, size_t rows, size_t k, int bits,

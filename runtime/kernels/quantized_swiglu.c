@@ -8,11 +8,6 @@
 enum { X, GATE, UP = GATE + 4, ROWS = UP + 4, A_GATE, A_UP = A_GATE + 2, INPUTS = A_UP + 2 };  // inputs
 
 typedef struct {
-  size_t k, n, block_size;
-  int bits;
-} Kernel;
-
-typedef struct {
   Activations x;
   QuantizedMatrix gate, up;
   float *y, *other;  // (rows, n)
@@ -35,18 +30,20 @@ TARGET static void columns_task(void* arguments, size_t task) {
 }
 
 static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
-  const Kernel* kernel = op_kernel;
-  size_t count = 0;
-  const float* x = input(context, X, &count, NULL);
-  const size_t rows = count / kernel->k;
-  Call call = {.gate = product_matrix(context, GATE, kernel->n, kernel->block_size),
-               .up = product_matrix(context, UP, kernel->n, kernel->block_size),
-               .y = output_like(context, 0, X, (int64_t)kernel->n)};
-  if (rows == 0) return NULL;
+  const ProductKernel* kernel = op_kernel;
+  Call call = {0};
   LowRank gate = {0}, up = {0};
+  const float* x = NULL;
+  size_t rows = 0;
+  OrtStatus* status = product_input(context, kernel, X, &x, &rows);
+  if (status == NULL) status = product_matrix(context, kernel, GATE, &call.gate);
+  if (status == NULL) status = product_matrix(context, kernel, UP, &call.up);
+  if (status != NULL) return status;
+  call.y = output_like(context, 0, X, (int64_t)kernel->n);
+  if (rows == 0) return NULL;
   call.other = malloc(rows * kernel->n * sizeof(float));
-  OrtStatus* status = call.other == NULL ? failure("no memory for a product") : NULL;
-  if (status == NULL) status = low_rank_begin(&gate, context, ROWS, A_GATE, x, rows, kernel->k, kernel->n);
+  if (call.other == NULL) return failure("no memory for a product");
+  status = low_rank_begin(&gate, context, ROWS, A_GATE, x, rows, kernel->k, kernel->n);
   if (status == NULL) status = low_rank_begin(&up, context, ROWS, A_UP, x, rows, kernel->k, kernel->n);
   if (gate.low != NULL) call.gate.change = &gate;
   if (up.low != NULL) call.up.change = &up;
@@ -57,18 +54,6 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   low_rank_end(&up);
   free(call.other);
   return status;
-}
-
-static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
-  (void)op, (void)ort;
-  Kernel* made = malloc(sizeof *made);
-  if (made == NULL) return failure("no memory for a kernel");
-  made->k = (size_t)attribute(info, "K", 1);
-  made->n = (size_t)attribute(info, "N", 1);
-  made->block_size = (size_t)attribute(info, "block_size", 32);
-  made->bits = (int)attribute(info, "bits", 4);
-  *kernel = made;
-  return NULL;
 }
 
 static const char* plain_name(const OrtCustomOp* op) { return (void)op, "QuantizedSwiGLU"; }
@@ -89,12 +74,12 @@ static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustom
 
 const OrtCustomOp* quantized_swiglu(void) {
   static const OrtCustomOp op = OPERATOR(plain_name, plain_inputs, outputs, input_type, float_output,
-                                         input_characteristic, create, compute, free);
+                                         input_characteristic, product_create, compute, free);
   return &op;
 }
 
 const OrtCustomOp* quantized_swiglu_low_rank(void) {
   static const OrtCustomOp op = OPERATOR(low_rank_name, low_rank_inputs, outputs, input_type, float_output,
-                                         input_characteristic, create, compute, free);
+                                         input_characteristic, product_create, compute, free);
   return &op;
 }
