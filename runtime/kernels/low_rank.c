@@ -8,7 +8,8 @@ enum {
   LANES = 16,
   PART = 512,    // of k, where rows are few
   GROUP = 16,    // rows, where they are many
-  TOGETHER = 4,  // rows that share a value of A
+  MANY = 8,      // rows that share a value of A
+  TOGETHER = 4,  // rows that share a value of B
   PATIENCE = 1000,
 };
 
@@ -57,36 +58,51 @@ OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size
 
 void low_rank_end(LowRank* change) { free(change->low); }
 
-// x A of changed rows [first, first + rows) and of k [start, end).
-TARGET static void multiply(const LowRank* change, size_t part, size_t first, size_t rows, size_t start, size_t end) {
-  for (size_t row = 0; row < rows; row += TOGETHER) {
-    const size_t together = rows - row < TOGETHER ? rows - row : TOGETHER;
-    const float* x[TOGETHER];
-    for (size_t i = 0; i < TOGETHER; i++)
-      x[i] = change->x + change->index[first + row + (i < together ? i : 0)] * change->k;
-    for (size_t r = 0; r < change->rank; r += LANES) {
-      const __mmask16 lanes = first_lanes(change->rank - r);
-      __m512 sums[TOGETHER] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-      size_t k = start;
-      if (together == 1) {
-        for (; k + TOGETHER <= end; k += TOGETHER)
-          for (size_t i = 0; i < TOGETHER; i++)
-            sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[0][k + i]),
-                                      load(change->a, change->half_a, (k + i) * change->rank + r, lanes), sums[i]);
-        sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-      }
-      for (; k < end; k++) {
-        const __m512 a = load(change->a, change->half_a, k * change->rank + r, lanes);
-        for (size_t i = 0; i < together; i++) sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[i][k]), a, sums[i]);
-      }
-      for (size_t i = 0; i < together; i++) {
-        const size_t changed = first + row + i;
-        const __m512 factor = _mm512_set1_ps(change->factor[changed]);
-        _mm512_storeu_ps(change->low + (part * change->rows + changed) * change->width + r,
-                         _mm512_mul_ps(sums[i], factor));
+// x A of `rows` changed rows, which is a constant where this is put in place, for ranks [r, r + 16) and k [start, end).
+TARGET static inline __attribute__((always_inline)) void multiply(const LowRank* change, size_t part, size_t first,
+                                                                  const int rows, size_t r, size_t start, size_t end) {
+  const __mmask16 lanes = first_lanes(change->rank - r);
+  const float* x[MANY];
+  __m512 sums[MANY];
+  for (int row = 0; row < rows; row++) {
+    x[row] = change->x + change->index[first + (size_t)row] * change->k;
+    sums[row] = _mm512_setzero_ps();
+  }
+  size_t k = start;
+  if (rows == 1) {  // four sums, so that one need not wait for the other
+    __m512 others[3] = {sums[0], sums[0], sums[0]};
+    for (; k + 4 <= end; k += 4) {
+      const float* values = x[0] + k;
+      const size_t at = k * change->rank + r;
+      sums[0] = _mm512_fmadd_ps(_mm512_set1_ps(values[0]), load(change->a, change->half_a, at, lanes), sums[0]);
+      for (size_t i = 0; i < 3; i++)
+        others[i] = _mm512_fmadd_ps(_mm512_set1_ps(values[i + 1]),
+                                    load(change->a, change->half_a, at + (i + 1) * change->rank, lanes), others[i]);
+    }
+    sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], others[0]), _mm512_add_ps(others[1], others[2]));
+  }
+  for (; k < end; k++) {
+    const __m512 a = load(change->a, change->half_a, k * change->rank + r, lanes);
+    for (int row = 0; row < rows; row++) sums[row] = _mm512_fmadd_ps(_mm512_set1_ps(x[row][k]), a, sums[row]);
+  }
+  for (int row = 0; row < rows; row++) {
+    const size_t changed = first + (size_t)row;
+    _mm512_storeu_ps(change->low + (part * change->rows + changed) * change->width + r,
+                     _mm512_mul_ps(sums[row], _mm512_set1_ps(change->factor[changed])));
+  }
+}
+
+TARGET static void multiply_rows(const LowRank* change, size_t part, size_t first, size_t rows, size_t start,
+                                 size_t end) {
+  for (size_t r = 0; r < change->rank; r += LANES)
+    for (size_t row = first; row < first + rows;) {
+      if (first + rows - row >= MANY) {
+        multiply(change, part, row, MANY, r, start, end);
+        row += MANY;
+      } else {
+        multiply(change, part, row++, 1, r, start, end);
       }
     }
-  }
 }
 
 TARGET void low_rank_wait(LowRank* change) {
@@ -103,7 +119,7 @@ TARGET void low_rank_wait(LowRank* change) {
     const size_t rows = change->rows - first < GROUP ? change->rows - first : GROUP;
     const size_t start = change->parts > 1 ? part * PART : 0;
     const size_t end = change->parts > 1 && start + PART < change->k ? start + PART : change->k;
-    multiply(change, part, first, rows, start, end);
+    multiply_rows(change, part, first, rows, start, end);
     if (atomic_fetch_add(&change->done, 1) + 1 < all) continue;
     const size_t size = change->rows * change->width;
     for (size_t other = 1; other < change->parts; other++)
