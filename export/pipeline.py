@@ -228,7 +228,7 @@ def export_model(
             int8_cache = settings.kv_cache == "int8"
             parity = compare(settings.tolerance, int8_cache) if settings.runs_here else ParityReport(HALF_TOLERANCE)
             if quantised is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
-                counts |= finish_quantised(traced.model)
+                counts |= finish_quantised(traced.model, own_operators=not layout.portable)
                 with _as_traced(model, layers, settings.dtype):
                     write_graph(traced.model, draft)
                 finished = compare(settings.tolerance, rounded=True) if settings.runs_here else parity

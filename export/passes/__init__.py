@@ -63,11 +63,17 @@ def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tup
     return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantised
 
 
-def finish_quantised(model: ir.Model) -> dict[str, int]:
-    """What makes a quantised graph fast and small at the price of rounding, after it was verified; returns counts."""
-    return {
-        "int8_compute": use_int8_compute(model) + finish_experts(model),
-        "store_adapter_in_half": half_adapter.store_adapter_in_half(model),
-        "fuse_quantized_matmul": quantized_matmul.fuse_quantized_matmul(model),
-        "fuse_quantized_swiglu": quantized_swiglu.fuse_quantized_swiglu(model),
-    }
+FINISHING: tuple[tuple[str, Pass], ...] = (
+    ("int8_compute", lambda model: use_int8_compute(model) + finish_experts(model)),
+    ("store_adapter_in_half", half_adapter.store_adapter_in_half),
+)
+OWN_OPERATORS: tuple[tuple[str, Pass], ...] = (
+    ("fuse_quantized_matmul", quantized_matmul.fuse_quantized_matmul),
+    ("fuse_quantized_swiglu", quantized_swiglu.fuse_quantized_swiglu),
+)
+
+
+def finish_quantised(model: ir.Model, own_operators: bool = True) -> dict[str, int]:
+    """What makes a quantised graph fast and small at the price of rounding, after it was verified; returns counts.
+    own_operators: whether products may become functions of the graph, which not every execution provider knows."""
+    return {name: rewrite(model) for name, rewrite in (*FINISHING, *(OWN_OPERATORS if own_operators else ()))}

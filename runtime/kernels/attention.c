@@ -1,8 +1,8 @@
 // GroupQueryAttention: the operator of com.microsoft for float32 caches that are continued in place, without biases.
 //
-// The heads that share keys are computed together, so that a cache is read once and not once a head. Softmax is computed
-// tile by tile of the cache with a running maximum (FlashAttention, arXiv 2205.14135). A long cache of a single new token
-// is divided into parts, whose results are merged by whichever thread finishes last.
+// The heads that share keys are computed together, so that a cache is read once and not once a head. Softmax is
+// computed tile by tile of the cache with a running maximum (FlashAttention, arXiv 2205.14135). A long cache of a
+// single new token is divided into parts, whose results are merged by whichever thread finishes last.
 #include <immintrin.h>
 #include <math.h>
 #include <stdatomic.h>
@@ -15,9 +15,9 @@
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS_K, TOTAL, COS, SIN, QUERY_SEQLENS };  // inputs
 enum {
   LANES = 16,
-  TILE = 64,        // positions of the cache
-  VECTORS = 32,     // queries (heads of tokens) that a task computes, about
-  PART = 512,       // positions of the cache that one task reads for a single new token
+  TILE = 64,     // positions of the cache
+  VECTORS = 32,  // queries (heads of tokens) that a task computes, about
+  PART = 512,    // positions of the cache that one task reads for a single new token
   LARGEST_HEAD = 256,
 };
 
@@ -33,14 +33,14 @@ typedef struct {
   size_t query_stride, kv_stride;  // floats from a token to the next
   float *keys, *values;            // caches: (rows, kv_heads, capacity, size)
   const float *cos, *sin;
-  size_t half;                     // of the rotated part of a head
-  const int32_t *lengths, *news;   // tokens of each row after this step, minus one; new ones (NULL: all)
+  size_t half;                    // of the rotated part of a head
+  const int32_t *lengths, *news;  // tokens of each row after this step, minus one; new ones (NULL: all)
   float* y;
   size_t rows, tokens, size, capacity, group;
-  size_t block, blocks;            // tokens of one task; tasks of a row and a key's head
-  size_t parts;                    // of the cache
-  float* partial;                  // (rows, kv_heads, parts, group, size + 2): sums, largest score, sum of weights
-  atomic_size_t* finished;         // (rows, kv_heads)
+  size_t block, blocks;     // tokens of one task; tasks of a row and a key's head
+  size_t parts;             // of the cache
+  float* partial;           // (rows, kv_heads, parts, group, size + 2): sums, largest score, sum of weights
+  atomic_size_t* finished;  // (rows, kv_heads)
 } Call;
 
 static size_t new_tokens(const Call* call, size_t row) { return call->news ? (size_t)call->news[row] : call->tokens; }
@@ -125,7 +125,8 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
   __m512 most = _mm512_set1_ps(state->largest);
   const __m512 least = _mm512_set1_ps(-INFINITY);
   for (size_t t = whole / LANES * LANES; t < to; t += LANES) {
-    const __mmask16 lanes = (__mmask16)((to - t >= LANES ? 0xffffu : (1u << (to - t)) - 1) & (t < whole ? 0xffffu << (whole - t) : 0xffffu));
+    const __mmask16 lanes = (__mmask16)((to - t >= LANES ? 0xffffu : (1u << (to - t)) - 1) &
+                                        (t < whole ? 0xffffu << (whole - t) : 0xffffu));
     const __m512 these = _mm512_mask_loadu_ps(least, lanes, scores + t);
     _mm512_store_ps(scores + t, these);
     most = _mm512_max_ps(most, these);
@@ -151,11 +152,13 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
     if (registers == 4) {
       for (size_t t = from; t < to; t++)
         for (int i = 0; i < 4; i++)
-          all[i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), _mm512_loadu_ps(values + t * size + d + i * LANES), all[i]);
+          all[i] =
+              _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), _mm512_loadu_ps(values + t * size + d + i * LANES), all[i]);
     } else {
       for (size_t t = from; t < to; t++)
         for (size_t i = 0; i < registers; i++)
-          all[i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), _mm512_loadu_ps(values + t * size + d + i * LANES), all[i]);
+          all[i] =
+              _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), _mm512_loadu_ps(values + t * size + d + i * LANES), all[i]);
     }
     for (size_t i = 0; i < registers; i++) _mm512_storeu_ps(sums + d + i * LANES, all[i]);
   }
@@ -165,7 +168,8 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
 static void merge(const Call* call, size_t row, size_t kv_head) {
   const size_t width = call->size + 2;
   for (size_t g = 0; g < call->group; g++) {
-    const float* parts = call->partial + ((row * call->kernel->kv_heads + kv_head) * call->parts * call->group + g) * width;
+    const float* parts =
+        call->partial + ((row * call->kernel->kv_heads + kv_head) * call->parts * call->group + g) * width;
     float largest = -INFINITY, weight = 0;
     for (size_t part = 0; part < call->parts; part++) {
       const float found = parts[part * call->group * width + call->size];
@@ -221,7 +225,8 @@ TARGET static void attend_task(void* arguments, size_t task) {
              from + TILE < end ? from + TILE : end, size);
   if (call->parts == 1) {
     for (size_t i = 0; i < queries; i++) {
-      float* y = call->y + ((row * call->tokens + start + i / group) * call->kernel->heads + kv_head * group + i % group) * size;
+      float* y = call->y +
+                 ((row * call->tokens + start + i / group) * call->kernel->heads + kv_head * group + i % group) * size;
       for (size_t d = 0; d < size; d++) y[d] = sums[i][d] / states[i].weight;
     }
     return;
@@ -240,7 +245,8 @@ TARGET static void attend_task(void* arguments, size_t task) {
 static void copy_cache(const Call* call, float* to, const float* from, size_t capacity) {
   if (to == from) return;
   for (size_t at = 0; at < call->rows * call->kernel->kv_heads; at++)
-    memcpy(to + at * call->capacity * call->size, from + at * capacity * call->size, capacity * call->size * sizeof(float));
+    memcpy(to + at * call->capacity * call->size, from + at * capacity * call->size,
+           capacity * call->size * sizeof(float));
 }
 
 static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
@@ -332,7 +338,7 @@ static size_t outputs(const OrtCustomOp* op) { return (void)op, 3; }
 static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
   (void)op;
   return index == SEQLENS_K || index == TOTAL || index == QUERY_SEQLENS ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
-                                                                       : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+                                                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
 static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
   (void)op;
@@ -340,6 +346,7 @@ static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustom
 }
 
 const OrtCustomOp* group_query_attention(void) {
-  static const OrtCustomOp op = OPERATOR(name, inputs, outputs, input_type, float_output, input_characteristic, create, compute, free);
+  static const OrtCustomOp op =
+      OPERATOR(name, inputs, outputs, input_type, float_output, input_characteristic, create, compute, free);
   return &op;
 }

@@ -1,10 +1,10 @@
 // The library that onnxruntime loads: the operators of domain "imsm", for processors that have what they need.
 //
 // A graph's own functions say what these operators compute; where they are not registered, onnxruntime runs those.
-#include "kernels.h"
-
 #include <pthread.h>
 #include <stdlib.h>
+
+#include "kernels.h"
 
 static const OrtApi* ort;
 

@@ -26,7 +26,8 @@ OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size
   const float* factors = input(context, factors_index, &count, NULL);
   if (factors == NULL) return NULL;
   if (count == 0 || rows % count) return failure("low-rank change: as many factors as do not fit the rows");
-  *change = (LowRank){.x = x, .k = k, .n = n, .half_a = is_half(context, a_index), .half_b = is_half(context, a_index + 1)};
+  *change =
+      (LowRank){.x = x, .k = k, .n = n, .half_a = is_half(context, a_index), .half_b = is_half(context, a_index + 1)};
   size_t a_size = 0, b_size = 0;
   change->a = input(context, a_index, &a_size, &change->rank);
   change->b = input(context, a_index + 1, &b_size, NULL);
@@ -111,8 +112,10 @@ TARGET void low_rank_wait(LowRank* change) {
   while (!atomic_load_explicit(&change->ready, memory_order_acquire)) {
     const size_t mine = atomic_fetch_add(&change->claimed, 1);
     if (mine >= all) {  // another thread is about to finish it, unless it was put to sleep
-      if (++waited % PATIENCE) _mm_pause();
-      else sched_yield();
+      if (++waited % PATIENCE)
+        _mm_pause();
+      else
+        sched_yield();
       continue;
     }
     const size_t part = mine % change->parts, first = mine / change->parts * GROUP;
@@ -165,12 +168,16 @@ TARGET void low_rank_add(const LowRank* change, size_t changed, size_t rows, siz
       const float* low = change->low + (changed + row) * change->width;
       float* to = sums + row * stride + at;
       if (rows - row >= TOGETHER) {
-        if (left > LANES) add(change, low, column + at, left, to, stride, TOGETHER, 2);
-        else add(change, low, column + at, left, to, stride, TOGETHER, 1);
+        if (left > LANES)
+          add(change, low, column + at, left, to, stride, TOGETHER, 2);
+        else
+          add(change, low, column + at, left, to, stride, TOGETHER, 1);
         row += TOGETHER;
       } else {
-        if (left > LANES) add(change, low, column + at, left, to, stride, 1, 2);
-        else add(change, low, column + at, left, to, stride, 1, 1);
+        if (left > LANES)
+          add(change, low, column + at, left, to, stride, 1, 2);
+        else
+          add(change, low, column + at, left, to, stride, 1, 1);
         row++;
       }
     }

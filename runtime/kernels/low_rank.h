@@ -6,21 +6,21 @@
 #include "kernels.h"
 
 typedef struct {
-  const float* x;        // (all rows, k)
-  const void *a, *b;     // (k, rank), (rank, n): float32, or float16 where `half_a`, `half_b`
+  const float* x;     // (all rows, k)
+  const void *a, *b;  // (k, rank), (rank, n): float32, or float16 where `half_a`, `half_b`
   int half_a, half_b;
   size_t k, n, rank, width;  // width: of a row of `low`, `rank` rounded up to whole registers
-  size_t rows;           // that are changed
-  size_t* index;         // (rows) which ones those are
-  float* factor;         // (rows)
-  float* low;            // (parts, rows, width): f x A, of which the first part is the sum once `ready`
-  size_t parts, groups;  // x A is divided into parts of k, or groups of rows
+  size_t rows;               // that are changed
+  size_t* index;             // (rows) which ones those are
+  float* factor;             // (rows)
+  float* low;                // (parts, rows, width): f x A, of which the first part is the sum once `ready`
+  size_t parts, groups;      // x A is divided into parts of k, or groups of rows
   atomic_size_t claimed, done;
   atomic_int ready;
 } LowRank;
 
-// Finds the changed rows of x (rows, k): the factors are at input `factors`, as many as rows or each for as many rows in
-// turn, A at input `a`, B behind it. Does nothing where there are no factors.
+// Finds the changed rows of x (rows, k): the factors are at input `factors`, as many as rows or each for as many rows
+// in turn, A at input `a`, B behind it. Does nothing where there are no factors.
 OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size_t factors, size_t a, const float* x,
                           size_t rows, size_t k, size_t n);
 void low_rank_end(LowRank* change);
@@ -31,7 +31,7 @@ void low_rank_wait(LowRank* change);
 // Fetches what `low_rank_add` reads for columns [column, column + width).
 void low_rank_fetch(const LowRank* change, size_t column, size_t width);
 
-// Adds the change of columns [column, column + width) to `rows` changed rows from `changed` on; sums (rows, stride) begin
-// at that column.
+// Adds the change of columns [column, column + width) to `rows` changed rows from `changed` on; sums (rows, stride)
+// begin at that column.
 void low_rank_add(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width, float* sums,
                   size_t stride);

@@ -54,8 +54,7 @@ typedef struct {
 static inline int middle(int bits) { return bits == 4 ? 3 : 7; }
 
 // Rounds up to 32 floats; returns their scale. Sums are of rounded values.
-TARGET static float round_block(const float* x, size_t count, int bits, int8_t* even, int8_t* odd,
-                                int32_t* lane_sums) {
+TARGET static float round_block(const float* x, size_t count, int bits, int8_t* even, int8_t* odd, int32_t* lane_sums) {
   const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
   const __mmask16 high = count >= 32 ? 0xffff : count <= 16 ? 0 : (__mmask16)((1u << (count - 16)) - 1);
   const __m512 a = _mm512_maskz_loadu_ps(low, x), b = _mm512_maskz_loadu_ps(high, x + 16);
@@ -65,10 +64,12 @@ TARGET static float round_block(const float* x, size_t count, int bits, int8_t* 
   const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, factor)));
   const __m256i all = _mm256_set_m128i(second, first);
   // Bytes 0, 2, 4, ... and 1, 3, 5, ...
-  const __m256i pairs = bits == 8 ? all : _mm256_permute4x64_epi64(
-      _mm256_shuffle_epi8(all, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10,
-                                                12, 14, 1, 3, 5, 7, 9, 11, 13, 15)),
-      0xd8);
+  const __m256i pairs =
+      bits == 8 ? all
+                : _mm256_permute4x64_epi64(
+                      _mm256_shuffle_epi8(all, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0,
+                                                                2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)),
+                      0xd8);
   const __m128i evens = _mm256_castsi256_si128(pairs), odds = _mm256_extracti128_si256(pairs, 1);
   _mm_storeu_si128((__m128i*)even, evens);
   _mm_storeu_si128((__m128i*)odd, odds);
@@ -86,8 +87,8 @@ TARGET static void round_by_chunk(const Activations* activations, size_t row) {
       const size_t start = chunk * CHUNK + block * BLOCK;
       const size_t count = start >= k ? 0 : k - start < BLOCK ? k - start : BLOCK;
       int32_t sums[4];
-      const float scale = round_block(activations->x + row * k + start, count, activations->bits,
-                                      to->even + 16 * block, to->odd + 16 * block, sums);
+      const float scale = round_block(activations->x + row * k + start, count, activations->bits, to->even + 16 * block,
+                                      to->odd + 16 * block, sums);
       for (int lane = 0; lane < 4; lane++) {
         to->start[4 * block + lane] = -sums[lane] * (1 << middle(activations->bits));
         to->scale[4 * block + lane] = scale;
@@ -121,7 +122,8 @@ static inline const char* scale_address(const QuantizedMatrix* matrix, size_t at
 }
 
 // Up to four zero points of a column.
-TARGET static inline __m128i load_zeros(const Product* product, size_t column, size_t at, size_t count, const int bits) {
+TARGET static inline __m128i load_zeros(const Product* product, size_t column, size_t at, size_t count,
+                                        const int bits) {
   const uint8_t* zeros = product->matrix->zeros + column * product->zeros_bytes;
   int32_t found[4] = {0};
   for (size_t i = at; i < at + count; i++) found[i - at] = bits == 8 ? zeros[i] : zeros[i / 2] >> 4 * (i % 2) & 15;
@@ -129,9 +131,9 @@ TARGET static inline __m128i load_zeros(const Product* product, size_t column, s
 }
 
 // One or two columns of up to four rows. `spread` puts the scale of each of the chunk's blocks into its lanes.
-TARGET static inline __attribute__((always_inline)) void two_columns(const Product* product, size_t column, size_t first,
-                                                                     const int rows, const int columns, const int bits,
-                                                                     const int zeros, __m512i spread,
+TARGET static inline __attribute__((always_inline)) void two_columns(const Product* product, size_t column,
+                                                                     size_t first, const int rows, const int columns,
+                                                                     const int bits, const int zeros, __m512i spread,
                                                                      size_t scales_per_chunk) {
   const Activations* activations = product->x;
   const QuantizedMatrix* matrix = product->matrix;
@@ -170,7 +172,8 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
       }
       if (zeros)
         zero[c] = _mm512_permutexvar_epi32(
-            spread, _mm512_castsi128_si512(load_zeros(product, column + c, chunk * scales_per_chunk, scales_here, bits)));
+            spread,
+            _mm512_castsi128_si512(load_zeros(product, column + c, chunk * scales_per_chunk, scales_here, bits)));
       scale[c] = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(load_scales(matrix, at, known)));
     }
     for (int r = 0; r < rows; r++) {
@@ -207,11 +210,13 @@ TARGET static inline __attribute__((always_inline)) void few_rows(const Product*
     const int two = end - column >= 2;
     for (size_t row = 0; row < rows;) {
       const size_t left = rows - row;
-#define ROWS(COUNT)                                                   \
-  {                                                                   \
-    if (two) two_columns(product, column, row, COUNT, 2, bits, zeros, spread, scales); \
-    else two_columns(product, column, row, COUNT, 1, bits, zeros, spread, scales);     \
-    row += COUNT;                                                     \
+#define ROWS(COUNT)                                                             \
+  {                                                                             \
+    if (two)                                                                    \
+      two_columns(product, column, row, COUNT, 2, bits, zeros, spread, scales); \
+    else                                                                        \
+      two_columns(product, column, row, COUNT, 1, bits, zeros, spread, scales); \
+    row += COUNT;                                                               \
   }
       if (left >= 4) ROWS(4) else if (left == 3) ROWS(3) else if (left == 2) ROWS(2) else ROWS(1)
 #undef ROWS
@@ -261,8 +266,8 @@ TARGET static inline __attribute__((always_inline)) void unpack(const Product* p
 }
 
 // The zero points of a block for `columns` columns.
-TARGET static inline void block_zeros(const Product* product, size_t first, size_t columns, size_t block, const int bits,
-                                      __m512i zeros[2]) {
+TARGET static inline void block_zeros(const Product* product, size_t first, size_t columns, size_t block,
+                                      const int bits, __m512i zeros[2]) {
   const size_t at = block * BLOCK / product->matrix->block_size;
   int32_t found[WIDE] = {0};
   for (size_t c = 0; c < columns; c++) found[c] = _mm_cvtsi128_si32(load_zeros(product, first + c, at, 1, bits));
@@ -292,8 +297,8 @@ TARGET static inline __m512i four(const int8_t* values) {
   return _mm512_set1_epi32(word);
 }
 
-TARGET static inline __attribute__((always_inline)) void many_rows(const Product* product, size_t column, size_t columns,
-                                                                   const int bits, const int zeros) {
+TARGET static inline __attribute__((always_inline)) void many_rows(const Product* product, size_t column,
+                                                                   size_t columns, const int bits, const int zeros) {
   const size_t block_bytes = BLOCK * (size_t)bits / 8;
   const Activations* activations = product->x;
   const QuantizedMatrix* matrix = product->matrix;
@@ -414,9 +419,9 @@ void product_end(Activations* activations) {
   free(activations->by_block);
 }
 
-#define VARIANT(ROWS, BITS, ZEROS)                                                                          \
-  TARGET static void ROWS##_##BITS##_##ZEROS(const Product* product, size_t first, size_t columns) {        \
-    ROWS(product, first, columns, BITS, ZEROS);                                                             \
+#define VARIANT(ROWS, BITS, ZEROS)                                                                   \
+  TARGET static void ROWS##_##BITS##_##ZEROS(const Product* product, size_t first, size_t columns) { \
+    ROWS(product, first, columns, BITS, ZEROS);                                                      \
   }
 VARIANT(few_rows, 4, 0)
 VARIANT(few_rows, 4, 1)
@@ -438,8 +443,8 @@ size_t product_tasks(const Activations* activations, size_t n) {
   return (n + columns - 1) / columns;
 }
 
-void product_columns(const Activations* activations, const QuantizedMatrix* matrix, float* y, size_t task, size_t* first,
-                  size_t* columns) {
+void product_columns(const Activations* activations, const QuantizedMatrix* matrix, float* y, size_t task,
+                     size_t* first, size_t* columns) {
   Product product = {.x = activations, .matrix = matrix, .y = y};
   product.per_column = (activations->k + matrix->block_size - 1) / matrix->block_size;
   product.bytes = product.per_column * matrix->block_size * (size_t)activations->bits / 8;

@@ -30,10 +30,10 @@ typedef struct {
   const uint8_t* weights;  // (n, blocks, block_size * bits / 8)
   const void* scales;      // (n, blocks): float32, or float16 where `half`
   int half;
-  const uint8_t* zeros;    // (n, blocks * bits / 8 rounded up), or NULL: 8 or 128 everywhere
-  const float* bias;       // (n), or NULL
+  const uint8_t* zeros;  // (n, blocks * bits / 8 rounded up), or NULL: 8 or 128 everywhere
+  const float* bias;     // (n), or NULL
   size_t n, block_size;
-  LowRank* change;         // or NULL
+  LowRank* change;  // or NULL
 } QuantizedMatrix;
 
 // Finds the matrix whose weights are at input `index`, followed by scales, zero points and a bias; without a change.
@@ -53,5 +53,5 @@ void product_end(Activations* activations);
 size_t product_tasks(const Activations* activations, size_t n);
 
 // Computes one task's columns of y (rows, n), and says which ones those are.
-void product_columns(const Activations* activations, const QuantizedMatrix* matrix, float* y, size_t task, size_t* first,
-                  size_t* columns);
+void product_columns(const Activations* activations, const QuantizedMatrix* matrix, float* y, size_t task,
+                     size_t* first, size_t* columns);

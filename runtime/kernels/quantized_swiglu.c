@@ -1,4 +1,5 @@
-// QuantizedSwiGLU: y = silu(x G^T [+ ...]) * (x U^T [+ ...]), both products as in QuantizedMatMul (SwiGLU, arXiv 2002.05202).
+// QuantizedSwiGLU: y = silu(x G^T [+ ...]) * (x U^T [+ ...]), both products as in QuantizedMatMul (SwiGLU, arXiv
+// 2002.05202).
 #include <immintrin.h>
 #include <stdlib.h>
 
@@ -23,7 +24,8 @@ TARGET static void columns_task(void* arguments, size_t task) {
     const float* up = call->other + row * call->gate.n + first;
     for (size_t c = 0; c < columns; c += 16) {
       const __mmask16 lanes = columns - c >= 16 ? 0xffff : (__mmask16)((1u << (columns - c)) - 1);
-      const __m512 value = _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(lanes, gate + c)), _mm512_maskz_loadu_ps(lanes, up + c));
+      const __m512 value =
+          _mm512_mul_ps(silu(_mm512_maskz_loadu_ps(lanes, gate + c)), _mm512_maskz_loadu_ps(lanes, up + c));
       _mm512_mask_storeu_ps(gate + c, lanes, value);
     }
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,3 +180,11 @@ def test_the_blended_steps_are_the_scores_of_the_same_text(exported: Exported) -
         differences.append(np.abs(found - session.score(prompt, rest)).max())
     assert np.median(differences) < MOSTLY
     assert max(differences) < AT_MOST
+
+
+def test_the_portable_form_has_no_operators_of_its_own(tmp_path: Path) -> None:
+    exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True))
+    model = onnx.load(str(exported.artifact / "model.onnx"), load_external_data=False)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
+    assert not any(name.startswith("fuse_quantized") for name in exported.manifest["passes"])
