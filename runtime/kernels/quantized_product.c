@@ -22,8 +22,8 @@ enum {
   WIDE = 32,           // columns of one tile
   TASK = 64,           // columns of one task where rows are few
   LINE = 64,           // bytes of the cache's unit
-  AHEAD = 4096,        // bytes of weights to fetch before they are needed: the processor itself stops at a page's end
-  SCALES_AHEAD = 256,  // scales
+  AHEAD = 8192,        // bytes of weights to fetch before they are needed: the processor itself stops at a page's end
+  SCALES_AHEAD = 512,  // scales
 };
 
 // 128 activations of one row; each lane is of eight of them.
