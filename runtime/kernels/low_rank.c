@@ -100,6 +100,9 @@ TARGET static void multiply_rows(const LowRank* change, size_t part, size_t firs
       if (first + rows - row >= MANY) {
         multiply(change, part, row, MANY, r, start, end);
         row += MANY;
+      } else if (first + rows - row >= TOGETHER) {
+        multiply(change, part, row, TOGETHER, r, start, end);
+        row += TOGETHER;
       } else {
         multiply(change, part, row++, 1, r, start, end);
       }
@@ -160,8 +163,9 @@ TARGET static inline __attribute__((always_inline)) void add(const LowRank* chan
       _mm512_mask_storeu_ps(sums + (size_t)row * stride + i * LANES, lanes[i], all[row][i]);
 }
 
-TARGET void low_rank_add(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width, float* sums,
-                         size_t stride) {
+// The same for `rows` changed rows that follow one another.
+TARGET static void add_rows(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width,
+                            float* sums, size_t stride) {
   for (size_t at = 0; at < width; at += 2 * LANES) {
     const size_t left = width - at;
     for (size_t row = 0; row < rows;) {
@@ -181,5 +185,19 @@ TARGET void low_rank_add(const LowRank* change, size_t changed, size_t rows, siz
         row++;
       }
     }
+  }
+}
+
+TARGET void low_rank_add(const LowRank* change, size_t first, size_t rows, size_t column, size_t width, float* sums,
+                         size_t stride) {
+  size_t changed = 0;
+  while (changed < change->rows && change->index[changed] < first) changed++;
+  while (changed < change->rows && change->index[changed] < first + rows) {
+    const size_t from = change->index[changed];
+    size_t run = 1;
+    while (changed + run < change->rows && change->index[changed + run] == from + run && from + run < first + rows)
+      run++;
+    add_rows(change, changed, run, column, width, sums + (from - first) * stride, stride);
+    changed += run;
   }
 }

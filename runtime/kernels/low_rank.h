@@ -31,7 +31,7 @@ void low_rank_wait(LowRank* change);
 // Fetches what `low_rank_add` reads for columns [column, column + width).
 void low_rank_fetch(const LowRank* change, size_t column, size_t width);
 
-// Adds the change of columns [column, column + width) to `rows` changed rows from `changed` on; sums (rows, stride)
-// begin at that column.
-void low_rank_add(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width, float* sums,
+// Adds the change of columns [column, column + width) to those of rows [first, first + rows) that are changed; sums
+// (rows, stride) begin at that row and column.
+void low_rank_add(const LowRank* change, size_t first, size_t rows, size_t column, size_t width, float* sums,
                   size_t stride);

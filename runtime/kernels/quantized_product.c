@@ -222,9 +222,7 @@ TARGET static inline __attribute__((always_inline)) void few_rows(const Product*
 #undef ROWS
     }
   }
-  for (size_t changed = 0; matrix->change && changed < matrix->change->rows; changed++)
-    low_rank_add(matrix->change, changed, 1, first, columns,
-                 product->y + matrix->change->index[changed] * matrix->n + first, matrix->n);
+  if (matrix->change) low_rank_add(matrix->change, 0, rows, first, columns, product->y + first, matrix->n);
 }
 
 // Sixteen bytes of each of 16 columns from `column` on: registers of four bytes a lane, one column a lane.
@@ -305,19 +303,10 @@ TARGET static inline __attribute__((always_inline)) void many_rows(const Product
   float sums[TILE][WIDE], bias[WIDE] = {0};
   if (matrix->bias) memcpy(bias, matrix->bias + column, columns * sizeof(float));
   if (matrix->change) low_rank_wait(matrix->change);
-  size_t changed = 0;
   for (size_t first = 0; first < activations->rows; first += TILE) {
     const size_t rows = activations->rows - first < TILE ? activations->rows - first : TILE;
     for (size_t row = 0; row < rows; row++) memcpy(sums[row], bias, sizeof bias);
-    while (matrix->change && changed < matrix->change->rows && matrix->change->index[changed] < first + rows) {
-      const size_t from = matrix->change->index[changed];  // and as many as follow one another
-      size_t run = 1;
-      while (changed + run < matrix->change->rows && matrix->change->index[changed + run] == from + run &&
-             from + run < first + rows)
-        run++;
-      low_rank_add(matrix->change, changed, run, column, columns, sums[from - first], WIDE);
-      changed += run;
-    }
+    if (matrix->change) low_rank_add(matrix->change, first, rows, column, columns, sums[0], WIDE);
     for (size_t block = 0; block < activations->blocks; block++) {
       __m512i even[2][4], odd[2][4], zero[2];
       __m512 scale[2];
