@@ -147,19 +147,21 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
     scales[c] = (column + c) * per_column;
     for (int r = 0; r < rows; r++) sums[c][r] = _mm512_setzero_ps();
   }
-  const size_t step = CHUNK * (size_t)bits / 8;
-  for (size_t chunk = 0; chunk < activations->chunks; chunk++) {
-    const size_t left = bytes - chunk * step;
-    const size_t scales_left = per_column - chunk * scales_per_chunk;
-    const size_t scales_here = scales_left < scales_per_chunk ? scales_left : scales_per_chunk;
+  const size_t step = CHUNK * (size_t)bits / 8, last = activations->chunks - 1;
+  const size_t last_bytes = bytes - last * step, last_scales = per_column - last * scales_per_chunk;
+  for (size_t chunk = 0; chunk <= last; chunk++) {
+    const size_t left = chunk < last ? step : last_bytes;
+    const size_t scales_here = chunk < last ? scales_per_chunk : last_scales;
     const __mmask8 known = (__mmask8)((1u << scales_here) - 1);
     __m512i even[2], odd[2], zero[2];
     __m512 scale[2];
     for (int c = 0; c < columns; c++) {
       const size_t at = scales[c] + chunk * scales_per_chunk;
-      for (size_t line = 0; line < step; line += LINE)
-        _mm_prefetch((const char*)weights[c] + chunk * step + line + AHEAD, _MM_HINT_T0);
-      _mm_prefetch(scale_address(matrix, at + SCALES_AHEAD), _MM_HINT_T0);
+      if (first == 0) {
+        for (size_t line = 0; line < step; line += LINE)
+          _mm_prefetch((const char*)weights[c] + chunk * step + line + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(scale_address(matrix, at + SCALES_AHEAD), _MM_HINT_T0);
+      }
       const __m512i both = _mm512_maskz_loadu_epi8(first_bytes(left), weights[c] + chunk * step);
       if (bits == 4) {
         even[c] = _mm512_and_si512(both, low);
@@ -206,21 +208,26 @@ TARGET static inline __attribute__((always_inline)) void few_rows(const Product*
     low_rank_wait(matrix->change);
     low_rank_fetch(matrix->change, first, columns);
   }
-  for (size_t column = first; column < end; column += 2) {
-    const int two = end - column >= 2;
-    for (size_t row = 0; row < rows;) {
-      const size_t left = rows - row;
+  // All columns for four rows at a time, so that those stay in the nearest cache.
+  for (size_t row = 0; row < rows; row += 4) {
+    const size_t left = rows - row;
 #define ROWS(COUNT)                                                             \
-  {                                                                             \
-    if (two)                                                                    \
+  for (size_t column = first; column < end; column += 2) {                      \
+    if (end - column >= 2)                                                      \
       two_columns(product, column, row, COUNT, 2, bits, zeros, spread, scales); \
     else                                                                        \
       two_columns(product, column, row, COUNT, 1, bits, zeros, spread, scales); \
-    row += COUNT;                                                               \
   }
-      if (left >= 4) ROWS(4) else if (left == 3) ROWS(3) else if (left == 2) ROWS(2) else ROWS(1)
-#undef ROWS
+    if (left >= 4) {
+      ROWS(4)
+    } else if (left == 3) {
+      ROWS(3)
+    } else if (left == 2) {
+      ROWS(2)
+    } else {
+      ROWS(1)
     }
+#undef ROWS
   }
   if (matrix->change) low_rank_add(matrix->change, 0, rows, first, columns, product->y + first, matrix->n);
 }
