@@ -48,11 +48,10 @@ def open_session(
     """An onnxruntime session on `provider`, a key of PROVIDERS.
 
     threads: None is the number of usable physical cores. spin: whether idle threads busy-wait, which is faster and
-    uses the processor. profile: the beginning of the path that `end_profiling` writes to. kernels: whether the CPU
-    provider runs this project's kernels where it has them. cuda_graph: whether runs can be captured and replayed, with
-    the CUDA provider. Raises ProviderError if the
-    provider is unknown, not built in, or did not start (unless `allow_fallback`), or if onnxruntime is too old, and
-    ArtifactError if onnxruntime refuses the graph.
+    uses the processor. kernels: whether the CPU provider runs this project's kernels where it has them. cuda_graph:
+    whether runs can be captured and replayed, with the CUDA provider. profile: the beginning of the path that
+    `end_profiling` writes to. Raises ProviderError if the provider is unknown, not built in, or did not start (unless
+    `allow_fallback`), or if onnxruntime is too old, and ArtifactError if onnxruntime refuses the graph.
     """
     if installed_version() < OLDEST_VERSION:
         raise ProviderError(

@@ -43,6 +43,12 @@ def store_in_half(graph: ir.Graph, value: ir.Value) -> None:
     weights.drop_unused(graph, [value])
 
 
+def in_half(values: weights.Array) -> weights.Array:
+    """float32 values as float16 holds them; infinite where it does not."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
 def _half(values: weights.Array) -> weights.Array:
     return values.astype(np.float16)
 

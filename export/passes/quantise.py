@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ..calibration import layer_name
 from ..errors import TraceError
 from ..quantised_weight import QuantisedWeight, round_to_nearest
 from . import weights
+from .half_adapter import in_half
 from .quantise_experts import INT8_COMPUTE, quantise_experts
 
-Array = NDArray[Any]
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention")
 SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
 
@@ -318,9 +317,8 @@ def _head_is_quantised(model: ir.Model) -> bool:
     return False
 
 
-def _in_half(scales: Array) -> Array:
-    with np.errstate(over="ignore"):  # the comparison finds what is too large
-        half = scales.astype(np.float16).astype(np.float32)
+def _in_half(scales: weights.Array) -> weights.Array:
+    half = in_half(scales)
     return half if np.allclose(half, scales, rtol=1e-3, atol=0) else scales
 
 

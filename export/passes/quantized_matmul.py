@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from . import functions, weights
-from .half_adapter import store_in_half
+from .half_adapter import in_half, store_in_half
 from .quantise_experts import INT8_COMPUTE
 
 BITS = (4, 8)
@@ -47,7 +47,6 @@ class _Change:
     """Add(product, MatMul(low, b)), where low is the rows' part of MatMul(x, a), or columns of it."""
 
     add: ir.Node
-    product: ir.Node
     split: ir.Node | None
     rows: ir.Value
     a: ir.Value
@@ -128,7 +127,7 @@ def _change(node: ir.Node) -> _Change | None:
         if rows is None or a is None or b is None or not _of_rows(rows) or _stored(a) is None or _stored(b) is None:
             continue
         rank = weights.matrix(_stored(a) or a).shape[1]
-        return _Change(add, second, split, rows, a, b, columns or (0, rank))
+        return _Change(add, split, rows, a, b, columns or (0, rank))
     return None
 
 
@@ -185,7 +184,7 @@ def _columns(graph: ir.Graph, a: ir.Value, columns: tuple[int, int]) -> ir.Value
 
 
 def _is_half(values: weights.Array) -> bool:
-    return bool((values.astype(np.float16).astype(values.dtype) == values).all())
+    return bool((in_half(values) == values).all())
 
 
 def _stored(value: ir.Value) -> ir.Value | None:

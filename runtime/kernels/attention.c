@@ -204,7 +204,7 @@ TARGET static void attend_task(void* arguments, size_t task) {
   if (there <= start && call->parts == 1) return;
   const size_t known = first + there, queries = (there > start ? there - start : 0) * group;
   size_t from = part * PART, end = call->parts > 1 && from + PART < known ? from + PART : known;
-  if (call->tokens == 1 && queries > 0 && part == first / (call->parts > 1 ? PART : known)) append(call, row, kv_head);
+  if (call->tokens == 1 && queries > 0 && part == first / PART) append(call, row, kv_head);
   float vectors[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
   float sums[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
   State states[queries > 0 ? queries : 1];
@@ -346,7 +346,6 @@ static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustom
 }
 
 const OrtCustomOp* group_query_attention(void) {
-  static const OrtCustomOp op =
-      OPERATOR(name, inputs, outputs, input_type, float_output, input_characteristic, create, compute, free);
+  static const OrtCustomOp op = OPERATOR(name, inputs, outputs, input_type, input_characteristic, create, compute);
   return &op;
 }

@@ -3,6 +3,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #include "onnxruntime_c_api.h"
 
@@ -48,19 +49,19 @@ OrtCustomOpInputOutputCharacteristic required(const OrtCustomOp* op, size_t inde
 int first_version(const OrtCustomOp* op);
 int last_version(const OrtCustomOp* op);
 
-#define OPERATOR(NAME, INPUTS, OUTPUTS, INPUT_TYPE, OUTPUT_TYPE, INPUT_CHARACTERISTIC, CREATE, COMPUTE, DESTROY) \
-  {.version = ORT_API_VERSION,                                                                                   \
-   .GetName = NAME,                                                                                              \
-   .GetExecutionProviderType = cpu_provider,                                                                     \
-   .GetInputType = INPUT_TYPE,                                                                                   \
-   .GetInputTypeCount = INPUTS,                                                                                  \
-   .GetOutputType = OUTPUT_TYPE,                                                                                 \
-   .GetOutputTypeCount = OUTPUTS,                                                                                \
-   .KernelDestroy = DESTROY,                                                                                     \
-   .GetInputCharacteristic = INPUT_CHARACTERISTIC,                                                               \
-   .GetOutputCharacteristic = required,                                                                          \
-   .GetInputMemoryType = default_memory,                                                                         \
-   .CreateKernelV2 = CREATE,                                                                                     \
-   .KernelComputeV2 = COMPUTE,                                                                                   \
-   .GetStartVersion = first_version,                                                                             \
+#define OPERATOR(NAME, INPUTS, OUTPUTS, INPUT_TYPE, INPUT_CHARACTERISTIC, CREATE, COMPUTE) \
+  {.version = ORT_API_VERSION,                                                             \
+   .GetName = NAME,                                                                        \
+   .GetExecutionProviderType = cpu_provider,                                               \
+   .GetInputType = INPUT_TYPE,                                                             \
+   .GetInputTypeCount = INPUTS,                                                            \
+   .GetOutputType = float_output,                                                          \
+   .GetOutputTypeCount = OUTPUTS,                                                          \
+   .KernelDestroy = free,                                                                  \
+   .GetInputCharacteristic = INPUT_CHARACTERISTIC,                                         \
+   .GetOutputCharacteristic = required,                                                    \
+   .GetInputMemoryType = default_memory,                                                   \
+   .CreateKernelV2 = CREATE,                                                               \
+   .KernelComputeV2 = COMPUTE,                                                             \
+   .GetStartVersion = first_version,                                                       \
    .GetEndVersion = last_version}

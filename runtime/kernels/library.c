@@ -14,6 +14,21 @@ OrtStatus* parallel_for(const OrtKernelContext* context, Task task, size_t total
   return ort->KernelContext_ParallelFor(context, task, total, 0, arguments);
 }
 
+enum { MOST_DIMENSIONS = 8 };
+
+// The shape of a tensor; returns how many dimensions it has, `count` gets the number of elements.
+static size_t shape_of(const OrtValue* value, int64_t shape[MOST_DIMENSIONS], size_t* count) {
+  OrtTensorTypeAndShapeInfo* info = NULL;
+  size_t dimensions = 0;
+  ort->ReleaseStatus(ort->GetTensorTypeAndShape(value, &info));
+  ort->ReleaseStatus(ort->GetDimensionsCount(info, &dimensions));
+  if (dimensions > MOST_DIMENSIONS) dimensions = MOST_DIMENSIONS;
+  ort->ReleaseStatus(ort->GetDimensions(info, shape, dimensions));
+  ort->ReleaseStatus(ort->GetTensorShapeElementCount(info, count));
+  ort->ReleaseTensorTypeAndShapeInfo(info);
+  return dimensions;
+}
+
 const void* input(const OrtKernelContext* context, size_t index, size_t* count, size_t* last) {
   const OrtValue* value = NULL;
   size_t inputs = 0;
@@ -21,17 +36,12 @@ const void* input(const OrtKernelContext* context, size_t index, size_t* count, 
   if (index >= inputs) return NULL;
   ort->ReleaseStatus(ort->KernelContext_GetInput(context, index, &value));
   if (value == NULL) return NULL;
-  OrtTensorTypeAndShapeInfo* info = NULL;
+  int64_t shape[MOST_DIMENSIONS];
+  size_t elements = 0;
   void* data = NULL;
-  ort->ReleaseStatus(ort->GetTensorTypeAndShape(value, &info));
-  size_t dimensions = 0;
-  int64_t shape[8] = {1};
-  ort->ReleaseStatus(ort->GetDimensionsCount(info, &dimensions));
-  if (dimensions > 8) dimensions = 8;
-  ort->ReleaseStatus(ort->GetDimensions(info, shape, dimensions));
+  const size_t dimensions = shape_of(value, shape, &elements);
   if (last) *last = dimensions ? (size_t)shape[dimensions - 1] : 1;
-  if (count) ort->ReleaseStatus(ort->GetTensorShapeElementCount(info, count));
-  ort->ReleaseTensorTypeAndShapeInfo(info);
+  if (count) *count = elements;
   ort->ReleaseStatus(ort->GetTensorMutableData((OrtValue*)value, &data));
   return data;
 }
@@ -58,14 +68,9 @@ float* output(OrtKernelContext* context, size_t index, const int64_t* shape, siz
 float* output_like(OrtKernelContext* context, size_t index, size_t model, int64_t last) {
   const OrtValue* value = NULL;
   ort->ReleaseStatus(ort->KernelContext_GetInput(context, model, &value));
-  OrtTensorTypeAndShapeInfo* info = NULL;
-  ort->ReleaseStatus(ort->GetTensorTypeAndShape(value, &info));
-  size_t dimensions = 0;
-  int64_t shape[8];
-  ort->ReleaseStatus(ort->GetDimensionsCount(info, &dimensions));
-  if (dimensions > 8) dimensions = 8;
-  ort->ReleaseStatus(ort->GetDimensions(info, shape, dimensions));
-  ort->ReleaseTensorTypeAndShapeInfo(info);
+  int64_t shape[MOST_DIMENSIONS];
+  size_t elements = 0;
+  const size_t dimensions = shape_of(value, shape, &elements);
   if (dimensions) shape[dimensions - 1] = last;
   return output(context, index, shape, dimensions);
 }

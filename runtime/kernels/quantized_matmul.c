@@ -53,13 +53,13 @@ static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustom
 }
 
 const OrtCustomOp* quantized_matmul(void) {
-  static const OrtCustomOp op = OPERATOR(plain_name, plain_inputs, outputs, input_type, float_output,
-                                         input_characteristic, product_create, compute, free);
+  static const OrtCustomOp op =
+      OPERATOR(plain_name, plain_inputs, outputs, input_type, input_characteristic, product_create, compute);
   return &op;
 }
 
 const OrtCustomOp* quantized_matmul_low_rank(void) {
-  static const OrtCustomOp op = OPERATOR(low_rank_name, low_rank_inputs, outputs, input_type, float_output,
-                                         input_characteristic, product_create, compute, free);
+  static const OrtCustomOp op =
+      OPERATOR(low_rank_name, low_rank_inputs, outputs, input_type, input_characteristic, product_create, compute);
   return &op;
 }

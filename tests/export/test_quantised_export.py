@@ -111,11 +111,8 @@ def test_an_export_consists_of_the_projects_own_operators(exported: Exported, pr
 
 def test_the_functions_compute_what_the_kernels_do(exported: Exported) -> None:
     prompt = next(texts())[0]
-    with_kernels, without = (
-        Session(exported.artifact, threads=1, kernels=kernels).prefill(state, [prompt]).logits
-        for kernels in (True, False)
-        for state in [Session(exported.artifact, threads=1, kernels=kernels).new_state()]
-    )
+    sessions = [Session(exported.artifact, threads=1, kernels=kernels) for kernels in (True, False)]
+    with_kernels, without = (session.prefill(session.new_state(), [prompt]).logits for session in sessions)
     assert np.median(np.abs(with_kernels - without)) < 0.05 * np.abs(without).max()
 
 

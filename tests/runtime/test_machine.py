@@ -167,7 +167,8 @@ def test_a_cuda_graph_without_cuda_is_an_error() -> None:
         open_session(_PROBE, cuda_graph=True)
 
 
-def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def record_sessions(monkeypatch: pytest.MonkeyPatch, available: list[str]) -> dict[str, Any]:
+    """What sessions are opened with from here on, by an onnxruntime that has the providers `available`."""
     given: dict[str, Any] = {}
 
     class Recorded:
@@ -175,28 +176,23 @@ def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             given.update(settings)
 
         def get_providers(self) -> list[str]:
-            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            return available
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    return given
+
+
+def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     for wanted in (True, False):
         open_session(_PROBE, "cuda", cuda_graph=wanted)
         assert given["provider_options"] == [{"enable_cuda_graph": "1"} if wanted else {}, {}]
 
 
 def test_a_provider_with_threads_of_its_own_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
-
-    class Recorded:
-        def __init__(self, source: object, options: object, **settings: object) -> None:
-            given.update(settings)
-
-        def get_providers(self) -> list[str]:
-            return ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
-
     available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Recorded)
+    given = record_sessions(monkeypatch, available)
     open_session(_PROBE, "openvino", threads=3)
     assert given == {"providers": available, "provider_options": [{"num_of_threads": "3"}, {}]}
 
