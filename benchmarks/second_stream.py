@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shapes import GATE, GATE_RANK, SHAPES, random_base, random_siamese, small_tokenizer
-from runtime.bench import BenchSettings, bench
+from runtime.bench.compare import BenchSettings, bench
 from runtime.machine import describe_machine
 
 COMPARED = ("ms_per_token", "ttft_ms", "peak_rss_mb", "cache_bytes", "load_ms")

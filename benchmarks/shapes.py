@@ -76,7 +76,7 @@ def sizes(shape: dict[str, Any], rank: int) -> Sizes:
 
 
 def random_base(shape: dict[str, Any]) -> PreTrainedModel:
-    """A causal LM of this shape with the library's own random initialisation, from seed 0."""
+    """A causal LM of this shape with the library's own random initialization, from seed 0."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,10 +91,10 @@ def random_siamese(base: PreTrainedModel, rank: int) -> SiameseModel:
     """LoRA on all seven projections and a query-aware gate, every factor random and non-zero, from seed 1."""
     import torch
 
-    from imsm_core.adapters import attach_adapter
+    from imsm_core.adapters.attach import attach_adapter
+    from imsm_core.adapters.methods import peft_config
     from imsm_core.backbone import hidden_size
     from imsm_core.gates import make_gate
-    from imsm_core.methods import peft_config
     from imsm_core.siamese import SiameseModel
 
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from imsm_core.data import IGNORED_LABEL, Example, collate, epoch_order
+from imsm_core.data.dataset import IGNORED_LABEL, Example, collate, epoch_order
 
 
 def make_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:

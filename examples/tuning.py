@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imsm_core.adapters import attach_adapter
+from imsm_core.adapters.attach import attach_adapter
+from imsm_core.adapters.methods import peft_config
 from imsm_core.backbone import hidden_size, load_base_model
-from imsm_core.data import Dataset
+from imsm_core.data.dataset import Dataset
 from imsm_core.gates import Gate, Gated, Memories, make_gate
-from imsm_core.methods import peft_config
 from imsm_core.siamese import SiameseModel
-from imsm_core.training import TrainSettings, train
+from imsm_core.training.loop import TrainSettings, train
 
 GATE_KIND, GATE_RANK = "query_aware", 8
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 16, 16, 0.1

@@ -14,7 +14,7 @@ _MODULES = {
     "export_adapter": "pipeline",
     "export_checkpoint": "pipeline",
     "export_model": "pipeline",
-    "verify_graph": "verify",
+    "verify_graph": "verification.parity",
 }
 
 __all__ = sorted(_MODULES)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imsm_core.files import sha256_of_file
 
-from .attention import AttentionPlan
+from .attention.plan import AttentionPlan
 from .errors import UnsupportedError
-from .normalized import ModelFacts
+from .model_facts import ModelFacts
 from .streams import StreamLayout
 
 FORMAT_VERSION = 3

@@ -45,7 +45,7 @@ def register(subparsers: Any) -> None:
         metavar="NAME",
         help="what int8 and int4 models compute in: fp32 (the default), or fp16 or bf16 for a GPU",
     )
-    add("--calibrate", type=Path, metavar="FILE", help="quantise with GPTQ on these texts (JSONL), not by rounding")
+    add("--calibrate", type=Path, metavar="FILE", help="quantize with GPTQ on these texts (JSONL), not by rounding")
     add(
         "--kv-cache",
         default="float",
@@ -145,17 +145,17 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
-    """Run the parity check of an existing artifact again; returns the new report. What was quantised is reported and
+    """Run the parity check of an existing artifact again; returns the new report. What was quantized is reported and
     not judged: the checkpoint has other weights. Raises as `export_checkpoint`."""
     from imsm_core.checkpoint import load_checkpoint
 
     from .pipeline import ExportSettings, report_parity
-    from .verify import verify_graph
+    from .verification.parity import verify_graph
 
     manifest = json.loads((artifact / "imsm_model.json").read_text(encoding="utf-8"))
     model, _ = load_checkpoint(checkpoint, base_model)
-    quantised = manifest["quantisation"] is not None or manifest["kv_cache"] == "int8"
-    tolerance = math.inf if quantised else ExportSettings(manifest["precision"]).tolerance
+    quantized = manifest["quantization"] is not None or manifest["kv_cache"] == "int8"
+    tolerance = math.inf if quantized else ExportSettings(manifest["precision"]).tolerance
     parity = verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"], tolerance)
     report_parity(parity, _to_stderr)
     return parity.as_dict()

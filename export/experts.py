@@ -70,7 +70,7 @@ _laid: dict[nn.Module, _Weights] = {}  # of one traced step: two streams that la
 
 def plan_experts(model: PreTrainedModel) -> ExpertsPlan:
     """What the experts of every layer compute, found by values before the trace, in which there are none."""
-    return {module: _recognised(module) for module in model.modules() if hasattr(module, "has_post_expert_norm")}
+    return {module: _recognized(module) for module in model.modules() if hasattr(module, "has_post_expert_norm")}
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, change: tuple[Tenso
     return product
 
 
-def _recognised(experts: Any) -> SwiGLU | None:
+def _recognized(experts: Any) -> SwiGLU | None:
     """The SwiGLU that the experts' gating computes, found by its values; None: not one."""
     if not experts.has_gate or experts.has_post_expert_norm:
         return None

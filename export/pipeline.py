@@ -14,34 +14,42 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from imsm_core import prompts
+from imsm_core.adapters import virtual_tokens as prompts
+from imsm_core.adapters.biases import original_biases
 from imsm_core.backbone import load_tokenizer
-from imsm_core.biases import original_biases
 from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
 from imsm_core.files import publish_folder, refuse_existing
-from imsm_core.imports import assemble
+from imsm_core.foreign import assemble
 from imsm_core.siamese import SiameseModel
 
 from .adapters import base_layers, replaced_layers, two_stream_layers
 from .adapters.report import check_delta_size, describe_adapter, report_adapter
 from .artifact import MANIFEST, dtype_name, write_graph, write_manifest, write_tokenizer
-from .attention import plan_attention
-from .calibration import calibrated_weights
+from .attention.kv_scales import find_scales
+from .attention.plan import plan_attention
 from .errors import UnsupportedError
-from .evaluation import evaluate
-from .kv_quantisation import find_scales
-from .normalized import model_facts
-from .passes import finish_quantised, run_passes
-from .passes.quantise import Quantisation, Quantised
+from .model_facts import model_facts
+from .passes import finish_quantized, run_passes
+from .passes.quantize import Quantization, Quantized
 from .passes.quantized_matmul import has_operator
-from .precision import FLOATS, PRECISIONS, WEIGHT_BITS, computing_in, rounded_experts, rounded_to, rounded_weights
-from .quality import THRESHOLD, QualityReport, quality_warnings, read_eval_texts
-from .quantised_weight import check_format
+from .quantization.gptq import calibrated_weights
+from .quantization.precision import (
+    FLOATS,
+    PRECISIONS,
+    WEIGHT_BITS,
+    computing_in,
+    rounded_experts,
+    rounded_to,
+    rounded_weights,
+)
+from .quantization.weight_format import check_format
 from .streams import StreamLayout
 from .trace import trace
 from .trunk import trunk_length
 from .two_stream import TwoStreamStep
-from .verify import ParityReport, verify_graph
+from .verification.measure import evaluate
+from .verification.parity import ParityReport, verify_graph
+from .verification.quality import THRESHOLD, QualityReport, quality_warnings, read_eval_texts
 from .virtual_tokens import save_virtual_cache, virtual_cache
 
 Report = Callable[[str], None]
@@ -54,7 +62,7 @@ HALF_TOLERANCE = 0.05
 @dataclass(frozen=True)
 class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
-    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) to quantise with GPTQ on,
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) to quantize with GPTQ on,
     None rounds to nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts
     (JSONL) to measure the quality on, `eval_texts` of them; a perplexity that rises by more than
     `max_perplexity_change` is warned of. portable: one attention node per stream, for execution providers other than
@@ -96,7 +104,7 @@ class ExportSettings:
 
     @property
     def bits(self) -> int | None:
-        """Bits of the backbone's weights, where they are quantised."""
+        """Bits of the backbone's weights, where they are quantized."""
         return WEIGHT_BITS.get(self.precision)
 
     @property
@@ -139,7 +147,7 @@ def export_checkpoint(
     model, info = load_checkpoint(checkpoint, base_model)
     tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
     settings = settings or ExportSettings()
-    check_quantised_backbone(info, settings, report)
+    check_quantized_backbone(info, settings, report)
     return export_model(model, tokenizer, info, target, settings, force, report)
 
 
@@ -156,7 +164,7 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Export a PEFT adapter folder that was trained anywhere, and a gate; returns the manifest.
 
-    gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.imports.assemble`. Raises as
+    gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.foreign.assemble`. Raises as
     `export_checkpoint`.
     """
     refuse_existing(target, MANIFEST, force)
@@ -198,12 +206,12 @@ def export_model(
     layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
     # 2. What is found out on texts.
     scales = find_scales(model, plan, texts.scales) if settings.kv_cache == "int8" else None
-    quantisation = None
+    quantization = None
     if settings.bits is not None:
         format_ = (settings.bits, settings.block_size, settings.symmetric)
         calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
         own = not layout.portable and settings.dtype == torch.float32 and has_operator(*format_[:2])
-        quantisation = Quantisation(*format_, calibrated, experts=not layout.portable, half_scales=own)
+        quantization = Quantization(*format_, calibrated, experts=not layout.portable, half_scales=own)
     with publish_folder(target, MANIFEST, force) as draft:
         # 3. Trace, rewrite, write.
         shared = f", the first {trunk} shared by both streams" if trunk else ""
@@ -212,11 +220,11 @@ def export_model(
             gate = None if settings.base_only else model.gate
             step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens, scales)
             traced = trace(step.eval())
-            counts, quantised = run_passes(traced.model, quantisation)
+            counts, quantized = run_passes(traced.model, quantization)
             write_graph(traced.model, draft)
         save_virtual_cache(virtual, draft)
         # 4. Verify what was written, against the weights that it has.
-        rounded = quantised or Quantised()
+        rounded = quantized or Quantized()
         with (
             rounded_to(causal_lm, settings.dtype),
             rounded_weights(causal_lm, rounded.weights),
@@ -227,16 +235,16 @@ def export_model(
             compare = partial(verify_graph, draft, model, traced.streams, facts.context_length)
             int8_cache = settings.kv_cache == "int8"
             parity = compare(settings.tolerance, int8_cache) if settings.runs_here else ParityReport(HALF_TOLERANCE)
-            if quantised is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
-                counts |= finish_quantised(traced.model, own_operators=not layout.portable)
+            if quantized is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
+                counts |= finish_quantized(traced.model, own_operators=not layout.portable)
                 with _as_traced(model, layers, settings.dtype):
                     write_graph(traced.model, draft)
                 finished = compare(settings.tolerance, rounded=True) if settings.runs_here else parity
                 parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
         for name, count in counts.items():
             report(f"pass      {name:22} {count:5} times")
-        if quantised is not None:
-            report_quantised(quantised, settings, report)
+        if quantized is not None:
+            report_quantized(quantized, settings, report)
         report_parity(parity, report)
         quality = None
         if texts.evaluation:
@@ -246,7 +254,7 @@ def export_model(
         sections = {
             "precision": settings.precision,
             "activations": dtype_name(settings.dtype),
-            "quantisation": None if quantised is None or quantisation is None else quantised.as_dict(quantisation),
+            "quantization": None if quantized is None or quantization is None else quantized.as_dict(quantization),
             "kv_cache": settings.kv_cache,
             "gate": None if settings.base_only else {"kind": info.gate_kind, "rank": info.gate_rank},
             "adapter": adapter,
@@ -267,10 +275,10 @@ def export_model(
     return manifest
 
 
-def check_quantised_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:
-    """An adapter that was trained against a quantised backbone wants the same one. Raises UnsupportedError where
+def check_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:
+    """An adapter that was trained against a quantized backbone wants the same one. Raises UnsupportedError where
     calibration would make another one of it; a warning says where the settings do."""
-    trained = info.quantised_backbone
+    trained = info.quantized_backbone
     if not trained:
         return
     if settings.calibrate is not None and settings.bits is not None:
@@ -317,18 +325,18 @@ def _as_traced(model: SiameseModel, layers: dict[str, nn.Module], dtype: torch.d
         yield
 
 
-def report_quantised(done: Quantised, settings: ExportSettings, report: Report) -> None:
+def report_quantized(done: Quantized, settings: ExportSettings, report: Report) -> None:
     """One line, and one more where large matrices of the backbone stayed in floating point."""
     embeddings = " and the embeddings" if done.embeddings else ""
     experts = f" and the experts of {done.experts} layers" if done.experts else ""
     how = f", {done.calibrated} of them calibrated" if done.calibrated else ""
     report(
-        f"quantise  {done.matrices} matrices{embeddings}{experts} to {settings.precision}, "
+        f"quantize  {done.matrices} matrices{embeddings}{experts} to {settings.precision}, "
         f"blocks of {settings.block_size}{how}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
     if done.kept:
         size = sum(done.kept.values()) / 1e6
-        report(f"quantise  {len(done.kept)} weights stay as they are ({size:.1f} MB), such as {next(iter(done.kept))}")
+        report(f"quantize  {len(done.kept)} weights stay as they are ({size:.1f} MB), such as {next(iter(done.kept))}")
 
 
 def report_quality(quality: QualityReport, settings: ExportSettings, report: Report) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imsm_core.backbone import first_line, hidden_size
 
-from .attention_nodes import LayerCaches
+from .attention.nodes import LayerCaches
 from .errors import TraceError, UnsupportedError
 from .streams import StreamLayout
 from .two_stream import StepInputs, TwoStreamStep

@@ -16,9 +16,9 @@ from imsm_core.backbone import apply_head, last_hidden_state
 from imsm_core.gates import Gate, Memories
 
 from .adapters import ADAPTER_ROWS, TwoStreamEmbedding
-from .attention import AttentionPlan
-from .attention_nodes import LayerCaches, Lengths, StepTensors, emitting
-from .kv_quantisation import KVScales
+from .attention.kv_scales import KVScales
+from .attention.nodes import LayerCaches, Lengths, StepTensors, emitting
+from .attention.plan import AttentionPlan
 from .streams import StreamLayout, split_streams
 from .trunk import stacking_after_trunk
 

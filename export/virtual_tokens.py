@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from imsm_core.prompts import prompt_cache, virtual_tokens
+from imsm_core.adapters.virtual_tokens import prompt_cache, virtual_tokens
 from imsm_core.siamese import SiameseModel
 
-from .attention import AttentionPlan
+from .attention.plan import AttentionPlan
 from .errors import UnsupportedError
 
 FILE = "virtual_tokens.npz"

@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "adapters": ("attach_adapter", "load_adapter"),
+    "adapters.attach": ("attach_adapter", "load_adapter"),
     "backbone": ("fingerprint", "hidden_size", "load_base_model", "load_tokenizer"),
     "checkpoint": ("CheckpointInfo", "load_checkpoint", "save_checkpoint"),
-    "data": ("Dataset", "Example", "load_jsonl"),
+    "data.dataset": ("Dataset", "Example", "load_jsonl"),
     "errors": ("IMSMError",),
     "gates": ("GATES", "Gate", "Memories", "make_gate"),
-    "imports": ("assemble",),
-    "methods": ("peft_config",),
+    "foreign": ("assemble",),
+    "adapters.methods": ("peft_config",),
     "reference": ("reference_generate", "reference_step"),
     "siamese": ("SiameseModel",),
-    "training": ("TrainSettings", "train"),
-    "tuning": ("TuneSettings", "tune"),
+    "training.loop": ("TrainSettings", "train"),
+    "training.tuning": ("TuneSettings", "tune"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .adapters import load_adapter, save_adapter
+from .adapters.attach import load_adapter, save_adapter
 from .backbone import fingerprint, hidden_size, load_base_model
 from .errors import BaseModelError, CheckpointError, SettingsError
 from .files import publish_folder
 from .gates import Gate, make_gate
-from .quantised_backbone import round_backbone
+from .quantized_backbone import round_backbone
 from .siamese import SiameseModel
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ INFO = "imsm.json"
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What imsm.json says. `base_model` is a local path or a hub id, and `base_fingerprint` is of its weights as they
-    are there. quantised_backbone: the arguments of `round_backbone`, which they went through before training; empty
+    are there. quantized_backbone: the arguments of `round_backbone`, which they went through before training; empty
     without it."""
 
     base_model: str
@@ -43,7 +43,7 @@ class CheckpointInfo:
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    quantised_backbone: dict[str, Any] = field(default_factory=dict)
+    quantized_backbone: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -97,11 +97,11 @@ def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[Siames
             f"{name} is not the base model of {folder}: its fingerprint is {found[:12]}…, "
             f"the adapter was trained on {info.base_fingerprint[:12]}…"
         )
-    if info.quantised_backbone:
+    if info.quantized_backbone:
         try:
-            round_backbone(base, **info.quantised_backbone)
+            round_backbone(base, **info.quantized_backbone)
         except (SettingsError, TypeError) as error:
-            raise CheckpointError(f"{folder / INFO} is damaged: quantised_backbone: {error}") from error
+            raise CheckpointError(f"{folder / INFO} is damaged: quantized_backbone: {error}") from error
     gate = _load_gate(folder / "gate.safetensors", info, hidden_size(base))
     model = SiameseModel(load_adapter(base, folder / "adapter"), gate)
     model.requires_grad_(False)

@@ -78,12 +78,12 @@ def register(subparsers: Any) -> None:
     add("--gate-rank", type=int, default=8, metavar="R", help="rank of the gate")
     add("--gate-dropout", type=float, default=0.1, metavar="P", help="dropout after each linear of the gate")
     add(
-        "--quantised-backbone",
+        "--quantized-backbone",
         metavar="NAME",
         help="int4 or int8: train against the frozen weights as an export with this --precision rounds them, so that "
         "the adapter learns to correct the error",
     )
-    add("--block-size", type=int, metavar="N", help="with --quantised-backbone: weights that share a scale; 32")
+    add("--block-size", type=int, metavar="N", help="with --quantized-backbone: weights that share a scale; 32")
     add(
         "--learning-rate",
         type=float,
@@ -117,8 +117,8 @@ def register(subparsers: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .training import TrainSettings
-    from .tuning import TuneSettings, tune
+    from .training.loop import TrainSettings
+    from .training.tuning import TuneSettings, tune
 
     metrics = tune(
         args.model,

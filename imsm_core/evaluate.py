@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backbone import apply_head
-from .data import IGNORED_LABEL, Example, collate
+from .data.dataset import IGNORED_LABEL, Example, collate
 from .errors import DataError, SettingsError
 from .siamese import SiameseModel
 

@@ -1,6 +1,6 @@
 """The siamese model: one frozen backbone in memory, run as two streams, and a gate.
 
-Source: IMSM (arXiv 2412.17383). Knows nothing about data, optimisers or files.
+Source: IMSM (arXiv 2412.17383). Knows nothing about data, optimizers or files.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .adapters import adapted_layers, causal_lm, check_adapter, free_lm_head, known_warnings_ignored
+from .adapters.attach import adapted_layers, causal_lm, check_adapter, free_lm_head, known_warnings_ignored
+from .adapters.biases import original_biases
+from .adapters.virtual_tokens import adapter_hidden_state, context_length, virtual_tokens
 from .backbone import apply_head, first_line, last_hidden_state
-from .biases import original_biases
 from .errors import AdapterError
 from .gates import Gate, Gated, Memories
-from .prompts import adapter_hidden_state, context_length, virtual_tokens
 
 
 class StreamStates(NamedTuple):

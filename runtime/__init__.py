@@ -5,11 +5,21 @@ model = runtime.load("ARTIFACT")
 print(runtime.generate(model, "Once upon a time", max_new_tokens=64).text)
 """
 
+from .engine.session import Session
+from .engine.state import DecodeState, StepOutput
 from .errors import ArtifactError, IMSMRuntimeError, PromptError, ProviderError, SettingsError
-from .generation import Chunk, Generation, Model, Timings, Token, generate, generate_step, load, stream_generate
-from .sampling import greedy, make_sampler
-from .session import Session
-from .state import DecodeState, StepOutput
+from .generation.generation import (
+    Chunk,
+    Generation,
+    Model,
+    Timings,
+    Token,
+    generate,
+    generate_step,
+    load,
+    stream_generate,
+)
+from .generation.sampling import greedy, make_sampler
 
 __all__ = [
     "ArtifactError",

@@ -103,8 +103,8 @@ def _add_generate(subparsers: Any) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import generation
-    from .sampling import make_sampler
+    from .generation import generation
+    from .generation.sampling import make_sampler
 
     sampler = make_sampler(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -141,9 +141,9 @@ def _add_inspect(subparsers: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .inspect import format_summary, summarise
+    from .inspect import format_summary, summarize
 
-    facts = summarise(args.artifact)
+    facts = summarize(args.artifact)
     print(json.dumps(facts) if args.json else format_summary(facts))
     return 0
 
@@ -160,7 +160,7 @@ def _add_verify(subparsers: Any, check_parity: ParityCheck | None) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .generation import load
+    from .generation.generation import load
     from .manifest import check_files, read_manifest
 
     manifest = read_manifest(args.artifact)
@@ -191,7 +191,7 @@ def _add_bench(subparsers: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import BenchSettings, bench, format_table, named_providers
+    from .bench.compare import BenchSettings, bench, format_table, named_providers
 
     try:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))

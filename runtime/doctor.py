@@ -8,9 +8,8 @@ from typing import Any
 
 import onnxruntime
 
-from . import own_kernels
-from .machine import cgroup_quota, describe_machine, memory_mb, usable_cores
-from .providers import (
+from .engine import own_kernels
+from .engine.providers import (
     DEFAULT_FORM_VERSION,
     OLDEST_VERSION,
     installed_builds,
@@ -18,6 +17,7 @@ from .providers import (
     spelt,
     usable_providers,
 )
+from .machine import cgroup_quota, describe_machine, memory_mb, usable_cores
 
 _FORMS = (
     f"none: this onnxruntime is older than {spelt(OLDEST_VERSION)}",

@@ -8,7 +8,7 @@ from typing import Any
 from .manifest import Manifest, check_files, read_manifest
 
 
-def summarise(folder: Path) -> dict[str, Any]:
+def summarize(folder: Path) -> dict[str, Any]:
     """What an artifact is. Raises ArtifactError."""
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=False)

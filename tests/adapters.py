@@ -13,10 +13,10 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from imsm_core.adapters import attach_adapter
+from imsm_core.adapters.attach import attach_adapter
+from imsm_core.adapters.methods import linear_layers
 from imsm_core.backbone import hidden_size, load_base_model
 from imsm_core.gates import make_gate
-from imsm_core.methods import linear_layers
 from imsm_core.siamese import SiameseModel
 
 VIRTUAL_TOKENS = 3
@@ -169,11 +169,11 @@ def make_siamese_with(
     config = ADAPTERS[adapter_name](base)
     torch.manual_seed(seed)  # the adapter's values do not depend on the kind of gate
     model = SiameseModel(attach_adapter(base, config), gate)
-    randomise_adapter(model, seed, SCALES.get(adapter_name, 0.25))
+    randomize_adapter(model, seed, SCALES.get(adapter_name, 0.25))
     return model.eval()
 
 
-def randomise_adapter(model: SiameseModel, seed: int, scale: float = 0.25) -> None:
+def randomize_adapter(model: SiameseModel, seed: int, scale: float = 0.25) -> None:
     """Add noise to every trained value."""
     with torch.no_grad():
         for name, parameter in sorted(model.trainable_parameters().items()):

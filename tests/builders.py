@@ -25,11 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from imsm_core.adapters import attach_adapter, peft_type
+from imsm_core.adapters.attach import attach_adapter, peft_type
+from imsm_core.adapters.methods import peft_config
 from imsm_core.backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from imsm_core.checkpoint import CheckpointInfo, save_checkpoint
 from imsm_core.gates import make_gate
-from imsm_core.methods import peft_config
 from imsm_core.siamese import SiameseModel
 
 HEADS, KV_HEADS, LAYERS, CONTEXT = 4, 2, 2, 128
@@ -110,7 +110,7 @@ def write_base_folder(path: Path, config: PreTrainedConfig, seed: int = 0, chat_
     return path
 
 
-def randomise(model: SiameseModel, seed: int, scale: float = 0.25) -> None:
+def randomize(model: SiameseModel, seed: int, scale: float = 0.25) -> None:
     """Give every weight of the adapter and the gate a random value, LoRA's B (zero at first) among them. The adapter's
     values do not depend on the kind of gate."""
     with torch.no_grad():
@@ -133,7 +133,7 @@ def make_siamese(
     gate = make_gate(gate_kind, hidden_size(base), gate_rank, dropout)
     config = peft_config("lora", rank, 2 * rank, dropout, target_modules)
     model = SiameseModel(attach_adapter(base, config), gate)
-    randomise(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 

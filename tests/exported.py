@@ -46,7 +46,7 @@ def export_tiny(
     adapter: str | None = None,
     settings: ExportSettings | None = None,
 ) -> Exported:
-    """Make and export a tiny model. zero: parameters whose names contain it are set to 0 after randomising. adapter:
+    """Make and export a tiny model. zero: parameters whose names contain it are set to 0 after randomizing. adapter:
     one of `tests.adapters.ADAPTERS` instead of a LoRA on `target_modules`."""
     base = make_base_folder(folder / "base", kind, head_dim=head_dim, tied=tied, chat_template=chat_template)
     if adapter is None:

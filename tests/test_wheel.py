@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime import own_kernels
+from runtime.engine import own_kernels
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
 import importlib.util, json, imsm_runtime
-from imsm_runtime import own_kernels
+from imsm_runtime.engine import own_kernels
 names = ("torch", "transformers", "onnx", "runtime", "export", "cli")
 found = [name for name in names if importlib.util.find_spec(name)]
 print(json.dumps({"found": found, "names": len(imsm_runtime.__all__), "kernels": own_kernels.describe()}))

@@ -20,14 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.catalogue import PEERS, PRECISIONS, reference
+from benchmarks.peers.environments import Unavailable, python_of
+from benchmarks.peers.measure import MeasureSettings, Ready, measure
+from benchmarks.peers.models import model_folder
+from benchmarks.peers.report import page, plain, summarize
 from benchmarks.shapes import SHAPES, sizes
 from runtime.machine import describe_machine
-
-from .catalogue import PEERS, PRECISIONS, reference
-from .environments import Unavailable, python_of
-from .measure import MeasureSettings, Ready, measure
-from .models import model_folder
-from .report import page, plain, summarise
 
 HERE = Path(__file__).parent
 DEFAULTS = MeasureSettings()
@@ -163,7 +162,7 @@ def draw(document: dict[str, Any], picture: Path, work: Path) -> None:
                 "ours": name.startswith("ours-"),
                 "values": {title: row[key] for key, title in columns.items() if row.get(key) is not None},
             }
-            for name, row in summarise(result).items()
+            for name, row in summarize(result).items()
             if not row["error"]
         ]
         title = f"{result['shape']}, {result['precision']}"

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.catalogue import Peer
+from benchmarks.peers.client import Process, RunnerError
 from runtime.machine import memory_mb
-
-from .catalogue import Peer
-from .client import Process, RunnerError
 
 PAUSE_S = 0.05  # between blocks, so that a peer's threads have stopped spinning
 DROPPED = 2  # first steps of a block: caches of the processor are another peer's then

@@ -7,8 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from .catalogue import BACKBONE, BLOCK_SIZE, MODELS
-from .environments import python_of, run
+from benchmarks.peers.catalogue import BACKBONE, BLOCK_SIZE, MODELS
+from benchmarks.peers.environments import python_of, run
 
 HERE = Path(__file__).parent
 SOURCES = ("export", "imsm_core")

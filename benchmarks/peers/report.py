@@ -8,7 +8,7 @@ from typing import Any
 NOTHING = "–"
 
 
-def summarise(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def summarize(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """name -> medians of one result; ratios are of the reference to the peer, medians over the rounds they share."""
     peers, reference = result["peers"], result["peers"].get(result["reference"], {})
     summary: dict[str, dict[str, Any]] = {}
@@ -35,7 +35,7 @@ def table(result: dict[str, Any]) -> str:
     contexts = [str(context) for context in result["settings"]["contexts"]]
     prompts = [str(tokens) for tokens in result["settings"]["prompts"]]
     lines = [[cell.format(*contexts, *prompts) for cell in _header(len(contexts), len(prompts))]]
-    for name, row in summarise(result).items():
+    for name, row in summarize(result).items():
         cells = [f"**{row['label']}**" if name == result["reference"] else row["label"]]
         for context in contexts:
             cells += [
@@ -88,7 +88,7 @@ def plain(result: dict[str, Any]) -> str:
     columns = [f"decode {context}" for context in result["settings"]["contexts"]]
     columns += [f"prefill {tokens}" for tokens in result["settings"]["prompts"]] + ["peak_mb"]
     lines = [f"{result['shape']}, {result['precision']}", " " * 40 + "".join(f"{name:>16}" for name in columns)]
-    for row in summarise(result).values():
+    for row in summarize(result).values():
         cells = "".join(f"{_number(row.get(name), 2):>16}" for name in columns)
         lines.append(f"{row['label']:40}{cells}" + (f"  {row['error']}" if row["error"] else ""))
     return "\n".join(lines)

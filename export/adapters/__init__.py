@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from imsm_core.adapters import adapted_layers, causal_lm, peft_type
+from imsm_core.adapters.attach import adapted_layers, causal_lm, peft_type
 
 from . import adalora, fallback, ia3, ln_tuning, loha, lokr, lora, road, rotation, trainable_tokens, vblora, vera
 from .biases import add_bias_changes
@@ -49,8 +49,8 @@ __all__ = [
 def two_stream_layers(peft_model: PeftModel) -> dict[str, nn.Module]:
     """The two-stream form of every layer that the adapter touches, by its name inside the causal LM.
 
-    Runs where the backbone has its original biases (`imsm_core.biases.original_biases`). Raises UnsupportedError
-    naming the layer and the PEFT type for what has none.
+    Runs where the backbone has its original biases (`imsm_core.adapters.biases.original_biases`). Raises
+    UnsupportedError naming the layer and the PEFT type for what has none.
     """
     adapter = peft_model.active_adapter
     family = TWO_STREAM_FORMS.get(peft_type(peft_model.peft_config[adapter]), fallback.no_form)

@@ -11,7 +11,7 @@ import copy
 from peft import PeftModel
 from torch import nn
 
-from imsm_core.biases import backbone_biases
+from imsm_core.adapters.biases import backbone_biases
 
 from .fallback import SplitRows
 from .rows import TwoStreamBias, linear_weight
@@ -20,7 +20,7 @@ from .rows import TwoStreamBias, linear_weight
 def add_bias_changes(peft_model: PeftModel, forms: dict[str, nn.Module]) -> None:
     """Put the change of every trained bias on top of `forms`, by layer name; layers without a form get one.
 
-    Runs where the backbone has its original biases (`imsm_core.biases.original_biases`).
+    Runs where the backbone has its original biases (`imsm_core.adapters.biases.original_biases`).
     """
     model = peft_model.get_base_model()
     for name, (trained, original) in backbone_biases(peft_model).items():

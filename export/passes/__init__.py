@@ -25,8 +25,8 @@ from . import (
     silu,
     weight_layout,
 )
-from .quantise import Quantisation, Quantised, quantise, use_int8_compute
-from .quantise_experts import finish_experts
+from .quantize import Quantization, Quantized, quantize, use_int8_compute
+from .quantize_experts import finish_experts
 
 Pass = Callable[[ir.Model], int]
 
@@ -48,8 +48,8 @@ CLEANING: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tuple[dict[str, int], Quantised | None]:
-    """Run every pass in order, and the quantiser before the cleaning; returns the counts and what was quantised.
+def run_passes(model: ir.Model, quantization: Quantization | None = None) -> tuple[dict[str, int], Quantized | None]:
+    """Run every pass in order, and the quantizer before the cleaning; returns the counts and what was quantized.
 
     Raises TraceError if a weight is left in PyTorch's layout, which would make onnxruntime transpose it at every start.
     """
@@ -57,10 +57,10 @@ def run_passes(model: ir.Model, quantisation: Quantisation | None = None) -> tup
     left = [node.name for node in model.graph if weight_layout.transposes_a_weight(node)]
     if left:
         raise TraceError(f"{len(left)} weights are still transposed in the graph, the first by {left[0]}")
-    quantised = None if quantisation is None else quantise(model, quantisation)
-    if quantised is not None:
-        counts["quantise"] = quantised.matrices + quantised.embeddings + quantised.experts
-    return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantised
+    quantized = None if quantization is None else quantize(model, quantization)
+    if quantized is not None:
+        counts["quantize"] = quantized.matrices + quantized.embeddings + quantized.experts
+    return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantized
 
 
 FINISHING: tuple[tuple[str, Pass], ...] = (
@@ -73,7 +73,7 @@ OWN_OPERATORS: tuple[tuple[str, Pass], ...] = (
 )
 
 
-def finish_quantised(model: ir.Model, own_operators: bool = True) -> dict[str, int]:
-    """What makes a quantised graph fast and small at the price of rounding, after it was verified; returns counts.
+def finish_quantized(model: ir.Model, own_operators: bool = True) -> dict[str, int]:
+    """What makes a quantized graph fast and small at the price of rounding, after it was verified; returns counts.
     own_operators: whether products may become functions of the graph, which not every execution provider knows."""
     return {name: rewrite(model) for name, rewrite in (*FINISHING, *(OWN_OPERATORS if own_operators else ()))}

@@ -2,7 +2,7 @@
 
 weight -> Cast(float16 weight), which onnxruntime folds when it loads the graph
 
-What the adapter adds to a quantised file would otherwise be an eighth of it. 11 bits of a small correction lose less
+What the adapter adds to a quantized file would otherwise be an eighth of it. 11 bits of a small correction lose less
 than a thousandth of it.
 """
 

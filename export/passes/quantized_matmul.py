@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from . import functions, weights
 from .half_adapter import in_half, store_in_half
-from .quantise_experts import INT8_COMPUTE
+from .quantize_experts import INT8_COMPUTE
 
 BITS = (4, 8)
 BLOCK_SIZES = (32, 64, 128)

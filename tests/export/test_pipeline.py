@@ -15,7 +15,7 @@ import torch
 from export.errors import UnsupportedError, VerificationError
 from export.pipeline import ExportSettings, export_checkpoint
 from export.trace import _kept_interrupt
-from export.verify import verify_graph
+from export.verification.parity import verify_graph
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import BaseModelError, OutputExistsError
 from tests.builders import make_base_folder
@@ -68,8 +68,8 @@ def test_the_parity_check_notices_another_gate(tiny: Exported) -> None:
 def test_an_export_that_fails_its_verification_publishes_nothing(
     tiny: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.verify.FP32_TOLERANCE", 1e-12)
-    monkeypatch.setattr("export.verify.ROUNDING_FACTOR", 0)
+    monkeypatch.setattr("export.verification.parity.FP32_TOLERANCE", 1e-12)
+    monkeypatch.setattr("export.verification.parity.ROUNDING_FACTOR", 0)
     with pytest.raises(VerificationError):
         export_checkpoint(tiny.checkpoint, tmp_path / "artifact", report=quiet)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 
 from export.errors import UnsupportedError
 from export.passes.half_adapter import store_adapter_in_half
-from export.pipeline import ExportSettings, check_quantised_backbone
+from export.pipeline import ExportSettings, check_quantized_backbone
 from imsm_core.checkpoint import CheckpointInfo
 from imsm_core.reference import reference_generate
 from runtime import Session
@@ -111,14 +111,14 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
 
 def test_an_adapter_of_a_rounded_backbone_wants_the_same_one() -> None:
     trained = {"precision": "int4", "block_size": 32}
-    info = CheckpointInfo("m", None, "f", "query_aware", 8, "LORA", quantised_backbone=trained)
+    info = CheckpointInfo("m", None, "f", "query_aware", 8, "LORA", quantized_backbone=trained)
     lines: list[str] = []
-    check_quantised_backbone(info, ExportSettings(precision="int4"), lines.append)
+    check_quantized_backbone(info, ExportSettings(precision="int4"), lines.append)
     assert lines == []
-    check_quantised_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
+    check_quantized_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
     assert "trained against a backbone of int4 in blocks of 32" in lines[0]
     with pytest.raises(UnsupportedError, match="leave --calibrate out"):
-        check_quantised_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)
+        check_quantized_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)
 
 
 def test_the_adapters_large_matrices_alone_are_stored_in_half() -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from export.adapters import two_stream_layers
 from export.streams import StreamLayout
 from export.trunk import decoder_layers, trunk_length
+from imsm_core.adapters.biases import original_biases
 from imsm_core.backbone import load_base_model
-from imsm_core.biases import original_biases
 from tests.adapters import make_siamese_with
 from tests.builders import LAYERS, make_siamese
 from tests.zoo import make_zoo_base

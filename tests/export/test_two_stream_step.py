@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from export.adapters import base_layers, replaced_layers
-from export.attention import plan_attention
+from export.attention.plan import plan_attention
 from export.streams import StreamLayout
 from export.trace import _sample_inputs
 from export.two_stream import TwoStreamStep

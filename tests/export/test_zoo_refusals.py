@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from export.attention import plan_attention
+from export.attention.plan import plan_attention
 from export.errors import UnsupportedError
-from export.normalized import model_facts
+from export.model_facts import model_facts
 from imsm_core.backbone import load_base_model
 from tests.zoo import ARCHITECTURES, REFUSED, make_zoo_base
 

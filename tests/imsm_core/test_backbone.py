@@ -11,14 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from imsm_core.backbone import (
-    apply_head,
-    fingerprint,
-    hidden_size,
-    last_hidden_state,
-    load_base_model,
-    load_tokenizer,
-)
+from imsm_core.backbone import apply_head, fingerprint, hidden_size, last_hidden_state, load_base_model, load_tokenizer
 from imsm_core.errors import BaseModelError
 from tests.builders import CHAT_TEMPLATE, VOCABULARY, make_base_folder, make_tokenizer
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from imsm_core.adapters.methods import PEFT_METHODS
 from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.commands import register
 from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
-from imsm_core.methods import PEFT_METHODS
 from imsm_core.reference import reference_generate
 from tests.builders import make_base_folder, write_jsonl
 
@@ -237,7 +237,7 @@ CHILD = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-import imsm_core.training as train_module
+import imsm_core.training.loop as train_module
 step = train_module._step
 train_module._step = lambda *arguments: (step(*arguments), time.sleep(0.05))[0]
 from imsm_core.errors import IMSMError
@@ -315,7 +315,7 @@ def test_resuming_on_another_base_model_is_refused(long_run: tuple[list[object],
     arguments, _ = long_run
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("imsm_core.tuning.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("imsm_core.training.tuning.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_command(*arguments, "--out", out)
     other = make_base_folder(tmp_path / "other", seed=1)

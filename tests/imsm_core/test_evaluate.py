@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional
 
 from imsm_core.backbone import load_base_model
-from imsm_core.data import Example
+from imsm_core.data.dataset import Example
 from imsm_core.errors import DataError, SettingsError
 from imsm_core.evaluate import answer_logits, evaluate
 from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate, reference_step
 from imsm_core.siamese import SiameseModel
-from imsm_core.training import answer_loss
+from imsm_core.training.loop import answer_loss
 from tests.builders import PAD, make_siamese
 
 EXAMPLES = [

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from imsm_core.adapters import adapted_layers, load_adapter
+from imsm_core.adapters.attach import adapted_layers, load_adapter
+from imsm_core.adapters.virtual_tokens import prompt_cache
 from imsm_core.backbone import load_base_model
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import AdapterError
 from imsm_core.gates import make_gate
-from imsm_core.prompts import prompt_cache
 from imsm_core.siamese import SiameseModel
-from tests.adapters import ADAPTERS, make_siamese_with, randomise_adapter
+from tests.adapters import ADAPTERS, make_siamese_with, randomize_adapter
 from tests.builders import save_tiny_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # SHiRA's forward, by PyTorch
@@ -70,7 +70,7 @@ def test_adapter_with_another_name_is_saved_as_the_only_one(base_folder: Path, t
     peft_model.set_adapter("second")
     model = SiameseModel(peft_model, make_gate("mean_logits", 32)).eval()
     assert {layer.name.rsplit(".", 1)[-1] for layer in adapted_layers(peft_model)} == {"up_proj"}
-    randomise_adapter(model, seed=1)
+    randomize_adapter(model, seed=1)
     save_tiny_checkpoint(model, base_folder, tmp_path / "checkpoint")
     names = {path.name for path in (tmp_path / "checkpoint" / "adapter").iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}

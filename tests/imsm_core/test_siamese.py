@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from imsm_core.adapters import adapted_layers, attach_adapter
+from imsm_core.adapters.attach import adapted_layers, attach_adapter
 from imsm_core.backbone import load_base_model
 from imsm_core.errors import AdapterError
 from imsm_core.gates import GATES, make_gate
 from imsm_core.siamese import SiameseModel, masked_mean
-from tests.builders import make_siamese, randomise
+from tests.builders import make_siamese, randomize
 
 # Rows of 9, 6 and 4 tokens, of which 5, 4 and 1 are the prompt; 2 pads.
 TOKENS = torch.tensor(
@@ -235,7 +235,7 @@ def test_only_adapter_and_gate_drop_out_in_training_mode(gpt2_folder: Path) -> N
 def test_streams_stay_apart_when_they_are_run_again(base_folder: Path) -> None:
     model = make_siamese(base_folder)
     first = model.stream_states(TOKENS[:1])
-    randomise(model, seed=77)
+    randomize(model, seed=77)
     second = model.stream_states(TOKENS[:1])
     assert torch.equal(first.base, second.base)
     assert (first.adapter - second.adapter).abs().mean() > 0.05
@@ -244,7 +244,7 @@ def test_streams_stay_apart_when_they_are_run_again(base_folder: Path) -> None:
 def test_invariants_hold_on_a_real_model(stories_folder: Path) -> None:
     tokens = torch.tensor([[1, 403, 407, 261, 378, 300, 298, 293]])
     model = make_siamese(stories_folder, rank=8, gate_rank=8, seed=5)
-    randomise(model, seed=5, scale=0.1)
+    randomize(model, seed=5, scale=0.1)
     rows, positions = torch.zeros(8, dtype=torch.int64), torch.arange(8)
     query = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
     with torch.no_grad():

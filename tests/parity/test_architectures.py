@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.attention import MOST_PADDING
+from export.attention.plan import MOST_PADDING
 from imsm_core.reference import reference_generate
 from runtime import Session
 from tests.builders import CONTEXT

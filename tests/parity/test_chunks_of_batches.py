@@ -18,8 +18,8 @@ from imsm_core.backbone import load_tokenizer
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.reference import reference_generate, reference_step
 from runtime import PromptError, Session
+from runtime.engine.state import StepOutput
 from runtime.inspect import cache_bytes_per_token
-from runtime.state import StepOutput
 from tests.adapters import make_siamese_with
 from tests.builders import CONTEXT, make_base_folder, save_tiny_checkpoint
 from tests.exported import PROMPT, Exported, export_existing, export_tiny
@@ -54,7 +54,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def session(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> Session:
-    monkeypatch.setattr("runtime.cache.BLOCK", 1)
+    monkeypatch.setattr("runtime.engine.cache.BLOCK", 1)
     return Session(exported.artifact)
 
 

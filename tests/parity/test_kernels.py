@@ -15,8 +15,8 @@ from export.passes.half_adapter import store_adapter_in_half
 from export.passes.low_rank import pack_low_rank
 from export.passes.quantized_matmul import fuse_quantized_matmul
 from export.passes.quantized_swiglu import fuse_quantized_swiglu
-from export.quantised_weight import QuantisedWeight, dequantise, round_to_nearest
-from runtime import own_kernels
+from export.quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
+from runtime.engine import own_kernels
 from tests.graphs import graph, kinds, with_weights
 
 if own_kernels.library() is None:
@@ -55,7 +55,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 def product(
     inputs: int, outputs: int, block: int, rank: int, bias: bool, half: bool, bits: int = 4, symmetric: bool = True
 ) -> tuple[ir.Model, dict[str, np.ndarray], np.ndarray]:
-    """A product with quantised weights and a low-rank change, fused; its constants, and what its weights stand for."""
+    """A product with quantized weights and a low-rank change, fused; its constants, and what its weights stand for."""
     random = np.random.default_rng(inputs * outputs + rank)
     values = random.standard_normal((outputs, inputs)) + (0 if symmetric else 0.7)
     weight = round_to_nearest(values.astype(np.float32), bits, block, symmetric)
@@ -93,7 +93,7 @@ def product(
     assert kinds(model) == ["QuantizedMatMulLowRank" if rank else "QuantizedMatMul"]
     if not rank:
         model.graph.inputs.pop(1)
-    return model, constants, dequantise(weight, inputs).astype(np.float64)
+    return model, constants, dequantize(weight, inputs).astype(np.float64)
 
 
 @pytest.mark.parametrize("rows", [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)], ids=str)
@@ -200,8 +200,8 @@ def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
     mine, theirs = run_twice(model, {"x": x, "rows": rows} if rank else {"x": x})
     flat, parts = x.reshape(-1, inputs), {}
     for name in ("gate", "up"):
-        weight = QuantisedWeight(constants[f"{name}.w"], constants[f"{name}.s"], None, 4)
-        parts[name] = rounded(flat) @ dequantise(weight, inputs).T.astype(np.float64) + constants.get(f"{name}.bias", 0)
+        weight = QuantizedWeight(constants[f"{name}.w"], constants[f"{name}.s"], None, 4)
+        parts[name] = rounded(flat) @ dequantize(weight, inputs).T.astype(np.float64) + constants.get(f"{name}.bias", 0)
         if rank:
             a, b = (constants[f"{name}.adapter_{factor}"].astype(np.float64) for factor in "ab")
             parts[name] += (flat.astype(np.float64) @ a * rows.reshape(-1, 1)) @ b

@@ -78,7 +78,7 @@ def test_the_manifest_counts_them_and_the_context_is_shorter(exported: Exported)
 
 
 def test_a_cache_that_grows_keeps_its_virtual_tokens(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.cache.BLOCK", 4)
+    monkeypatch.setattr("runtime.engine.cache.BLOCK", 4)
     session = Session(exported.artifact)
     state = session.new_state(1)
     output = session.prefill(state, [PROMPT])

@@ -8,12 +8,13 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from runtime import machine, own_kernels
-from runtime.bandwidth import read_gb_per_s
+from runtime import machine
+from runtime.bench.bandwidth import read_gb_per_s
 from runtime.doctor import examine, format_report
+from runtime.engine import own_kernels
+from runtime.engine.providers import _PROBE, open_session, usable_providers
 from runtime.errors import ArtifactError, ProviderError
 from runtime.machine import cgroup_quota, describe_machine, peak_rss_mb, usable_cores
-from runtime.providers import _PROBE, open_session, usable_providers
 
 V1, V2 = "4:memory:/\n3:cpu,cpuacct:/box\n2:cpuset:/\n0::/\n", "0::/box/inner\n"
 

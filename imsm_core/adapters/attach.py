@@ -1,0 +1,216 @@
+"""A PEFT adapter on a frozen base model: attaching a new one, loading a saved one, and where it sits.
+
+Works with any method that changes layers one by one or puts virtual tokens in front of the text; `refusals.py` says
+what contradicts IMSM and why. The backbone's weights stay as they were, bit by bit: that is checked, not assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..backbone import first_line
+from ..errors import AdapterError
+from .biases import backbone_biases, keep_original_biases
+from .configs import read_fields, warnings_unless_refused
+from .refusals import BackboneSnapshot, check_config, check_fits, check_new_config
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if the method is refused, does not
+    fit the model, or a target module matches no layer."""
+    wanted: str | set[str] | None = getattr(config, "target_modules", None)
+    check_new_config(config)
+    check_fits(config, model)
+    before = BackboneSnapshot(model)
+    try:
+        with known_warnings_ignored():
+            peft_model = get_peft_model(model, config)
+    except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not take
+        raise AdapterError(f"the adapter does not fit the model: {first_line(error)}") from error
+    _settle(peft_model, before)
+    names = [f".{layer.name}" for layer in adapted_layers(peft_model)]
+    for target in sorted(wanted) if isinstance(wanted, set) else []:
+        if not any(name.endswith(f".{target}") for name in names):  # PEFT is content if one of them matches
+            raise AdapterError(f"the target module {target!r} matches no layer of the model")
+    if getattr(config, "use_asa", False):
+        raise AdapterError("AdaMSS with use_asa is trained by a callback that IMSM does not run; set it to false")
+    if not any(parameter.requires_grad for parameter in peft_model.parameters()):
+        raise AdapterError(f"nothing is left to train: this {peft_type(config)} config has no trainable parameter")
+    return peft_model
+
+
+@warnings_unless_refused()
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter of a standard PEFT folder on `model`. Raises AdapterError; reads safetensors only.
+
+    Adapters of virtual tokens come back frozen: their files hold the tokens, not the encoder that was trained.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            pickled = name == FILES[1] and (folder / "adapter_model.bin").is_file()
+            advice = (
+                "; its adapter_model.bin is pickled and not read: load it with PEFT and save it again by "
+                "save_pretrained(folder, safe_serialization=True)"
+            )
+            raise AdapterError(f"{folder} has no {name}{advice if pickled else ''}")
+    fields = read_fields(folder / FILES[0])
+    fields.pop("runtime_config", None)  # as PEFT reads it
+    try:
+        config = cast(Any, PeftConfig).from_peft_type(**fields)
+        check_config(config)
+        check_fits(config, model)
+        before = BackboneSnapshot(model)
+        trainable = not config.is_prompt_learning
+        with known_warnings_ignored():
+            peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+            possible = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+            free_lm_head(peft_model)
+            expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        found = load_file(folder / FILES[1])
+    except AdapterError:
+        raise
+    except Exception as error:  # a truncated file, another shape, an unknown type: all mean the same to the user
+        raise AdapterError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
+    # PEFT would go on with initial values. It may store the base embeddings too, which must equal the base model's.
+    if differing := sorted((expected.keys() - found.keys()) | (found.keys() - possible.keys() - expected.keys())):
+        raise AdapterError(
+            f"the weights in {folder} are not those of its adapter_config.json: {len(differing)} missing or too many, "
+            f"such as {differing[0]}"
+        )
+    for name, tensor in found.items():
+        if not tensor.is_floating_point() and possible.get(name, expected.get(name, tensor)).is_floating_point():
+            raise AdapterError(f"the adapter in {folder} holds integers in {name}, whose values are floating-point")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values() if tensor.is_floating_point()):
+        raise AdapterError(f"the adapter in {folder} holds values that are not finite")
+    _settle(peft_model, before)
+    return peft_model
+
+
+def save_adapter(peft_model: PeftModel, folder: Path) -> None:
+    """Write the active adapter as a standard PEFT folder, which must not exist."""
+    name = peft_model.active_adapter
+    with known_warnings_ignored():
+        peft_model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    if name != "default":  # PEFT writes the others into a folder of their own names
+        for file in (folder / name).iterdir():
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+    _sort_sets(peft_model.peft_config[name], folder / FILES[0])
+
+
+def _sort_sets(config: PeftConfig, file: Path) -> None:
+    """PEFT writes a set, such as target_modules, in an order that changes from run to run."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    ordered = {name: sorted(value) for name, value in fields.items() if isinstance(getattr(config, name, None), set)}
+    file.write_text(json.dumps(fields | ordered, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:
+    """Put the frozen lm_head back, keep the backbone's original biases, and refuse what is not IMSM."""
+    free_lm_head(peft_model)
+    biases = before.trained_biases()
+    head = causal_lm(peft_model).get_output_embeddings()
+    if head is not None and any(bias is parameter for bias, _ in biases.values() for parameter in head.parameters()):
+        raise AdapterError("the adapter trains the lm_head's bias; IMSM keeps the lm_head frozen, for both streams")
+    before.check_unchanged(peft_model)
+    keep_original_biases(peft_model, biases)
+    check_adapter(peft_model)
+
+
+def check_adapter(peft_model: PeftModel) -> None:
+    """Raise AdapterError if several adapters are active at once, or one is merged or on the lm_head."""
+    check_config(peft_model.peft_config[peft_model.active_adapter])
+    if len(names := peft_model.active_adapters) > 1:
+        raise AdapterError(f"{len(names)} adapters are active at once ({', '.join(names)}); activate one of them")
+    model = causal_lm(peft_model)
+    head, backbone = model.get_output_embeddings(), set(model.base_model.modules())
+    for layer in adapted_layers(peft_model):
+        if layer.tuner not in backbone or any(module is head for module in layer.tuner.modules()):
+            raise AdapterError(f"the adapter touches {layer.name}; IMSM keeps the lm_head frozen, for both streams")
+        if getattr(layer.tuner, "merged", False):
+            raise AdapterError(f"the adapter is merged into {layer.name}; unmerge it first")
+    backbone_biases(peft_model)
+
+
+def free_lm_head(peft_model: PeftModel) -> None:
+    """Trained tokens of tied embeddings: PEFT wraps the lm_head along with the embeddings. The method's lm_head is
+    frozen and common to both streams, so the wrapper goes; its values are the embeddings' own and are saved there."""
+    model = causal_lm(peft_model)
+    head: Any = model.get_output_embeddings()
+    layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else head
+    if isinstance(layer, TrainableTokensLayer) and layer.tied_adapter is not None:
+        model.set_output_embeddings(layer.get_base_layer())
+
+
+def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
+    """The Hugging Face causal LM inside the PEFT model, with the adapter's layers in place."""
+    return cast(PreTrainedModel, peft_model.get_base_model())
+
+
+def peft_type(config: PeftConfig) -> str:
+    """The name of the PEFT method as `peft.PeftType` spells it, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+@contextmanager
+def known_warnings_ignored() -> Iterator[None]:
+    """Without what PEFT warns of and this package handles or refuses by itself."""
+    with warnings.catch_warnings():
+        for message in (
+            "fan_in_fan_out is set to",  # GPT-2's transposed layers, for which PEFT corrects the config
+            "Found missing adapter keys",  # refused in `load_adapter`
+            "Model has `tie_word_embeddings=True`",  # the lm_head stays frozen, the embeddings are the stream's own
+            "`is_gradient_checkpointing` is deprecated",  # a transformers function that PEFT calls by its old name
+            "Careful, disabling adapter layers with bias",  # the base stream swaps the original biases in
+            "Unsupported layer type",  # norms, which have no input size and need none
+            "`lora_bias=True` was passed but the targeted layer",  # concerns merging
+            "Detected that the base layer has no bias term",  # concerns merging
+            r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape",  # biases, and AdaLoRA's layers left without rank
+            r"The following rank_pattern keys did not match any targeted module.*\['[^']*\.lora_E'",  # AdaLoRA's keys
+            "Failed to load the CUDA extension",  # BOFT's kernel; PyTorch computes the same
+            "Setting boft_n_butterfly_factor to 1",
+        ):
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+class AdaptedLayer(NamedTuple):
+    """A module that the adapter stream runs in another form: its name inside the causal LM, PEFT's module, and the
+    frozen original in it, which the base stream runs."""
+
+    name: str
+    tuner: nn.Module
+    frozen: nn.Module
+
+
+def adapted_layers(peft_model: PeftModel) -> list[AdaptedLayer]:
+    """Every module of the causal LM that differs between the streams, in the model's order; of nested ones the
+    outermost. Empty for methods that only add virtual tokens. Trained biases are not in it (`backbone_biases`)."""
+    layers: list[AdaptedLayer] = []
+    for name, module in causal_lm(peft_model).named_modules():
+        if layers and name.startswith(f"{layers[-1].name}."):
+            continue
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        adapters = module._get_available_adapters()  # empty: a method that keeps its values in the model
+        if adapters and peft_model.active_adapter not in adapters:
+            continue
+        frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        layers.append(AdaptedLayer(name, cast(nn.Module, module), frozen))
+    return layers

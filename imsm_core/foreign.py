@@ -1,0 +1,180 @@
+"""A siamese model from an adapter and a gate that were trained elsewhere.
+
+The adapter is any standard PEFT folder. The gate comes from a gate.safetensors, or from the method's released code,
+which saves its two linear layers as pickled modules: those are read by PyTorch's restricted loader, which builds
+tensors and plain layers, refuses everything else by name, and runs none of the file's code.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .adapters.attach import load_adapter, peft_type
+from .backbone import fingerprint, first_line, hidden_size, load_base_model
+from .checkpoint import CheckpointInfo
+from .console import option
+from .errors import AdapterError, CheckpointError, SettingsError
+from .gates import Gate, check_gate_kind, make_gate
+from .siamese import SiameseModel
+
+_DOWN_FILE = re.compile(r"(?:(\d+)_)?linear_A\.pth")
+_PLAIN_LAYERS = (nn.Sequential, nn.Linear, nn.Dropout)
+
+
+def assemble(
+    adapter: Path,
+    base_model: str,
+    gate_kind: str,
+    gate_from: Path | None = None,
+    adapter_name: str | None = None,
+) -> tuple[SiameseModel, CheckpointInfo]:
+    """The siamese model of a PEFT folder and a gate, in float32 and eval mode, on the CPU, and its info.
+
+    base_model: a folder or hub id. gate_from: a gate.safetensors, a folder that holds one or the released code's
+    linear_A.pth and linear_B.pth (with an epoch's number before them or not), or one of its linear_A files; not for
+    mean_logits, which has no weights. adapter_name: which of several adapters in the folder. Raises SettingsError,
+    AdapterError, BaseModelError or CheckpointError (the gate).
+    """
+    check_gate_kind(gate_kind)
+    has_weights = gate_kind != "mean_logits"
+    if has_weights and gate_from is None:
+        raise SettingsError(f"a {gate_kind} gate has trained weights; say where they are with {option('gate_from')}")
+    if not has_weights and gate_from is not None:
+        raise SettingsError(f"mean_logits has no weights, and {option('gate_from')} names {gate_from}; leave it out")
+    folder = find_adapter(adapter, adapter_name)
+    base = load_base_model(base_model)
+    base_fingerprint, width = fingerprint(base), hidden_size(base)
+    gate = load_gate(gate_from, gate_kind, width) if gate_from is not None else make_gate(gate_kind, width)
+    peft_model = load_adapter(base, folder)
+    model = SiameseModel(peft_model, gate)
+    model.requires_grad_(False)
+    info = CheckpointInfo(
+        base_model=str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model,
+        base_revision=None,
+        base_fingerprint=base_fingerprint,
+        gate_kind=gate_kind,
+        gate_rank=gate.rank,
+        peft_type=peft_type(peft_model.peft_config[peft_model.active_adapter]),
+        training={"adapter": str(folder), "gate": str(gate_from) if gate_from is not None else None},
+    )
+    return model.eval(), info
+
+
+def find_adapter(folder: Path, name: str | None = None) -> Path:
+    """The folder of one adapter. PEFT keeps the one called `default` at the root and each other in a folder of its
+    name. Raises AdapterError listing the names if there are several and none, or one that is not there, is asked for.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter at {folder}: the folder does not exist")
+    places = {"default": folder} if (folder / "adapter_config.json").is_file() else {}
+    places |= {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
+    if not places:
+        raise AdapterError(f"{folder} is no PEFT adapter: neither it nor a folder in it has an adapter_config.json")
+    if name is not None and name not in places:
+        raise AdapterError(f"{folder} has no adapter {name!r}; it has {', '.join(places)}")
+    if name is None and len(places) > 1:
+        names = ", ".join(places)
+        raise AdapterError(f"{folder} has several adapters; choose one of {names} with {option('adapter_name')}")
+    return places[name] if name is not None else next(iter(places.values()))
+
+
+def load_gate(source: Path, kind: str, width: int) -> Gate:
+    """The gate of `kind` for d = width from `source` (see `assemble`). Raises CheckpointError naming both numbers where
+    a size does not fit."""
+    down, up, names = _gate_weights(source)
+    inputs = 4 * width if kind == "query_aware" else 2 * width
+    for name, weight in zip(names, (down, up), strict=True):
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise CheckpointError(f"{source}: {name} is no matrix of floating-point numbers")
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{source}: {name} holds values that are not finite")
+    if down.shape[1] != inputs:
+        raise CheckpointError(
+            f"{source}: {names[0]} reads {down.shape[1]} values; a {kind} gate on this base model reads {inputs}"
+        )
+    if up.shape[0] != width:
+        raise CheckpointError(f"{source}: {names[1]} gives {up.shape[0]} values; the base model's states have {width}")
+    if up.shape[1] != down.shape[0]:
+        raise CheckpointError(
+            f"{source}: {names[0]} has rank {down.shape[0]} and {names[1]} rank {up.shape[1]}; they must be equal"
+        )
+    gate = make_gate(kind, width, down.shape[0])
+    gate.load_state_dict({"gate_down.weight": down.float(), "gate_up.weight": up.float()})
+    return gate
+
+
+def _gate_weights(source: Path) -> tuple[Tensor, Tensor, tuple[str, str]]:
+    """gate_down (r, z), gate_up (d, r), and what the source calls them."""
+    if not source.exists():
+        raise CheckpointError(f"no gate at {source}: it does not exist")
+    file = source / "gate.safetensors" if source.is_dir() else source
+    if file.is_file() and file.suffix == ".safetensors":
+        names = ("gate_down.weight", "gate_up.weight")
+        try:
+            tensors = load_file(file)
+        except Exception as error:  # safetensors raises several types
+            raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+        if set(tensors) != set(names):
+            raise CheckpointError(f"{file} does not hold {names[0]} and {names[1]} alone")
+        return tensors[names[0]], tensors[names[1]], names
+    down = _down_file(source)
+    up = down.with_name(down.name.replace("linear_A", "linear_B"))
+    if not up.is_file():
+        raise CheckpointError(f"{down} has no {up.name} beside it")
+    return read_linear(down), read_linear(up), (down.name, up.name)
+
+
+def _down_file(source: Path) -> Path:
+    if source.is_file():
+        if not _DOWN_FILE.fullmatch(source.name):
+            raise CheckpointError(f"{source} is no gate: give a .safetensors or a linear_A.pth")
+        return source
+    found = sorted(path for path in source.iterdir() if _DOWN_FILE.fullmatch(path.name))
+    if not found:
+        raise CheckpointError(f"{source} holds no gate: neither gate.safetensors nor linear_A.pth")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{source} holds several gates; give the path of one of {names}")
+    return found[0]
+
+
+def read_linear(path: Path) -> Tensor:
+    """The weight of the released code's pickled `nn.Sequential(nn.Linear(bias=False), nn.Dropout)`, or of a linear
+    layer, a state dict or a tensor. Raises CheckpointError naming the first class that is none of these."""
+    try:
+        with torch.serialization.safe_globals(list(_PLAIN_LAYERS)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what matters is refused
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the restricted loader's own error, or any that a damaged file causes
+        if foreign := re.search(r"(?:GLOBAL|of type|class) ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} is refused: it holds {foreign[1]}, and a gate is tensors and plain linear layers (nothing in "
+                "the file was run)"
+            ) from error
+        if "persistent_load" in str(error):  # whole layers in PyTorch's format before 1.6 carry their source code
+            raise CheckpointError(f"{path} is refused: its format carries code; save the layer's state dict") from error
+        reason = "it is damaged, or no file of torch.save"
+        raise CheckpointError(f"{path} cannot be read: {reason} ({type(error).__name__})") from error
+    tensors = _tensors(loaded)
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path} holds {len(tensors)} tensors; a gate's linear layer has one, its weight")
+    return tensors[0].detach()
+
+
+def _tensors(loaded: Any) -> list[Tensor]:
+    """Every tensor of plain layers, a state dict or a tensor, read from their attributes: no method of theirs runs."""
+    if isinstance(loaded, Tensor):
+        return [loaded]
+    if isinstance(loaded, dict):
+        return [value for value in loaded.values() if isinstance(value, Tensor)]
+    if type(loaded) in _PLAIN_LAYERS:
+        own = [value for value in vars(loaded).get("_parameters", {}).values() if isinstance(value, Tensor)]
+        return own + [tensor for part in vars(loaded).get("_modules", {}).values() for tensor in _tensors(part)]
+    return []

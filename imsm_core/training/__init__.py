@@ -1,0 +1,1 @@
+"""Tuning the adapter and the gate: settings, the loop, schedules, snapshots."""

@@ -1,0 +1,1 @@
+"""Measuring an artifact on one or several execution providers."""

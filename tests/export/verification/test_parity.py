@@ -1,0 +1,73 @@
+"""What the export's own check says of rounding and of faults."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from export.errors import VerificationError
+from export.verification.parity import Failure, ParityReport, _in_float64, _judge_failures, expected_outputs
+from tests.exported import PROMPT, Exported
+
+
+def judge(tiny: Exported, difference: float) -> ParityReport:
+    """A report with one difference past its limit, judged."""
+    report = ParityReport(1e-4, failures=[Failure("decode", "logits", difference, 1e-9)])
+    with torch.no_grad():
+        expected = [expected_outputs(tiny.model, PROMPT, 5, ("base", "adapter"))]
+        _judge_failures(report, tiny.model, [PROMPT], [5], ("base", "adapter"), expected)
+    return report
+
+
+def test_a_difference_within_pytorchs_own_rounding_is_not_the_graphs_fault(tiny: Exported) -> None:
+    report = judge(tiny, 1e-7)
+    assert 1e-8 < report.rounding["logits"] < 1e-4
+    assert report.as_dict()["pytorch_rounding"] == report.rounding
+
+
+@pytest.mark.parametrize("difference", [1e-3, float("nan")])
+def test_a_larger_difference_is(tiny: Exported, difference: float) -> None:
+    with pytest.raises(VerificationError, match="logits in decode is off by"):
+        judge(tiny, difference)
+
+
+def test_float64_leaves_the_model_as_it_was(tiny: Exported) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    with _in_float64(tiny.model):
+        assert next(tiny.model.parameters()).dtype == torch.float64
+    for name, tensor in tiny.model.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name].numpy())
+        assert tensor.dtype == before[name].dtype
+
+
+def test_rounded_arithmetic_may_be_off_in_places_and_not_everywhere() -> None:
+    expected = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
+    other = np.random.default_rng(1).standard_normal((4, 50)).astype(np.float32)
+    spiked = expected.copy()
+    spiked[0, 0] += 3  # sharp attention
+    spiked[1] = other[1]  # another expert
+    report = ParityReport(1e-4, rounded=True)
+    report.compare("prefill", "logits", spiked, expected)
+    report.judge_positions()
+    assert report.failures == []
+    assert report.differences["prefill"]["logits"] == np.abs(spiked - expected).max()
+    for row in range(4):  # another tensor: as decode steps come
+        report.compare("decode", "logits", other[row], expected[row])
+    report.judge_positions()
+    assert [failure.name for failure in report.failures] == ["logits"]
+    assert report.failures[0].difference > 1
+    strict = ParityReport(1e-4)
+    strict.compare("decode", "logits", spiked, expected)
+    strict.judge_positions()
+    assert len(strict.failures) == 1
+
+
+def test_rounded_arithmetic_that_is_not_a_number_fails() -> None:
+    expected = np.ones((5, 3), np.float32)
+    found = expected.copy()
+    found[0, 0] = np.nan
+    report = ParityReport(1e-4, rounded=True)
+    report.compare("prefill", "logits", found, expected)
+    report.judge_positions()
+    assert len(report.failures) == 1

@@ -1,0 +1,163 @@
+"""The quality gate: numbers that can be worked out by hand, and data files that it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export.errors import ExportError, VerificationError
+from export.verification.quality import (
+    LONGEST,
+    QUERY_TOKENS,
+    QualityReport,
+    measure_quality,
+    quality_warnings,
+    query_length,
+    read_eval_texts,
+)
+from imsm_core.backbone import load_tokenizer
+from imsm_core.data.dataset import encode_prompt
+from imsm_core.errors import DataError
+from tests.builders import EOS, write_jsonl
+
+Array = NDArray[Any]
+VOCABULARY = 5
+
+
+def random_logits(seed: int, scale: float = 1.0) -> dict[int, Array]:
+    """By the length of a text, (S, VOCABULARY) float32."""
+    generator = np.random.default_rng(seed)
+    sizes = range(2, 400)
+    return {size: scale * generator.normal(size=(size, VOCABULARY)).astype(np.float32) for size in sizes}
+
+
+def random_texts(*lengths: int) -> list[list[int]]:
+    generator = np.random.default_rng(7)
+    return [[int(token) for token in generator.integers(0, VOCABULARY, length)] for length in lengths]
+
+
+def test_a_model_agrees_with_itself() -> None:
+    logits = random_logits(0)
+    report = measure_quality(lambda text: logits[len(text)], lambda text: logits[len(text)], random_texts(2, 30, 300))
+    assert report.argmax_agreement == 1
+    assert report.mean_kl == report.perplexity_change == 0
+    assert report.perplexity == report.perplexity_reference
+    assert report.texts == 3
+    assert report.tokens == 1 + (30 - QUERY_TOKENS) + (300 - QUERY_TOKENS)
+
+
+def test_numbers_equal_those_of_the_definitions() -> None:
+    reference, found, texts = random_logits(0), random_logits(1), random_texts(300, 12, 3)
+    report = measure_quality(lambda text: reference[len(text)], lambda text: found[len(text)], texts)
+    kl, losses, same = [], [], []
+    for text in texts:
+        for position in range(query_length(text) - 1, len(text) - 1):
+            p, q = (np.exp(side[len(text)][position].astype(np.float64)) for side in (reference, found))
+            p, q = p / p.sum(), q / q.sum()
+            kl.append(float((p * np.log(p / q)).sum()))
+            losses.append([-math.log(side[text[position + 1]]) for side in (p, q)])
+            same.append(p.argmax() == q.argmax())
+    before, after = np.exp(np.mean(losses, axis=0))
+    assert report.mean_kl == pytest.approx(np.mean(kl))
+    assert report.argmax_agreement == pytest.approx(np.mean(same))
+    assert report.perplexity_reference == pytest.approx(before)
+    assert report.perplexity == pytest.approx(after)
+    assert report.perplexity_change == pytest.approx(after / before - 1)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    near, far = random_logits(0, 1e4), random_logits(1, 1e4)
+    report = measure_quality(lambda text: near[len(text)], lambda text: far[len(text)], random_texts(40))
+    assert all(math.isfinite(value) for value in report.as_dict().values())
+    assert report.mean_kl > 1
+
+
+def test_logits_of_a_constant_more_are_the_same_distribution() -> None:
+    logits = random_logits(0)
+    report = measure_quality(lambda text: logits[len(text)], lambda text: logits[len(text)] + 100, random_texts(40))
+    assert report.mean_kl == pytest.approx(0, abs=1e-9)
+    assert report.perplexity_change == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["nan", "rows", "vocabulary"])
+def test_broken_logits_are_an_error(broken: str) -> None:
+    logits = random_logits(0)
+
+    def found(text: list[int]) -> Array:
+        array = logits[len(text)].copy()
+        if broken == "nan":
+            array[-2, 1] = np.nan
+        return array[:-1] if broken == "rows" else array[:, :-1] if broken == "vocabulary" else array
+
+    with pytest.raises(VerificationError, match="not finite" if broken == "nan" else "logits are"):
+        measure_quality(lambda text: logits[len(text)], found, random_texts(20))
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(ExportError, match="no texts"):
+        measure_quality(lambda text: np.zeros((1, 2)), lambda text: np.zeros((1, 2)), [])
+
+
+def report_of(change: float, tokens: int = 5000) -> QualityReport:
+    return QualityReport(10, tokens, 0.9, 0.1, 4.0, 4.0 * (1 + change), change)
+
+
+def test_warnings_say_what_is_past_the_threshold() -> None:
+    assert quality_warnings(report_of(0.019), 0.02) == []
+    assert quality_warnings(report_of(-0.5), 0.02) == []
+    (warning,) = quality_warnings(report_of(0.031), 0.02)
+    assert "3.1%" in warning
+    assert "2.0%" in warning
+    assert len(quality_warnings(report_of(math.nan), 0.02)) == 1
+    (few,) = quality_warnings(report_of(0.0, tokens=10), 0.02)
+    assert "10 tokens" in few
+
+
+def test_text_rows_are_read_up_to_the_limit_and_the_context(base_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(base_folder))
+    path = write_jsonl(tmp_path / "held.jsonl", [{"text": "abc"}, {"text": "d" * 2000}, {"text": "e"}])
+    texts = read_eval_texts(path, tokenizer, 128, 2)
+    assert texts == [tokenizer("abc")["input_ids"], tokenizer("d" * 2000)["input_ids"][:128]]
+    assert [len(text) for text in read_eval_texts(path, tokenizer, 10**6, 9)] == [4, LONGEST, 2]
+
+
+def test_prompts_and_answers_are_encoded_as_for_training(chat_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(chat_folder))
+    path = write_jsonl(tmp_path / "held.jsonl", [{"question": "why", "answer": "so"}])
+    (text,) = read_eval_texts(path, tokenizer, 128, 5, "question")
+    prompt = encode_prompt(tokenizer, "why")
+    assert text[: len(prompt)] == prompt
+    assert text[-1] == EOS
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"story": "abc"}], "line 1 has neither 'text' nor 'prompt' and 'answer'; it has 'story'"),
+        ([{"prompt": "abc"}], "line 1 has neither"),
+        ([{"text": "abc"}, {"prompt": "abc", "answer": "d"}], "line 2 has no field 'text'"),
+        ([{"text": "abc"}, {"text": 5}], "line 2: field 'text' is not text"),
+        ([{"text": "abc"}, {"text": ""}], "line 2 has fewer than two tokens"),
+    ],
+)
+def test_bad_rows_are_refused(rows: list[dict[str, object]], message: str, base_folder: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "held.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        read_eval_texts(path, load_tokenizer(str(base_folder)), 128, 100)
+
+
+def test_a_missing_file_and_a_senseless_limit_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(base_folder))
+    with pytest.raises(DataError, match="cannot read"):
+        read_eval_texts(tmp_path / "none.jsonl", tokenizer, 128, 100)
+    path = write_jsonl(tmp_path / "held.jsonl", [{"text": "abc"}])
+    with pytest.raises(ExportError, match="at least 1"):
+        read_eval_texts(path, tokenizer, 128, 0)
+    with pytest.raises(ExportError, match="nothing to predict"):
+        read_eval_texts(path, tokenizer, 1, 5)

@@ -1,0 +1,246 @@
+"""Sessions: damaged artifacts, bad input, caches that grow, states that stay apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError
+from runtime.engine import cache
+from runtime.engine.session import CPU_PREFILL_ROWS
+from runtime.engine.step import GraphDecodeBinding
+from runtime.manifest import check_files, read_manifest
+from tests.exported import PROMPT, Exported, copied, edit_manifest
+
+
+@pytest.fixture(scope="module")
+def session(tiny: Exported) -> Session:
+    return Session(tiny.artifact)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "imsm_model.json"])
+def test_a_missing_file_is_named(tiny: Exported, tmp_path: Path, name: str) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    (artifact / name).unlink()
+    with pytest.raises(ArtifactError, match=f"has no {name}"):
+        Session(artifact)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_truncated_file_is_named(tiny: Exported, tmp_path: Path, name: str) -> None:
+    path = copied(tiny.artifact, tmp_path / "artifact") / name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ArtifactError, match=f"{name} has .* bytes, not"):
+        Session(path.parent)
+
+
+def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> None:
+    path = copied(tiny.artifact, tmp_path / "artifact") / "model.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[1234] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data was changed"):
+        check_files(path.parent, read_manifest(path.parent), hashes=True)
+
+
+@pytest.mark.parametrize(
+    ("find", "put", "message"),
+    [
+        ('"name": "seqlens_k"', '"name": "lengths"', "names the input lengths, which the graph does not have"),
+        ('"kv_heads": 2', '"kv_heads": "two"', "damaged: ValueError"),
+        ('"format_version": 3', '"format_version": 9', "format version 9; this program reads 3"),
+        ('"model": {', '"modle": {', "damaged: KeyError at 'model'"),
+        ('"dtype": "int32"', '"dtype": "int64"', "seqlens_k is int32"),
+        ('"tokenizer.json": {', '"../tokenizer.json": {', "outside the folder"),
+    ],
+)
+def test_a_manifest_that_disagrees_is_one_error(
+    tiny: Exported, tmp_path: Path, find: str, put: str, message: str
+) -> None:
+    path = copied(tiny.artifact, tmp_path / "artifact") / "imsm_model.json"
+    text = path.read_text()
+    assert find in text
+    path.write_text(text.replace(find, put, 1))
+    with pytest.raises(ArtifactError, match=message):
+        Session(path.parent)
+
+
+def test_an_output_that_the_manifest_does_not_name_is_found(tiny: Exported, tmp_path: Path) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    graph = json.loads((artifact / "imsm_model.json").read_text())["graph"]
+    edit_manifest(artifact, graph=graph | {"outputs": [value for value in graph["outputs"] if value["name"] != "gate"]})
+    with pytest.raises(ArtifactError, match="has the output gate, which the manifest does not name"):
+        Session(artifact)
+
+
+def test_garbage_instead_of_a_graph_is_one_error(tiny: Exported, tmp_path: Path) -> None:
+    path = copied(tiny.artifact, tmp_path / "artifact") / "model.onnx"
+    path.write_bytes(b"\x00" * path.stat().st_size)
+    with pytest.raises(ArtifactError, match="onnxruntime cannot load"):
+        Session(path.parent)
+
+
+def test_an_unknown_provider_is_named(tiny: Exported) -> None:
+    with pytest.raises(ProviderError, match="unknown execution provider 'quantum'; choose one of cpu, cuda"):
+        Session(tiny.artifact, provider="quantum")
+
+
+def test_a_provider_that_does_not_start_is_an_error_unless_fallback_is_allowed(tiny: Exported) -> None:
+    with pytest.raises(ProviderError, match="'coreml' is not in use"):
+        Session(tiny.artifact, provider="coreml")
+    session = Session(tiny.artifact, provider="coreml", allow_fallback=True)
+    assert session.providers == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ([5] * 129, "the prompt has 129 tokens; the model's context is 128"),
+        ([5, 259], "token id 259 is outside the vocabulary of 259"),
+        ([-1], "token id -1 is outside"),
+    ],
+)
+def test_a_bad_prompt_is_refused_and_the_state_is_unchanged(session: Session, prompt: list[int], message: str) -> None:
+    state = session.new_state(1)
+    with pytest.raises(PromptError, match=message):
+        session.prefill(state, [prompt])
+    assert state.lengths[0] == 0
+    assert state.cache_bytes == 0
+
+
+def test_a_text_may_fill_the_context_and_not_go_past_it(session: Session) -> None:
+    state = session.new_state(1)
+    session.prefill(state, [[5] * 127])
+    session.decode_step(state, [6])
+    assert state.lengths[0] == 128
+    with pytest.raises(PromptError, match="reached the model's context of 128"):
+        session.decode_step(state, [7])
+
+
+def test_rows_and_prompts_must_agree(session: Session) -> None:
+    with pytest.raises(PromptError, match="1 prompts for 2 rows"):
+        session.prefill(session.new_state(2), [[1]])
+    state = session.new_state(1)
+    session.prefill(state, [[1]])
+    with pytest.raises(PromptError, match="2 tokens for 1 rows"):
+        session.decode_step(state, [1, 2])
+
+
+def test_two_states_of_one_session_do_not_touch_each_other(session: Session) -> None:
+    one, other = session.new_state(1), session.new_state(1)
+    session.prefill(one, [PROMPT])
+    expected = session.decode_step(one, [40]).logits
+    again = session.new_state(1)
+    session.prefill(again, [PROMPT])
+    session.prefill(other, [[3, 4, 5]])
+    session.decode_step(other, [41])
+    np.testing.assert_array_equal(session.decode_step(again, [40]).logits, expected)
+
+
+def test_memory_bias_is_per_row(session: Session) -> None:
+    biases = [1e4, -1e4, 0.0]
+    output = session.prefill(session.new_state(3, memory_bias=biases), [PROMPT] * 3)
+    assert output.gate_mean is not None
+    np.testing.assert_allclose(output.gate_mean[:2], [1, 0])
+    for row, bias in enumerate(biases):
+        alone = session.prefill(session.new_state(1, memory_bias=bias), [PROMPT])
+        np.testing.assert_allclose(output.logits[row], alone.logits[0], atol=1e-5)
+    with pytest.raises(SettingsError, match="memory_bias"):
+        session.new_state(1, memory_bias=float("nan"))
+
+
+def test_results_of_a_step_survive_the_next_one(session: Session) -> None:
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    first = session.decode_step(state, [40])
+    kept = first.logits.copy()
+    session.decode_step(state, [41])
+    np.testing.assert_array_equal(first.logits, kept)
+
+
+def test_scores_are_the_log_probabilities_of_stepwise_decoding(session: Session) -> None:
+    rest = [9, 8, 7, 6]
+    state = session.new_state(1)
+    logits = [session.prefill(state, [PROMPT]).logits[0]]
+    logits += [session.decode_step(state, [token]).logits[0] for token in rest[:-1]]
+    rows = np.array(logits, np.float64)
+    expected = rows[range(len(rest)), rest] - np.log(np.exp(rows).sum(-1))
+    np.testing.assert_allclose(session.score(PROMPT, rest), expected, atol=1e-4)
+
+
+def test_a_continuation_longer_than_a_chunk_scores_the_same(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = list(range(9, 30))
+    whole = session.score(PROMPT, rest)
+    monkeypatch.setattr(session, "prefill_rows", 8)
+    np.testing.assert_allclose(session.score(PROMPT, rest), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_prefill_reads_no_more_rows_at_once_than_suit_the_provider(
+    tiny: Exported, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tiny.artifact)
+    assert session.prefill_rows == CPU_PREFILL_ROWS
+    prompts = [list(range(3, 12 + index)) for index in range(batch)]
+    whole = session.prefill(session.new_state(batch), prompts, chunk=100).logits
+    sizes: list[int] = []
+    run = session._run
+    monkeypatch.setattr(session, "_run", lambda state, ids, *rest: sizes.append(ids.size) or run(state, ids, *rest))
+    monkeypatch.setattr(session, "prefill_rows", 8)
+    np.testing.assert_allclose(session.prefill(session.new_state(batch), prompts).logits, whole, atol=1e-4)
+    assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; one token of every text at the least
+
+
+def test_a_text_longer_than_a_block_decodes_as_if_it_were_prefilled(
+    tiny: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.engine.cache.BLOCK", 4)
+    session = Session(tiny.artifact)
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    for token in range(20, 40):
+        output = session.decode_step(state, [token])
+    fresh = session.new_state(1)
+    session.prefill(fresh, [PROMPT])
+    whole = session.score(PROMPT, [*range(20, 40), 50])
+    row = output.logits[0].astype(np.float64)
+    np.testing.assert_allclose(row[50] - np.log(np.exp(row).sum()), whole[-1], atol=1e-4)
+
+
+def test_without_kernels_the_same_tokens_follow(session: Session, tiny: Exported) -> None:
+    other = Session(tiny.artifact, kernels=False)
+    states = [used.new_state() for used in (session, other)]
+    outputs = [used.prefill(state, [PROMPT]) for used, state in zip((session, other), states, strict=True)]
+    for _ in range(8):
+        np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=1e-5)
+        tokens = outputs[1].logits.argmax(-1)
+        outputs = [used.decode_step(state, tokens) for used, state in zip((session, other), states, strict=True)]
+
+
+def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 32)
+    plain, fixed = Session(tiny.artifact), Session(tiny.artifact)
+    fixed.cuda_graph = True  # the CPU provider captures nothing, and binds the same
+    states = [used.new_state(2, memory_bias=[0.0, 0.5]) for used in (plain, fixed)]
+    ragged = [PROMPT, PROMPT[:3]]
+    for used, state in zip((plain, fixed), states, strict=True):
+        used.prefill(state, ragged)
+    bindings = set()
+    for step in range(40):  # past the first buffers
+        if step == 10:  # a second turn changes the query's state
+            for used, state in zip((plain, fixed), states, strict=True):
+                used.prefill(state, [PROMPT[2:6], PROMPT[:2]])
+        tokens = [5 + step % 7, 9]
+        expected, found = (used.decode_step(state, tokens) for used, state in zip((plain, fixed), states, strict=True))
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+        assert found.gate_mean is not None
+        assert expected.gate_mean is not None
+        np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-6)
+        assert isinstance(states[1].decode_binding, GraphDecodeBinding)
+        bindings.add(states[1].decode_binding.options.get_run_config_entry("gpu_graph_id"))
+    assert len(bindings) > 1  # a graph of its own for every place of the caches
+    np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)
