@@ -3,30 +3,71 @@
 import runtime                     # `imsm_runtime` when installed from the wheel
 model = runtime.load("ARTIFACT")
 print(runtime.generate(model, "Once upon a time", max_new_tokens=64).text)
+
+Names are imported when they are first used, so that the command line can say what is missing where onnxruntime is not
+installed.
 """
 
-from .engine.session import Session
-from .engine.state import DecodeState, StepOutput
-from .errors import ArtifactError, IMSMRuntimeError, PromptError, ProviderError, SettingsError
-from .generation.generation import (
-    Chunk,
-    Generation,
-    Model,
-    Timings,
-    Token,
-    generate,
-    generate_step,
-    load,
-    stream_generate,
-)
-from .generation.sampling import greedy, make_sampler
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.execution import Execution
+    from .engine.session import Session
+    from .engine.state import DecodeState, StepOutput
+    from .errors import ArtifactError, IMSMRuntimeError, MissingPackageError, PromptError, ProviderError, SettingsError
+    from .generation.generation import (
+        Chunk,
+        Generation,
+        Model,
+        Timings,
+        Token,
+        generate,
+        generate_step,
+        load,
+        stream_generate,
+    )
+    from .generation.sampling import greedy, make_sampler
+    from .generation.settings import GenerationSettings
+
+_HOMES = {
+    "engine.execution": ("Execution",),
+    "engine.session": ("Session",),
+    "engine.state": ("DecodeState", "StepOutput"),
+    "errors": (
+        "ArtifactError",
+        "IMSMRuntimeError",
+        "MissingPackageError",
+        "PromptError",
+        "ProviderError",
+        "SettingsError",
+    ),
+    "generation.generation": (
+        "Chunk",
+        "Generation",
+        "Model",
+        "Timings",
+        "Token",
+        "generate",
+        "generate_step",
+        "load",
+        "stream_generate",
+    ),
+    "generation.sampling": ("greedy", "make_sampler"),
+    "generation.settings": ("GenerationSettings",),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
     "Chunk",
     "DecodeState",
+    "Execution",
     "Generation",
+    "GenerationSettings",
     "IMSMRuntimeError",
+    "MissingPackageError",
     "Model",
     "PromptError",
     "ProviderError",
@@ -35,6 +76,7 @@ __all__ = [
     "StepOutput",
     "Timings",
     "Token",
+    "__version__",
     "generate",
     "generate_step",
     "greedy",
@@ -42,3 +84,11 @@ __all__ = [
     "make_sampler",
     "stream_generate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("imsm-runtime")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

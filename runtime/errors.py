@@ -1,15 +1,23 @@
 """What can go wrong at run time, as one tree.
 
-IMSMRuntimeError          a user's mistake; the command line prints its one line and exits 2
+IMSMRuntimeError          a user's mistake; the command line prints its one line and exits with `exit_code`
 ├── ArtifactError         an ARTIFACT folder that is incomplete, damaged, or contradicts itself
-├── PromptError           a prompt that is empty or longer than the context
+├── PromptError           a prompt that is empty, too long, or does not fit its state
 ├── ProviderError         an execution provider that is unknown or not in use
-└── SettingsError         a sampling or generation setting outside its range
+├── MissingPackageError   a command whose packages are not installed
+└── SettingsError         a setting outside its range
 """
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
 
 
 class IMSMRuntimeError(Exception):
     """Base of every error that a user can cause; its message is one line."""
+
+    exit_code = 2
 
 
 class ArtifactError(IMSMRuntimeError):
@@ -17,12 +25,30 @@ class ArtifactError(IMSMRuntimeError):
 
 
 class PromptError(IMSMRuntimeError):
-    """A prompt that is empty or longer than the context."""
+    """A prompt that is empty, too long, or does not fit its state."""
 
 
 class ProviderError(IMSMRuntimeError):
     """An execution provider that is unknown or not in use."""
 
 
+class MissingPackageError(IMSMRuntimeError):
+    """A command whose packages are not installed."""
+
+
 class SettingsError(IMSMRuntimeError):
-    """A sampling or generation setting outside its range."""
+    """A setting outside its range. name: the setting's; value: what it was; rule: what it must be, in which {other}
+    stands for another setting's name."""
+
+    def __init__(self, name: str, value: object, rule: str) -> None:
+        super().__init__(name, value, rule)
+        self.name, self.value, self.rule = name, value, rule
+
+    def told(self, spell: Callable[[str], str]) -> str:
+        """The message, with settings' names as `spell` writes them: a command line has options instead."""
+        rule = re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), self.rule)
+        value = repr(self.value) if self.value == "" else self.value
+        return f"{spell(self.name)} is {value}; {rule}"
+
+    def __str__(self) -> str:
+        return self.told(str)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from runtime.engine import own_kernels
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = {"train": ["--model", "m", "--data", "d", "--out", "o"], "export": ["checkpoint", "artifact"]}
 PROBE = """
 import importlib.util, json, imsm_runtime
 from imsm_runtime.engine import own_kernels
@@ -63,7 +65,33 @@ def test_the_installed_commands_work(environment: Path, tiny: Exported, tmp_path
     assert json.loads(bench.stdout.splitlines()[-1])["results"]
 
 
-def test_training_commands_say_what_is_missing(environment: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, environment / "imsm-train", "--help")
+def test_every_command_is_shown_and_what_is_missing_is_told(environment: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, environment / "imsm", "--help")
     assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
+    shown = " ".join(done.stdout.split())
+    for command, extra in (("train", "train"), ("export", "export")):
+        assert f"(needs pip install 'imsm-runtime[{extra}]')" in shown
+        refused = run(tmp_path, environment / "imsm", command, *REQUIRED[command])
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: {command} needs torch, ")
+    assert run(tmp_path, environment / "imsm", "--version").stdout == f"imsm {version('imsm-runtime')}\n"
+
+
+def test_without_onnxruntime_the_commands_say_so(environment: Path, tiny: Exported, tmp_path: Path) -> None:
+    code = """
+import sys
+class Blocker:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "onnxruntime":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker)
+from imsm_runtime.console import main
+sys.exit(main(sys.argv[1:]))
+"""
+    generated = run(tmp_path, environment / "python", "-c", code, "generate", tiny.artifact, "--prompt", "Hi")
+    assert generated.returncode == 2
+    assert generated.stderr == (
+        "error: generate needs onnxruntime, which is not installed; run pip install 'imsm-runtime[cpu]'\n"
+    )
+    assert run(tmp_path, environment / "python", "-c", code, "inspect", tiny.artifact).returncode == 0

@@ -26,6 +26,7 @@ from benchmarks.peers.measure import MeasureSettings, Ready, measure
 from benchmarks.peers.models import model_folder
 from benchmarks.peers.report import page, plain, summarize
 from benchmarks.shapes import SHAPES, sizes
+from runtime.bench.bandwidth import read_gb_per_s
 from runtime.machine import describe_machine
 
 HERE = Path(__file__).parent
@@ -113,7 +114,7 @@ def measure_group(
         }
     if args.build_only or not ready:
         return None
-    before = read_speed(args.threads)
+    before = read_gb_per_s(args.threads)
     measured = measure(ready, settings, reference(precision))
     for name, result in measured.items():
         described[name] |= result
@@ -123,16 +124,10 @@ def measure_group(
         "reference": reference(precision),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
-        "read_gb_per_s": max(before, read_speed(args.threads)),
+        "read_gb_per_s": max(before, read_gb_per_s(args.threads)),
         "settings": asdict(settings),
         "peers": described,
     }
-
-
-def read_speed(threads: int) -> float:
-    """In a process of its own, whose array is gone afterwards."""
-    command = [sys.executable, str(HERE / "bandwidth.py"), str(threads)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def write(document: dict[str, Any], out: Path, work: Path) -> None:

@@ -6,22 +6,22 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
+from ..engine.execution import Execution
 from ..engine.providers import PROVIDERS, usable_providers
 from ..engine.session import Session
 from ..errors import IMSMRuntimeError, ProviderError, SettingsError
 from ..machine import describe_machine, usable_cores
 from ..manifest import Manifest, read_manifest
 from .bandwidth import read_gb_per_s
-from .measure import BenchResult, BenchSettings, measure
+from .measure import BenchResult, measure
 from .placement import Placement, place_nodes
-
-__all__ = ["BenchResult", "BenchSettings", "bench", "format_table", "named_providers"]
+from .settings import BenchSettings
 
 HOST_MEMORY = ("cpu", "openvino", "xnnpack")
 """Providers that read the memory whose bandwidth is measured."""
@@ -62,9 +62,12 @@ def bench(folder: Path, providers: Sequence[str], settings: BenchSettings) -> di
     longest = max(settings.prompt_lengths) + settings.new_tokens
     if longest > manifest.context_length:
         raise SettingsError(
-            f"{longest} tokens of prompt and answer are more than the context of {manifest.context_length}"
+            "new_tokens",
+            settings.new_tokens,
+            f"with the longest of {{prompt_lengths}} it makes {longest}, more than the context of "
+            f"{manifest.context_length}",
         )
-    bandwidth = read_gb_per_s(settings.threads or usable_cores())
+    bandwidth = read_gb_per_s(settings.execution.threads or usable_cores())
     measured: dict[str, _Measured] = {}
     errors: dict[str, IMSMRuntimeError] = {}
     for provider in providers:
@@ -230,29 +233,27 @@ def _death(code: int | None) -> str:
 
 def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
-    execution = (
-        provider,
-        settings.threads,
-        settings.spin,
-        settings.allow_fallback,
-        settings.kernels,
-        settings.cuda_graph,
-    )
+    execution = replace(settings.execution, provider=provider)
     try:
-        start = time.perf_counter()
-        session = Session(folder, *execution)
-        load_ms = (time.perf_counter() - start) * 1e3
-        options = session.onnx.get_session_options()
-        results, tokens = measure(session, provider, settings, load_ms)
-        prompts = [[0] * min(settings.prompt_lengths)] * settings.batch
-        placement = place_nodes(session, execution, prompts)
-        sender.send(_Measured(results, tokens, options.intra_op_num_threads, _spins(options), placement))
+        sender.send(_measure_alone(folder, execution, settings))
     except IMSMRuntimeError as error:
         sender.send(error)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         sender.send(ProviderError(" ".join(str(error).split())))
+
+
+def _measure_alone(folder: Path, execution: Execution, settings: BenchSettings) -> _Measured:
+    start = time.perf_counter()
+    session = Session(folder, execution)
+    load_ms = (time.perf_counter() - start) * 1e3
+    options = session.onnx.get_session_options()
+    results, tokens = measure(session, settings, load_ms)
+    del session  # one copy of the packed weights at a time
+    prompts = [[0] * min(settings.prompt_lengths)] * settings.batch
+    placement = place_nodes(folder, execution, prompts)
+    return _Measured(results, tokens, options.intra_op_num_threads, _spins(options), placement)
 
 
 def _spins(options: onnxruntime.SessionOptions) -> bool:

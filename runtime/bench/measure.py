@@ -7,39 +7,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 
 from ..engine.session import Session
 from ..engine.state import DecodeState
-from ..errors import SettingsError
 from ..machine import peak_rss_mb
 from ..manifest import GRAPH
 from ..weights import read_weights
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """repeats: runs per prompt length, of which the medians are taken, after one that is not counted."""
-
-    prompt_lengths: tuple[int, ...] = (32, 128)
-    new_tokens: int = 64
-    batch: int = 1
-    repeats: int = 3
-    threads: int | None = None
-    spin: bool = True
-    allow_fallback: bool = False
-    kernels: bool = True
-    cuda_graph: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
-            raise SettingsError("prompt lengths must be at least 1")
-        for name in ("new_tokens", "batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+from .settings import BenchSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +24,7 @@ class BenchResult:
     """One provider and prompt length. Milliseconds; None where no token follows the first.
 
     providers: those in use. tokens_per_s counts every row. overhead_percent: share of a decode step's time spent
-    outside onnxruntime, choosing the token included; None if the steps do not pass through `run_with_iobinding`.
+    outside onnxruntime, choosing the token included; None where there are no steps.
     weight_bytes_read, cache_bytes_read: what a decode step must read, the caches at half of the new tokens; gb_per_s:
     both, divided by the time. peak_rss_mb is of the process so far (prompt lengths run in ascending order).
     """
@@ -71,18 +48,14 @@ class BenchResult:
 
 
 class RunTimer:
-    """Stands in for the `run_with_iobinding` of an onnxruntime session and adds up the seconds that it takes."""
+    """Adds up the time that runs of a session's graph take."""
 
-    def __init__(self, onnx: onnxruntime.InferenceSession) -> None:
+    def __init__(self, session: Session) -> None:
         self.seconds = 0.0
-        self._run = onnx.run_with_iobinding
-        onnx.run_with_iobinding = self  # before any state: a binding may keep the method
+        session.on_run = self._add
 
-    def __call__(self, *arguments: Any, **options: Any) -> None:
-        """Run and count."""
-        start = time.perf_counter()
-        self._run(*arguments, **options)
-        self.seconds += time.perf_counter() - start
+    def _add(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 class Run(NamedTuple):
@@ -97,11 +70,11 @@ class Run(NamedTuple):
 
 
 def measure(
-    session: Session, provider: str, settings: BenchSettings, load_ms: float
+    session: Session, settings: BenchSettings, load_ms: float
 ) -> tuple[list[BenchResult], list[list[list[int]]]]:
     """Every prompt length on a loaded session, in ascending order; and the tokens of the last run of each."""
     generator = np.random.default_rng(0)
-    timer = RunTimer(session.onnx)
+    timer = RunTimer(session)
     streams = len(session.manifest.streams)
     weights = sum(weight.bytes_read(settings.batch, streams) for weight in read_weights(session.folder / GRAPH))
     found, tokens = [], []
@@ -117,7 +90,7 @@ def measure(
         median = float(np.median(steps)) if steps.size else None
         found.append(
             BenchResult(
-                provider=provider,
+                provider=session.execution.provider,
                 providers=session.providers,
                 prompt_tokens=length,
                 new_tokens=settings.new_tokens,

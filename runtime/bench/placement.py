@@ -5,7 +5,6 @@ A session may name a provider as in use and still run most of its nodes elsewher
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from collections import Counter
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.providers import PROVIDERS, open_session
+from ..engine.execution import Execution
+from ..engine.providers import PROVIDERS
 from ..engine.session import Session
-from ..manifest import GRAPH
 
 
 @dataclass(frozen=True)
@@ -39,23 +38,17 @@ class Placement:
         return sum(self.fallback_ops.values())
 
 
-def place_nodes(
-    session: Session, execution: tuple[str, int | None, bool, bool, bool, bool], prompts: list[list[int]]
-) -> Placement:
-    """Open the session's graph again with the profiler on, and run a prefill and a decode step. Slow: never while
-    timing. The session keeps the profiled graph, whose profile has ended. execution: the provider, threads, spin,
-    allow_fallback, kernels and cuda_graph that the session was opened with."""
-    with tempfile.TemporaryDirectory() as folder:
-        del session.onnx  # one copy of the packed weights at a time
-        gc.collect()  # states and their bindings refer to each other
-        prefix = Path(folder) / "profile"
-        session.onnx = open_session(session.folder / GRAPH, *execution, profile=prefix)
+def place_nodes(folder: Path, execution: Execution, prompts: list[list[int]]) -> Placement:
+    """Open the artifact with the profiler on, and run a prefill and a decode step. Slow: never while timing. Whoever
+    has another session of it open has its weights in memory twice."""
+    with tempfile.TemporaryDirectory() as profiles:
+        session = Session(folder, execution, profile=Path(profiles) / "profile")
         state = session.new_state(len(prompts))
         session.prefill(state, prompts)
         session.decode_step(state, np.zeros(len(prompts), np.int64))
         path = Path(session.onnx.end_profiling())
         events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    return read_events(events, PROVIDERS[execution[0]])
+    return read_events(events, PROVIDERS[execution.provider])
 
 
 def read_events(events: list[dict[str, Any]], wanted: str) -> Placement:

@@ -6,73 +6,93 @@ graphs: it is given names and geometry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from ..errors import PromptError
 from ..manifest import LayerCache
 
+Array = NDArray[Any]
 BLOCK = 256
 BFLOAT16 = 16  # as ONNX numbers element types; NumPy has no such type
 
 
 class KVCache:
-    """Buffers of shape (rows, kv_heads, capacity, head_size) on `device`, named layer.part.
+    """Buffers of shape (streams * batch, kv_heads, capacity, head_size) on `device`, named layer.part. Rows are stream
+    by stream: the base's row of text 0, of text 1, ..., then the adapter's.
 
-    layers: geometry by the layer's index. virtual: what the last `virtual_rows` rows (all without it) begin with,
-    before their text: layer.part -> (kv_heads, V, head_size); the other rows have room there that they do not use.
-    Caches in bfloat16, which NumPy has not, lose their content when they grow: whoever makes one reserves all at once.
+    layers: geometry by the layer's index. batch: texts. streams: rows that each text has here, 1 or 2. virtual: what
+    the last stream's rows begin with, before their text: layer.part -> (kv_heads, V, head_size); the other rows have
+    room there that they do not use. NumPy has no bfloat16, so that caches in it cannot be copied: whoever makes one
+    reserves all at once, and `take` and `join` raise PromptError.
     """
 
     def __init__(
         self,
         layers: Mapping[int, LayerCache],
-        rows: int,
+        batch: int,
+        streams: int = 1,
         dtype: str = "float32",
         device: str = "cpu",
-        virtual: Mapping[str, NDArray[Any]] | None = None,
-        virtual_rows: int | None = None,
+        virtual: Mapping[str, Array] | None = None,
     ) -> None:
         self.layers = dict(layers)
-        self.rows = rows
+        self.batch = batch
+        self.streams = streams
         self.element_type: Any = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
         self.dtype = np.dtype("uint16" if dtype == "bfloat16" else dtype)
         self.device = device
         self.virtual = dict(virtual or {})
-        self.virtual_rows = rows if virtual_rows is None else virtual_rows
         self.virtual_tokens = next((array.shape[1] for array in self.virtual.values()), 0)
         self.capacity = 0
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
 
-    def reserve(self, length: int) -> bool:
-        """Make room for `length` tokens of text a row; returns whether the buffers moved (bindings are then stale)."""
-        length += self.virtual_tokens
-        if length <= self.capacity:
-            return False
-        capacity = -(-length // BLOCK) * BLOCK
-        for name, layer in self._named_layers():
-            if self.element_type == BFLOAT16:
-                shape = (self.rows, layer.kv_heads, capacity, layer.head_size)
-                self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
-                continue
-            grown = np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size), self.dtype)
-            if self.capacity:
-                old = self._buffers.pop(name)  # its NumPy view does not keep it alive
-                grown[:, :, : self.capacity] = old.numpy()
-            elif self.virtual:
-                grown[-self.virtual_rows :, :, : self.virtual_tokens] = self.virtual[name]
-            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
-        self.capacity = capacity
-        return True
+    @property
+    def rows(self) -> int:
+        """Rows of every buffer."""
+        return self.streams * self.batch
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         cells = sum(2 * layer.kv_heads * layer.head_size for layer in self.layers.values())
         return cells * self.rows * self.capacity * self.dtype.itemsize
+
+    def reserve(self, length: int) -> bool:
+        """Make room for `length` tokens of text a row; returns whether the buffers moved (bindings are then stale)."""
+        length += self.virtual_tokens
+        if length <= self.capacity:
+            return False
+        capacity = _in_blocks(length)
+        for name, layer in self._named_layers():
+            if self.element_type == BFLOAT16:
+                shape = (self.rows, layer.kv_heads, capacity, layer.head_size)
+                self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
+                continue
+            grown = self._zeros(layer, capacity)
+            if self.capacity:
+                old = self._buffers.pop(name)  # its NumPy view does not keep it alive
+                grown[:, :, : self.capacity] = old.numpy()
+            elif self.virtual:
+                grown[-self.batch :, :, : self.virtual_tokens] = self.virtual[name]
+            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
+        self.capacity = capacity
+        return True
+
+    def take(self, texts: Sequence[int], length: int) -> KVCache:
+        """A cache of its own with copies of some texts' rows, in this order, and room for `length` tokens of text."""
+        return self._copied(length, [(self, texts)])
+
+    def join(self, other: KVCache, length: int) -> KVCache:
+        """A cache with the texts of both, the other's last, and room for `length` tokens of text. Raises PromptError
+        if the other is of another model's form."""
+        if self._form() != other._form():
+            raise PromptError("states of different artifacts, or on different devices, cannot be joined")
+        return self._copied(length, [(self, range(self.batch)), (other, range(other.batch))])
 
     def bindings(self, row: int | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """(layer.part, shape, address) of every buffer, or of one row of it, for binding as input and as output."""
@@ -84,7 +104,45 @@ class KVCache:
             else:
                 yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.dtype.itemsize
 
+    def _copied(self, length: int, sources: Sequence[tuple[KVCache, Sequence[int]]]) -> KVCache:
+        """The chosen texts of several caches of this form, one after the other."""
+        if self.element_type == BFLOAT16:
+            raise PromptError("rows of bfloat16 caches cannot be copied: NumPy has no bfloat16")
+        batch = sum(len(texts) for _, texts in sources)
+        made = KVCache(self.layers, batch, self.streams, self.dtype.name, self.device, self.virtual)
+        if batch == 0 or length == 0:
+            return made  # without buffers, as a new one
+        made.capacity = _in_blocks(length + self.virtual_tokens)
+        for name, layer in self._named_layers():
+            buffer = made._zeros(layer, made.capacity)
+            by_stream = buffer.reshape(self.streams, batch, *buffer.shape[1:])
+            first = 0
+            for source, texts in sources:
+                to = by_stream[:, first : first + len(texts)]
+                first += len(texts)
+                used = min(source.capacity, made.capacity)
+                if used == 0 or not len(texts):
+                    if self.virtual:
+                        to[-1, :, :, : self.virtual_tokens] = self.virtual[name]
+                    continue
+                value = source._buffers[name]
+                array = value.numpy()
+                array = array.reshape(self.streams, source.batch, *array.shape[1:])
+                to[:, :, :, :used] = array[:, list(texts), :, :used]
+            made._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer, self.device)
+        return made
+
+    def _form(self) -> tuple[object, ...]:
+        return self.layers, self.streams, self.element_type, self.device, self.virtual_tokens
+
+    def _zeros(self, layer: LayerCache, capacity: int) -> Array:
+        return np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size), self.dtype)
+
     def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
         for index, layer in self.layers.items():
             for part in ("key", "value"):
                 yield f"{index}.{part}", layer
+
+
+def _in_blocks(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK

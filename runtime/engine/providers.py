@@ -11,6 +11,7 @@ import onnxruntime
 from ..errors import ArtifactError, ProviderError
 from ..machine import usable_cores
 from . import own_kernels
+from .execution import Execution
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -36,51 +37,27 @@ _PROBE = base64.b64decode("CAo6NQoOCgF4CgF4EgF5IgNBZGQSAWdaDwoBeBIKCggIARIECgIIA
 
 
 def open_session(
-    model: Path | bytes,
-    provider: str = "cpu",
-    threads: int | None = None,
-    spin: bool = True,
-    allow_fallback: bool = False,
-    kernels: bool = True,
-    cuda_graph: bool = False,
-    profile: Path | None = None,
+    model: Path | bytes, execution: Execution, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on `provider`, a key of PROVIDERS.
+    """An onnxruntime session on `execution.provider`, a key of PROVIDERS.
 
-    threads: None is the number of usable physical cores. spin: whether idle threads busy-wait, which is faster and
-    uses the processor. kernels: whether the CPU provider runs this project's kernels where it has them. cuda_graph:
-    whether runs can be captured and replayed, with the CUDA provider. profile: the beginning of the path that
-    `end_profiling` writes to. Raises ProviderError if the provider is unknown, not built in, or did not start (unless
-    `allow_fallback`), or if onnxruntime is too old, and ArtifactError if onnxruntime refuses the graph.
+    profile: the beginning of the path that `end_profiling` writes to. Raises ProviderError if the provider is unknown,
+    not built in, or did not start (unless `allow_fallback`), or if onnxruntime is too old, and ArtifactError if
+    onnxruntime refuses the graph.
     """
     if installed_version() < OLDEST_VERSION:
         raise ProviderError(
             f"onnxruntime {onnxruntime.__version__} computes attention wrongly; it must be at least "
             f"{spelt(OLDEST_VERSION)}"
         )
-    if threads is not None and threads < 1:
-        raise ProviderError(f"threads is {threads}; it must be at least 1")
-    wanted = _full_name(provider)
-    if cuda_graph and provider != "cuda":
-        raise ProviderError(f"a CUDA graph goes with execution provider cuda, not with {provider}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
-    options.log_severity_level = 4  # errors are raised; onnxruntime would also print them
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if kernels and provider == "cpu" and (library := own_kernels.library()) is not None:
-        options.register_custom_ops_library(str(library))
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if provider in ("cuda", "tensorrt"):
+    wanted = full_name(execution.provider)
+    options = _session_options(execution, profile)
+    if execution.provider in ("cuda", "tensorrt"):
         onnxruntime.preload_dlls()
     names = [wanted] if wanted in onnxruntime.get_available_providers() else []
-    own = {THREAD_OPTIONS[provider]: str(options.intra_op_num_threads)} if provider in THREAD_OPTIONS else {}
-    if cuda_graph:
-        own["enable_cuda_graph"] = "1"
     if "CPUExecutionProvider" not in names:
         names.append("CPUExecutionProvider")
+    own = _provider_options(execution, options)
     try:
         source = model if isinstance(model, bytes) else str(model)
         session = onnxruntime.InferenceSession(
@@ -90,13 +67,37 @@ def open_session(
         raise ArtifactError(
             f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_form_advice(error)}"
         ) from error
-    if wanted not in session.get_providers() and not allow_fallback:
+    if wanted not in session.get_providers() and not execution.allow_fallback:
         why = "did not start" if wanted in names else "is not part of this onnxruntime"
         raise ProviderError(
-            f"execution provider {provider!r} is not in use (in use: {', '.join(session.get_providers())}): it {why}; "
-            "run `doctor`, or allow it with --allow-fallback"
+            f"execution provider {execution.provider!r} is not in use (in use: {', '.join(session.get_providers())}): "
+            f"it {why}; run `doctor`, or let it fall back (allow_fallback)"
         )
     return session
+
+
+def _session_options(execution: Execution, profile: Path | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = execution.threads or usable_cores()
+    options.log_severity_level = 4  # errors are raised; onnxruntime would also print them
+    if not execution.spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if execution.kernels and execution.provider == "cpu" and (library := own_kernels.library()) is not None:
+        options.register_custom_ops_library(str(library))
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return options
+
+
+def _provider_options(execution: Execution, options: onnxruntime.SessionOptions) -> dict[str, str]:
+    """The options of the wanted provider."""
+    own = {}
+    if execution.provider in THREAD_OPTIONS:
+        own[THREAD_OPTIONS[execution.provider]] = str(options.intra_op_num_threads)
+    if execution.cuda_graph:
+        own["enable_cuda_graph"] = "1"
+    return own
 
 
 def installed_version() -> tuple[int, int]:
@@ -119,7 +120,7 @@ def usable_providers() -> dict[str, str]:
         if short is None:
             continue
         try:
-            open_session(_PROBE, short)
+            open_session(_PROBE, Execution(short))
             found[short] = "usable"
         except (ProviderError, ArtifactError) as error:
             found[short] = f"not usable: {error}"
@@ -138,7 +139,8 @@ def installed_builds() -> dict[str, str]:
     return found
 
 
-def _full_name(provider: str) -> str:
+def full_name(provider: str) -> str:
+    """A provider as onnxruntime names it. Raises ProviderError for an unknown one."""
     if provider not in PROVIDERS:
         raise ProviderError(f"unknown execution provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     return PROVIDERS[provider]

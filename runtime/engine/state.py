@@ -1,17 +1,19 @@
-"""What a set of texts has been so far, between the steps of a session."""
+"""What a set of texts has been so far, between the steps of a session: rows that can be copied, joined, dropped and cut
+back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import PromptError
 from .cache import KVCache
-
-if TYPE_CHECKING:
-    from .step import DecodeBinding
+from .marks import Mark, Marks
 
 Array = NDArray[Any]
 
@@ -24,14 +26,16 @@ class StepOutput(NamedTuple):
     gate_mean: Array | None
 
 
-@dataclass
+@dataclass(eq=False)
 class DecodeState:
     """What B texts have been so far: caches of every group of rows, lengths, and the gate's query.
 
     lengths: (B,) tokens in the caches. query_sum (B, 2, d) and query_count (B,) make the query means of (base,
     adapter); reply_sum and reply_count hold the tokens generated since, which belong to the query as soon as the
     conversation goes on. pending: per row a token that was chosen but not fed yet. memory_bias: (B,), added to the
-    gate before its sigmoid.
+    gate before its sigmoid. marks: per row, what the sums were at lengths that it can be cut back to. gate_reads_query:
+    whether the artifact's gate looks at the sums at all. layout: changes whenever arrays or caches are other ones, so
+    that whoever has bound them knows.
     """
 
     caches: dict[str, KVCache]
@@ -42,7 +46,9 @@ class DecodeState:
     reply_count: NDArray[np.float32]
     memory_bias: NDArray[np.float32]
     pending: list[int | None]
-    decode_binding: DecodeBinding | None = field(default=None, repr=False)
+    marks: list[Marks]
+    gate_reads_query: bool = True
+    layout: object = field(default_factory=object, repr=False)
 
     @property
     def batch(self) -> int:
@@ -53,3 +59,125 @@ class DecodeState:
     def cache_bytes(self) -> int:
         """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.caches.values())
+
+    def take(self, rows: Sequence[int]) -> DecodeState:
+        """A state of its own with copies of these rows, in this order; a row may come twice. Raises PromptError for a
+        row that is not there."""
+        chosen = self._checked(rows)
+        length = int(self.lengths[chosen].max(initial=0))
+        return DecodeState(
+            caches={group: cache.take(chosen, length) for group, cache in self.caches.items()},
+            lengths=self.lengths[chosen],
+            query_sum=self.query_sum[chosen],
+            query_count=self.query_count[chosen],
+            reply_sum=self.reply_sum[chosen],
+            reply_count=self.reply_count[chosen],
+            memory_bias=self.memory_bias[chosen],
+            pending=[self.pending[row] for row in chosen],
+            marks=[self.marks[row].copy() for row in chosen],
+            gate_reads_query=self.gate_reads_query,
+        )
+
+    def join(self, other: DecodeState) -> None:
+        """Put copies of the other state's rows behind this one's. Raises PromptError for a state of another artifact;
+        both are then unchanged."""
+        if self.caches.keys() != other.caches.keys() or self.query_sum.shape[1:] != other.query_sum.shape[1:]:
+            raise PromptError("states of different artifacts cannot be joined")
+        length = int(max(self.lengths.max(initial=0), other.lengths.max(initial=0)))
+        caches = {group: cache.join(other.caches[group], length) for group, cache in self.caches.items()}
+        arrays = [np.concatenate(pair) for pair in zip(self._arrays(), other._arrays(), strict=True)]
+        self._become(
+            caches,
+            arrays,
+            [*self.pending, *other.pending],
+            [*self.marks, *(marks.copy() for marks in other.marks)],
+        )
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Remove these rows; the others move up, and the caches become as small as the longest of them allows. Raises
+        PromptError for a row that is not there."""
+        gone = set(self._checked(rows))
+        kept = self.take([row for row in range(self.batch) if row not in gone])
+        self._become(kept.caches, kept._arrays(), kept.pending, kept.marks)
+
+    def trim(self, lengths: Sequence[int]) -> None:
+        """Cut every row back to its first `lengths[row]` tokens: what follows equals a run that stopped there.
+
+        The gate's query is a sum over the prompt, which is known where a prefill's chunk ended and at the last
+        `marks.RECENT` tokens that were decoded: `cut_lengths` says where. Where the gate does not read the query, any
+        length will do. Raises PromptError for a length that is longer than the row or not known; the state is then
+        unchanged.
+        """
+        if len(lengths) != self.batch:
+            raise PromptError(f"{len(lengths)} lengths for {self.batch} rows")
+        found: list[Mark | None] = [self._mark(row, int(length)) for row, length in enumerate(lengths)]
+        for row, (length, mark) in enumerate(zip(lengths, found, strict=True)):
+            if length == self.lengths[row]:
+                continue
+            self.lengths[row] = length
+            self.pending[row] = None
+            self.marks[row].cut(int(length))
+            if mark is not None:
+                self.query_sum[row], self.query_count[row] = mark.query_sum, mark.query_count
+                self.reply_sum[row], self.reply_count[row] = mark.reply_sum, mark.reply_count
+
+    def cut_lengths(self, row: int) -> list[int]:
+        """The lengths that `trim` takes for a row, ascending."""
+        length = int(self.lengths[row])
+        return list(range(length + 1)) if not self.gate_reads_query else sorted({0, *self.marks[row].lengths, length})
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Inside the block an exception puts lengths, sums, pending tokens and marks back; what was written into the
+        caches lies behind the lengths, where nothing reads it."""
+        arrays = [array.copy() for array in self._arrays()]
+        pending, marks = list(self.pending), [marks.copy() for marks in self.marks]
+        try:
+            yield
+        except BaseException:
+            for array, before in zip(self._arrays(), arrays, strict=True):
+                array[...] = before
+            self.pending, self.marks = pending, marks
+            raise
+
+    def _arrays(self) -> list[Array]:
+        """In the order of the fields."""
+        return [
+            self.lengths,
+            self.query_sum,
+            self.query_count,
+            self.reply_sum,
+            self.reply_count,
+            self.memory_bias,
+        ]
+
+    def _become(
+        self, caches: dict[str, KVCache], arrays: list[Array], pending: list[int | None], marks: list[Marks]
+    ) -> None:
+        self.caches, self.pending, self.marks = caches, pending, marks
+        self.lengths, self.query_sum, self.query_count, self.reply_sum, self.reply_count, self.memory_bias = arrays
+        self.layout = object()
+
+    def _checked(self, rows: Sequence[int]) -> list[int]:
+        for row in rows:
+            if not 0 <= row < self.batch:
+                raise PromptError(f"row {row} is not in a state of {self.batch} rows")
+        return [int(row) for row in rows]
+
+    def _mark(self, row: int, length: int) -> Mark | None:
+        """What the sums were when the row had `length` tokens; None where nothing reads them."""
+        now = int(self.lengths[row])
+        if not 0 <= length <= now:
+            raise PromptError(f"row {row} has {now} tokens and cannot be cut back to {length}")
+        if length == now:
+            return None
+        if length == 0:
+            return Mark(0, np.float32(0), np.float32(0), np.float32(0), np.float32(0))
+        mark = self.marks[row].at(length)
+        if mark is None and self.gate_reads_query:
+            below = max(known for known in self.cut_lengths(row) if known < length)
+            raise PromptError(
+                f"row {row} cannot be cut back to {length} tokens: the gate's query there is not known; the nearest "
+                f"length below is {below}"
+            )
+        return mark

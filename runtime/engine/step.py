@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .loaded_graph import LoadedGraph
+from .marks import Mark
 from .state import DecodeState, StepOutput
 
-if TYPE_CHECKING:
-    from .session import Session
-
 Array = NDArray[Any]
-
-
-NO_GRAPH = -1
-"""The `gpu_graph_id` of runs that are not captured."""
 _graph_ids = count(1)
 
 
 class DecodeBinding:
-    """One decode step, bound once: small inputs and outputs are written in place, nothing is allocated per step."""
+    """One decode step, bound once: small inputs and outputs are written in place, nothing is allocated per step.
 
-    def __init__(self, session: Session, state: DecodeState) -> None:
-        self.session = session
-        self.state = state
-        batch, width = state.batch, session.manifest.hidden_size
-        self.binding = session.onnx.io_binding()
+    It refers to the state's arrays and caches and not to the state, so that a state that nobody needs is freed at once.
+    layout: the state's when it was bound; with another one the binding is stale.
+    """
+
+    def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
+        self.graph = graph
+        self.layout = state.layout
+        batch, width = state.batch, graph.manifest.hidden_size
+        self.binding = graph.onnx.io_binding()
         self.inputs: dict[str, Array] = {
             "input_ids": np.zeros((batch, 1), np.int64),
             "position_ids": np.zeros((batch, 1), np.int64),
@@ -42,22 +41,22 @@ class DecodeBinding:
             "past_query_count": state.query_count,
             "memory_bias": state.memory_bias,
         }
-        self.outputs: dict[str, Array] = {"logits": np.zeros((batch, 1, session.manifest.vocab_size), np.float32)}
-        if session.siamese:
+        self.outputs: dict[str, Array] = {"logits": np.zeros((batch, 1, graph.manifest.vocab_size), np.float32)}
+        if graph.siamese:
             self.outputs["gate_mean"] = np.zeros((batch, 1), np.float32)
             self.outputs["hidden_base"] = np.zeros((batch, 1, width), np.float32)
             self.outputs["hidden_adapter"] = np.zeros((batch, 1, width), np.float32)
         for name, array in self.inputs.items():
-            if name in session.input_names:
+            if name in graph.input_names:
                 self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in self.outputs.items():
             self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        session.bind_caches(self.binding, state, None)
+        graph.bind_caches(self.binding, state)
         self.options: onnxruntime.RunOptions | None = None
 
-    def step(self, tokens: Array) -> StepOutput:
-        """Feed one token per row."""
-        state, inputs = self.state, self.inputs
+    def step(self, state: DecodeState, tokens: Array) -> StepOutput:
+        """Feed one token (B,) int64 per row, and count it in."""
+        inputs = self.inputs
         inputs["input_ids"][:, 0] = tokens
         inputs["position_ids"][:, 0] = state.lengths
         inputs["seqlens_k"][:] = state.lengths
@@ -65,16 +64,18 @@ class DecodeBinding:
         self.run()
         state.lengths += 1
         logits = self.outputs["logits"][:, 0].copy()
-        if not self.session.siamese:
+        if not self.graph.siamese:
             return StepOutput(logits, None)
         state.reply_sum[:, 0] += self.outputs["hidden_base"][:, 0]
         state.reply_sum[:, 1] += self.outputs["hidden_adapter"][:, 0]
         state.reply_count += 1
+        if state.gate_reads_query:
+            _mark(state)
         return StepOutput(logits, self.outputs["gate_mean"][:, 0].copy())
 
     def run(self) -> None:
         """Compute `outputs` from `inputs`."""
-        self.session.onnx.run_with_iobinding(self.binding, self.options)
+        self.graph.run(self.binding, self.options)
 
 
 class GraphDecodeBinding(DecodeBinding):
@@ -85,11 +86,11 @@ class GraphDecodeBinding(DecodeBinding):
     row's own length.
     """
 
-    def __init__(self, session: Session, state: DecodeState) -> None:
-        super().__init__(session, state)
-        place = (session.device, 0)
+    def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
+        super().__init__(graph, state)
+        place = (graph.device, 0)
         self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
-        self.sent = {name: array.copy() for name, array in self.inputs.items() if name in session.input_names}
+        self.sent = {name: array.copy() for name, array in self.inputs.items() if name in graph.input_names}
         self.values: dict[str, onnxruntime.OrtValue] = {}
         for name, array in self.sent.items():
             if name == "total_sequence_length":
@@ -116,3 +117,12 @@ class GraphDecodeBinding(DecodeBinding):
         super().run()
         for name, value in self.results.items():
             self.outputs[name][...] = value.numpy()
+
+
+def _mark(state: DecodeState) -> None:
+    """Note the sums of every row, so that the state can be cut back to here."""
+    sums, counts = state.reply_sum.copy(), state.reply_count.copy()
+    for row, marks in enumerate(state.marks):
+        query = marks.read[-1]
+        length = int(state.lengths[row])
+        marks.decoded.append(Mark(length, query.query_sum, query.query_count, sums[row], counts[row]))

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.execution import Execution
 from ..engine.session import Session
 from ..engine.state import DecodeState
-from ..errors import PromptError, SettingsError
+from ..errors import PromptError
 from .sampling import Sampler, greedy
+from .settings import GenerationSettings
 from .text import TextCodec
 
 FinishReason = Literal["stop", "length"]
@@ -33,21 +35,12 @@ class Model:
         self.codec = codec
 
 
-def load(
-    folder: Path | str,
-    provider: str = "cpu",
-    threads: int | None = None,
-    spin: bool = True,
-    allow_fallback: bool = False,
-    kernels: bool = True,
-    cuda_graph: bool = False,
-) -> Model:
-    """Load an ARTIFACT folder. provider: a key of PROVIDERS; threads: None is the usable physical cores; the other
-    arguments are those of `open_session`.
+def load(folder: Path | str, execution: Execution | None = None, **changes: Any) -> Model:
+    """Load an ARTIFACT folder. execution, changes: as `Session` has them, such as `load(folder, threads=2)`.
 
-    Raises ArtifactError or ProviderError.
+    Raises ArtifactError, ProviderError or SettingsError.
     """
-    session = Session(folder, provider, threads, spin, allow_fallback, kernels, cuda_graph)
+    session = Session(folder, execution, **changes)
     return Model(session, TextCodec(session.folder, session.manifest.special_tokens))
 
 
@@ -121,45 +114,58 @@ def generate_step(
 def stream_generate(
     model: Model,
     prompt: str | Sequence[int],
+    settings: GenerationSettings | None = None,
     *,
-    max_new_tokens: int = 256,
-    sampler: Sampler = greedy,
-    raw: bool = False,
+    sampler: Sampler | None = None,
     state: DecodeState | None = None,
-    memory_bias: float = 0.0,
+    **changes: Any,
 ) -> Iterator[Chunk]:
-    """Text as it is complete. prompt: text (a user's turn, or as it is with `raw`), or token ids.
+    """Text as it is complete. prompt: text (a user's turn, or as it is with `raw`), or token ids. settings: `changes`
+    are fields of it, such as `max_new_tokens=8`, that differ from it or from the defaults. sampler: instead of the one
+    that the settings describe. state: as `generate_step` has it.
 
     Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). Raises PromptError or
     SettingsError before the first chunk.
     """
-    if max_new_tokens < 1:
-        raise SettingsError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    prompt_ids = model.codec.encode_prompt(prompt, raw) if isinstance(prompt, str) else list(prompt)
+    settings = replace(settings or GenerationSettings(), **changes)
+    prompt_ids = _prompt_ids(model, prompt, settings)
     stream = model.codec.stream()
-    steps = generate_step(model.session, prompt_ids, sampler=sampler, state=state, memory_bias=memory_bias)
+    steps = generate_step(
+        model.session,
+        prompt_ids,
+        sampler=sampler or settings.sampler(),
+        state=state,
+        memory_bias=settings.memory_bias,
+    )
     for count, token in enumerate(steps, 1):
         text = stream.push(token.id)
         if token.id in model.session.manifest.eos_token_ids:
             yield Chunk(text + stream.finish(), token, "stop")
             return
-        if count == max_new_tokens:
+        if count == settings.max_new_tokens:
             yield Chunk(text + stream.finish(), token, "length")
             return
         yield Chunk(text, token, None)
     yield Chunk(stream.finish(), None, "length")
 
 
-def generate(model: Model, prompt: str | Sequence[int], **settings: Any) -> Generation:
-    """Run `stream_generate` to its end and collect it. Settings and errors are its."""
-    prompt_ids = (
-        model.codec.encode_prompt(prompt, settings.pop("raw", False)) if isinstance(prompt, str) else list(prompt)
-    )
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    settings: GenerationSettings | None = None,
+    *,
+    sampler: Sampler | None = None,
+    state: DecodeState | None = None,
+    **changes: Any,
+) -> Generation:
+    """Run `stream_generate` to its end and collect it; arguments and errors are the same."""
+    settings = replace(settings or GenerationSettings(), **changes)
+    prompt_ids = _prompt_ids(model, prompt, settings)
     text: list[str] = []
     tokens: list[Token] = []
     finish_reason: FinishReason = "length"
     times = [time.perf_counter()]
-    for chunk in stream_generate(model, prompt_ids, **settings):
+    for chunk in stream_generate(model, prompt_ids, settings, sampler=sampler, state=state):
         text.append(chunk.text)
         if chunk.token is not None:
             tokens.append(chunk.token)
@@ -173,6 +179,10 @@ def generate(model: Model, prompt: str | Sequence[int], **settings: Any) -> Gene
         gate_means=gates if model.session.siamese else None,
         timings=_timings(len(prompt_ids), times),
     )
+
+
+def _prompt_ids(model: Model, prompt: str | Sequence[int], settings: GenerationSettings) -> list[int]:
+    return model.codec.encode_prompt(prompt, settings.raw) if isinstance(prompt, str) else list(prompt)
 
 
 def _timings(prompt_tokens: int, times: list[float]) -> Timings:

@@ -28,14 +28,7 @@ def make_sampler(
     p (1: all). min_p: keep tokens at least min_p times as likely as the likeliest (0: all). seed: None differs from
     run to run. Raises SettingsError for a value outside its range.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise SettingsError(f"temperature is {temperature}; it must be 0 (greedy) or above")
-    if top_k < 0:
-        raise SettingsError(f"top_k is {top_k}; it must be 0 (off) or above")
-    if not 0 < top_p <= 1:
-        raise SettingsError(f"top_p is {top_p}; it must be in (0, 1]")
-    if not 0 <= min_p < 1:
-        raise SettingsError(f"min_p is {min_p}; it must be in [0, 1)")
+    check_sampling(temperature, top_k, top_p, min_p, seed)
     if temperature == 0:
         return greedy
     generator = np.random.default_rng(seed)
@@ -45,6 +38,20 @@ def make_sampler(
         return np.array(rows, np.int64)
 
     return sample
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
+    """Raise SettingsError for a value outside its range."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise SettingsError("temperature", temperature, "it must be 0 (greedy) or above")
+    if top_k < 0:
+        raise SettingsError("top_k", top_k, "it must be 0 (off) or above")
+    if not 0 < top_p <= 1:
+        raise SettingsError("top_p", top_p, "it must be in (0, 1]")
+    if not 0 <= min_p < 1:
+        raise SettingsError("min_p", min_p, "it must be in [0, 1)")
+    if seed is not None and seed < 0:
+        raise SettingsError("seed", seed, "it must be 0 or above")
 
 
 def _sample_row(

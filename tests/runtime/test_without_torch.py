@@ -27,6 +27,9 @@ if __name__ == "__main__":
 """
 
 
+TRAIN = ["train", "--model", "m", "--data", "d", "--out", "o"]
+
+
 def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """cli.py in a process that cannot import what BANNED names; a file, since bench starts processes of its own."""
     script = tmp_path / "blocked.py"
@@ -34,10 +37,18 @@ def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_blocker_blocks(tmp_path: Path) -> None:
-    done = run_blocked(tmp_path, "export", "nowhere", "nowhere")
-    assert "blocked" in done.stderr
-    assert done.returncode == 1
+def test_a_command_that_needs_pytorch_says_how_to_get_it(tmp_path: Path) -> None:
+    for command, extra in ((["export", "nowhere", "there"], "export"), (TRAIN, "train")):
+        done = run_blocked(tmp_path, *command)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {command[0]} needs torch, ")
+        assert f"pip install 'imsm-runtime[{extra}]'" in done.stderr
+
+
+def test_the_check_against_a_checkpoint_says_how_to_get_pytorch(tiny: Exported, tmp_path: Path) -> None:
+    done = run_blocked(tmp_path, "verify", str(tiny.artifact), "--checkpoint", str(tiny.checkpoint))
+    assert done.returncode == 2
+    assert "pip install 'imsm-runtime[export]'" in done.stderr
 
 
 @pytest.mark.parametrize(

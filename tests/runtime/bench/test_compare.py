@@ -146,7 +146,7 @@ def test_only_the_last_run_counts_where_nodes_ran() -> None:
 
 def test_every_decode_step_passes_through_the_timer(tiny: Exported) -> None:
     session = Session(tiny.artifact, threads=1)
-    timer = RunTimer(session.onnx)
+    timer = RunTimer(session)
     state = session.new_state()
     session.prefill(state, [[1, 2, 3]])
     before = timer.seconds

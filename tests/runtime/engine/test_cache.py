@@ -13,7 +13,7 @@ VIRTUAL = {f"4.{part}": np.full((2, 3, 8), value, np.float32) for part, value in
 
 
 def test_caches_grow_in_blocks_and_keep_their_content() -> None:
-    cache = KVCache({0: LAYER}, rows=2)
+    cache = KVCache({0: LAYER}, batch=2)
     assert cache.nbytes == 0
     assert cache.reserve(3)
     cache._buffers["0.key"].numpy()[:, :, :3] = 7
@@ -27,7 +27,7 @@ def test_caches_grow_in_blocks_and_keep_their_content() -> None:
 
 def test_only_the_last_rows_begin_with_virtual_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.engine.cache.BLOCK", 4)
-    cache = KVCache({4: LAYER}, rows=4, virtual=VIRTUAL, virtual_rows=2)
+    cache = KVCache({4: LAYER}, batch=2, streams=2, virtual=VIRTUAL)
     cache.reserve(1)
     key = cache._buffers["4.key"].numpy()
     assert (key[:2] == 0).all()
@@ -43,14 +43,14 @@ def test_only_the_last_rows_begin_with_virtual_tokens(monkeypatch: pytest.Monkey
     assert (grown[2:, :, :3] == 5).all()
 
 
-def test_without_a_number_all_rows_have_them() -> None:
-    cache = KVCache({4: LAYER}, rows=2, virtual=VIRTUAL)
+def test_where_a_text_has_one_row_each_begins_with_them() -> None:
+    cache = KVCache({4: LAYER}, batch=2, virtual=VIRTUAL)
     cache.reserve(1)
     assert (cache._buffers["4.key"].numpy()[:, :, :3] == 5).all()
 
 
 def test_the_room_is_counted_without_virtual_tokens() -> None:
-    cache = KVCache({4: LAYER}, rows=2, virtual=VIRTUAL, virtual_rows=1)
+    cache = KVCache({4: LAYER}, batch=1, streams=2, virtual=VIRTUAL)
     assert cache.reserve(BLOCK - 3)
     assert cache.capacity == BLOCK
     assert cache.reserve(BLOCK - 2)
@@ -58,7 +58,7 @@ def test_the_room_is_counted_without_virtual_tokens() -> None:
 
 
 def test_a_group_binds_its_own_layers_whole_or_row_by_row() -> None:
-    cache = KVCache({4: LAYER, 6: LayerCache(1, 16, ("shared",))}, rows=2, dtype="int8")
+    cache = KVCache({4: LAYER, 6: LayerCache(1, 16, ("shared",))}, batch=2, dtype="int8")
     cache.reserve(1)
     whole = {name: (shape, address) for name, shape, address in cache.bindings()}
     assert {name: shape for name, (shape, _) in whole.items()} == {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import ArtifactError, PromptError, ProviderError, Session, SettingsError
+from runtime import ArtifactError, Execution, PromptError, ProviderError, Session, SettingsError
 from runtime.engine import cache
 from runtime.engine.session import CPU_PREFILL_ROWS
 from runtime.engine.step import GraphDecodeBinding
@@ -141,6 +144,78 @@ def test_two_states_of_one_session_do_not_touch_each_other(session: Session) -> 
     np.testing.assert_array_equal(session.decode_step(again, [40]).logits, expected)
 
 
+class Failing:
+    """An onnxruntime session whose run number `last` and all later ones fail."""
+
+    def __init__(self, real: Any, last: int) -> None:
+        self.real, self.left = real, last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("out of memory")
+        self.real.run_with_iobinding(*arguments)
+
+
+@pytest.mark.parametrize("failing", ["prefill", "second chunk", "decode"])
+def test_after_a_run_that_failed_the_conversation_goes_on_as_if_it_had_not_been(tiny: Exported, failing: str) -> None:
+    session = Session(tiny.artifact, threads=1)
+    state, undisturbed = session.new_state(1), session.new_state(1)
+    for each in (state, undisturbed):
+        session.prefill(each, [PROMPT])
+        session.decode_step(each, [40])
+        each.pending[0] = 41
+    steps = {
+        "prefill": lambda: session.prefill(state, [[7, 8, 9]]),
+        "second chunk": lambda: session.prefill(state, [[7, 8, 9]], chunk=2),
+        "decode": lambda: session.decode_step(state, [41]),
+    }
+    real = session.onnx
+    session.onnx = Failing(real, 1 if failing == "second chunk" else 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        steps[failing]()
+    session.onnx = real
+    assert state.pending == [41]
+    assert state.cut_lengths(0) == undisturbed.cut_lengths(0)
+    for each in (state, undisturbed):
+        session.prefill(each, [[50, 51]])
+    np.testing.assert_array_equal(state.query_sum, undisturbed.query_sum)
+    np.testing.assert_array_equal(session.decode_step(state, [3]).logits, session.decode_step(undisturbed, [3]).logits)
+
+
+def test_a_state_that_nobody_needs_is_freed_at_once(session: Session) -> None:
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    session.decode_step(state, [40])
+    freed = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_decoding_before_a_prompt_is_refused(session: Session) -> None:
+    with pytest.raises(PromptError, match="no prompt yet"):
+        session.decode_step(session.new_state(1), [5])
+    with pytest.raises(SettingsError, match="batch is 0; it must be at least 1"):
+        session.new_state(0)
+
+
+def test_settings_that_execution_does_not_have_are_errors(tiny: Exported) -> None:
+    with pytest.raises(TypeError, match="thread"):
+        Session(tiny.artifact, thread=1)
+    with pytest.raises(SettingsError, match="threads is 0; it must be at least 1"):
+        Session(tiny.artifact, Execution(threads=0))
+    with pytest.raises(SettingsError, match="cuda_graph is True; it goes with provider cuda, not cpu"):
+        Session(tiny.artifact, cuda_graph=True)
+    assert Session(tiny.artifact, Execution(threads=2), spin=False).execution == Execution(threads=2, spin=False)
+
+
 def test_memory_bias_is_per_row(session: Session) -> None:
     biases = [1e4, -1e4, 0.0]
     output = session.prefill(session.new_state(3, memory_bias=biases), [PROMPT] * 3)
@@ -149,7 +224,7 @@ def test_memory_bias_is_per_row(session: Session) -> None:
     for row, bias in enumerate(biases):
         alone = session.prefill(session.new_state(1, memory_bias=bias), [PROMPT])
         np.testing.assert_allclose(output.logits[row], alone.logits[0], atol=1e-5)
-    with pytest.raises(SettingsError, match="memory_bias"):
+    with pytest.raises(SettingsError, match="memory_bias is nan; it must be a number"):
         session.new_state(1, memory_bias=float("nan"))
 
 
@@ -188,8 +263,10 @@ def test_a_prefill_reads_no_more_rows_at_once_than_suit_the_provider(
     prompts = [list(range(3, 12 + index)) for index in range(batch)]
     whole = session.prefill(session.new_state(batch), prompts, chunk=100).logits
     sizes: list[int] = []
-    run = session._run
-    monkeypatch.setattr(session, "_run", lambda state, ids, *rest: sizes.append(ids.size) or run(state, ids, *rest))
+    run = session.run_tokens
+    monkeypatch.setattr(
+        session, "run_tokens", lambda state, ids, *rest: sizes.append(ids.size) or run(state, ids, *rest)
+    )
     monkeypatch.setattr(session, "prefill_rows", 8)
     np.testing.assert_allclose(session.prefill(session.new_state(batch), prompts).logits, whole, atol=1e-4)
     assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; one token of every text at the least
@@ -240,7 +317,8 @@ def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, mo
         assert found.gate_mean is not None
         assert expected.gate_mean is not None
         np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-6)
-        assert isinstance(states[1].decode_binding, GraphDecodeBinding)
-        bindings.add(states[1].decode_binding.options.get_run_config_entry("gpu_graph_id"))
+        binding = fixed.binding_of(states[1])
+        assert isinstance(binding, GraphDecodeBinding)
+        bindings.add(binding.options.get_run_config_entry("gpu_graph_id"))
     assert len(bindings) > 1  # a graph of its own for every place of the caches
     np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)

@@ -1,0 +1,28 @@
+"""What a benchmark runs: one dataclass for the library and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..engine.execution import Execution
+from ..errors import SettingsError
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, of which the
+    medians are taken, after one that is not counted. execution: how every provider that is measured runs; the one that
+    it names itself does not count. Raises SettingsError for values outside their range."""
+
+    prompt_lengths: tuple[int, ...] = (32, 128)
+    new_tokens: int = field(default=64, metadata={"help": "tokens to generate", "metavar": "N"})
+    batch: int = field(default=1, metadata={"help": "texts at once", "metavar": "N"})
+    repeats: int = field(default=3, metadata={"help": "measured runs per prompt length", "metavar": "N"})
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_lengths or min(self.prompt_lengths) < 1:
+            raise SettingsError("prompt_lengths", self.prompt_lengths, "each must be at least 1")
+        for name in ("new_tokens", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise SettingsError(name, getattr(self, name), "it must be at least 1")

@@ -1,0 +1,198 @@
+"""An artifact's graph: opening it, checking it against the manifest, and running steps of it over states.
+
+Knows nothing about prompts: `session` says what is read when.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..errors import ArtifactError, PromptError, SettingsError
+from ..manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
+from .cache import BFLOAT16, KVCache
+from .execution import Execution
+from .marks import Marks
+from .providers import ON_DEVICE, PROVIDERS, open_session
+from .signature import check_signature
+from .state import DecodeState
+
+Array = NDArray[Any]
+MOST_PADDING = 512  # tokens of a ragged chunk; the graph's rotary tables go on for as many past the context
+NO_GRAPH = -1
+"""The `gpu_graph_id` of runs that are not captured as a CUDA graph."""
+QUERY_GATES = ("query_aware", "query_mixed")
+
+
+class LoadedGraph:
+    """A graph that is open.
+
+    onnx: the onnxruntime session. device: where the caches live, as onnxruntime calls it. on_run: called with the
+    seconds of every run of the graph, for whoever measures; None costs nothing.
+    """
+
+    def __init__(self, folder: Path | str, execution: Execution, profile: Path | None = None) -> None:
+        """Open the artifact in `folder`. profile: as `open_session` has it. Raises ArtifactError or ProviderError."""
+        self.folder = Path(folder)
+        self.execution = execution
+        self.manifest = read_manifest(self.folder)
+        check_files(self.folder, self.manifest, hashes=False)
+        self.onnx = open_session(self.folder / GRAPH, execution, profile)
+        check_signature(self.onnx, self.manifest)
+        in_use = PROVIDERS[execution.provider] in self.onnx.get_providers()
+        self.device = ON_DEVICE.get(execution.provider, "cpu") if in_use else "cpu"
+        self.cuda_graph = execution.cuda_graph and in_use
+        self.virtual = _read_virtual_tokens(self.folder, self.manifest)
+        self.input_names = {signature.name for signature in self.manifest.inputs}
+        self.on_run: Callable[[float], None] | None = None
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use, as onnxruntime names them."""
+        return list(self.onnx.get_providers())
+
+    @property
+    def siamese(self) -> bool:
+        """Whether the artifact has two streams and a gate."""
+        return self.manifest.gate_kind is not None
+
+    def new_state(self, batch: int = 1, memory_bias: float | Sequence[float] = 0.0) -> DecodeState:
+        """An empty state of `batch` rows. memory_bias: one value, or one per row. Raises SettingsError."""
+        if batch < 1:
+            raise SettingsError("batch", batch, "it must be at least 1")
+        bias = np.array(np.broadcast_to(np.asarray(memory_bias, np.float32), (batch,)))
+        if np.isnan(bias).any():
+            raise SettingsError("memory_bias", "nan", "it must be a number")
+        width = self.manifest.hidden_size
+        dtypes = {signature.name: signature.dtype for signature in self.manifest.inputs}
+        return DecodeState(
+            caches={
+                group: KVCache(
+                    layers,
+                    batch,
+                    2 if group == "both" else 1,
+                    dtypes[f"past_key_values.{group}.{next(iter(layers))}.key"],
+                    self.device,
+                    self.virtual if group in ("both", "adapter") else None,
+                )
+                for group, layers in self.manifest.groups.items()
+            },
+            lengths=np.zeros(batch, np.int64),
+            query_sum=np.zeros((batch, 2, width), np.float32),
+            query_count=np.zeros(batch, np.float32),
+            reply_sum=np.zeros((batch, 2, width), np.float32),
+            reply_count=np.zeros(batch, np.float32),
+            memory_bias=bias,
+            pending=[None] * batch,
+            marks=[Marks() for _ in range(batch)],
+            gate_reads_query=self.manifest.gate_kind in QUERY_GATES,
+        )
+
+    def run(self, binding: onnxruntime.IOBinding, options: onnxruntime.RunOptions | None) -> None:
+        """Run the graph on what is bound."""
+        if self.on_run is None:
+            self.onnx.run_with_iobinding(binding, options)
+            return
+        start = time.perf_counter()
+        self.onnx.run_with_iobinding(binding, options)
+        self.on_run(time.perf_counter() - start)
+
+    def run_tokens(
+        self, state: DecodeState, input_ids: Array, query_mask: Array, row: int | None, every: bool = False
+    ) -> dict[str, Array]:
+        """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits (B, N, vocab)
+        at each row's last new token, or at `every` one. query_mask: (B, S), 1 at the tokens, which belong to the query.
+        The state's caches are written; its lengths and sums are not."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        batch, sequence = input_ids.shape
+        lengths = state.lengths[rows]
+        new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
+        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else np.maximum(new[:, None] - 1, 0)
+        self.reserve(state, int(lengths.max()) + sequence)  # padding needs room too
+        positions = lengths[:, None] + np.arange(sequence)[None]
+        feed = {
+            "input_ids": input_ids,
+            "position_ids": np.minimum(positions, self.manifest.context_length - 1),  # padding may lie past the end
+            "seqlens_k": (lengths + new - 1).astype(np.int32),
+            "total_sequence_length": np.array((lengths + new).max(), np.int32),
+            "query_seqlens": new.astype(np.int32),
+            "logit_positions": wanted,
+            "query_mask": query_mask,
+            "past_query_sum": state.query_sum[rows],
+            "past_query_count": state.query_count[rows],
+            "memory_bias": state.memory_bias[rows],
+        }
+        binding = self.onnx.io_binding()
+        for name in self.input_names & feed.keys():
+            binding.bind_cpu_input(name, np.ascontiguousarray(feed[name]))
+        self.bind_caches(binding, state, row)
+        names = ["logits", *(["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else [])]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        options = onnxruntime.RunOptions()
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
+        self.run(binding, options)
+        return dict(zip(names, _last_outputs(binding, len(names)), strict=True))
+
+    def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None = None) -> None:
+        """past and present are the same buffer: attention writes new keys behind the old ones."""
+        for group, cache in state.caches.items():
+            for name, shape, address in cache.bindings(row):
+                place = (self.device, 0, cache.element_type, shape, address)
+                binding.bind_input(f"past_key_values.{group}.{name}", *place)
+                binding.bind_output(f"present.{group}.{name}", *place)
+
+    def reserve(self, state: DecodeState, length: int) -> None:
+        """Make room for `length` tokens of every row."""
+        if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
+            length = self.manifest.context_length + MOST_PADDING
+        if any([cache.reserve(length) for cache in state.caches.values()]):
+            state.layout = object()
+
+    def check_tokens(self, tokens: Array) -> None:
+        """Raise PromptError for a token outside the vocabulary."""
+        outside = tokens[(tokens < 0) | (tokens >= self.manifest.vocab_size)]
+        if len(outside):
+            raise PromptError(f"token id {outside[0]} is outside the vocabulary of {self.manifest.vocab_size}")
+
+    def check_lengths(self, state: DecodeState, texts: Sequence[Sequence[int]]) -> None:
+        """Raise PromptError for a text that does not fit into the context behind its row."""
+        for length, text in zip(state.lengths, texts, strict=True):
+            if length + len(text) > self.manifest.context_length:
+                raise PromptError(
+                    f"the prompt has {length + len(text)} tokens; the model's context is {self.manifest.context_length}"
+                )
+
+
+def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
+    """layer.part -> (kv_heads, V, head_size): what the adapter stream's cache begins with. Raises ArtifactError."""
+    count = manifest.virtual_tokens.get("adapter", 0)
+    if not count:
+        return {}
+    expected = {
+        f"{index}.{part}": (layer.kv_heads, count, layer.head_size)
+        for index, layer in enumerate(manifest.layers)
+        for part in ("key", "value")
+    }
+    try:
+        with np.load(folder / VIRTUAL_TOKENS) as arrays:
+            found = dict(arrays)
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} cannot be read: {error}") from error
+    if {name: array.shape for name, array in found.items()} != expected:
+        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} does not hold the virtual tokens that the manifest describes")
+    return found
+
+
+def _last_outputs(binding: onnxruntime.IOBinding, count: int) -> list[Array]:
+    """The last `count` bound outputs as NumPy arrays: onnxruntime returns outputs in the order of binding."""
+    bound = binding.get_outputs()
+    return [np.asarray(value.numpy()) for value in bound[len(bound) - count :]]

@@ -1,0 +1,56 @@
+"""Where a row can be cut back to: what the gate's query was at some of its earlier lengths.
+
+The query is a sum over the prompt's tokens, so that it cannot be taken apart again: it is noted where a prefill's chunk
+ends, and at the last tokens that were decoded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECENT = 64
+"""Decoded tokens whose sums are kept: enough for what a speculation guesses at once."""
+
+Sums = NDArray[np.float32] | np.float32
+
+
+class Mark(NamedTuple):
+    """The sums of a row when it had `length` tokens: query_sum and reply_sum (2, d), the counts scalars."""
+
+    length: int
+    query_sum: Sums
+    query_count: Any
+    reply_sum: Sums
+    reply_count: Any
+
+
+class Marks:
+    """The marks of one row, ascending by length."""
+
+    def __init__(self) -> None:
+        self.read: list[Mark] = []  # at the ends of prefill chunks
+        self.decoded: deque[Mark] = deque(maxlen=RECENT)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths that have a mark."""
+        return [mark.length for mark in (*self.read, *self.decoded)]
+
+    def at(self, length: int) -> Mark | None:
+        """The mark of a length."""
+        return next((mark for mark in (*self.read, *self.decoded) if mark.length == length), None)
+
+    def cut(self, length: int) -> None:
+        """Forget what is behind `length`."""
+        self.read = [mark for mark in self.read if mark.length <= length]
+        self.decoded = deque((mark for mark in self.decoded if mark.length <= length), maxlen=RECENT)
+
+    def copy(self) -> Marks:
+        """Marks of a row that goes its own way; the sums themselves are never changed."""
+        made = Marks()
+        made.read, made.decoded = list(self.read), self.decoded.copy()
+        return made

@@ -1,0 +1,85 @@
+"""How prompts are read: which tokens of which rows go through the graph together, and doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .loaded_graph import MOST_PADDING, LoadedGraph
+from .marks import Mark
+from .state import DecodeState, StepOutput
+
+Array = NDArray[Any]
+Texts = Sequence[Sequence[int]]
+ZERO = np.float32(0)
+
+
+class Piece(NamedTuple):
+    """Tokens that one run reads: a text for every row of the state, some of them perhaps empty, or for one `row`."""
+
+    row: int | None
+    texts: Texts
+
+
+def plan_prefill(texts: Texts, chunk: int, batched: bool, starts_empty: bool) -> Iterator[Piece]:
+    """The runs that read `texts`, one text a row, at most `chunk` tokens of each at a time.
+
+    batched: whether the graph continues the caches of several rows by more than one token at once. The portable form
+    does not: there several tokens can be read together only into rows that `starts_empty`, and in one run.
+    """
+    if batched:
+        yield from _in_chunks(texts, chunk if len(texts) == 1 else min(chunk, MOST_PADDING), None)
+    elif starts_empty and max(map(len, texts)) <= chunk:
+        yield Piece(None, texts)
+    else:
+        for row, text in enumerate(texts):
+            yield from _in_chunks([text], chunk, row)
+
+
+def _in_chunks(texts: Texts, chunk: int, row: int | None) -> Iterator[Piece]:
+    for start in range(0, max(map(len, texts)), chunk):
+        yield Piece(row, [text[start : start + chunk] for text in texts])
+
+
+def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int) -> StepOutput:
+    """Read one text a row, all of it part of the query; a row's output is that of its last token."""
+    starts_empty = not state.lengths.any() and not graph.virtual
+    logits: list[Array | None] = [None] * state.batch
+    gates: list[Array | None] = [None] * state.batch
+    for piece in plan_prefill(texts, chunk, graph.manifest.batched_chunks, starts_empty):
+        output = _read_piece(graph, state, piece)
+        for index, text in enumerate(piece.texts):
+            if len(text):
+                row = index if piece.row is None else piece.row
+                logits[row] = output.logits[index]
+                gates[row] = None if output.gate_mean is None else output.gate_mean[index]
+    found = [gate for gate in gates if gate is not None]
+    return StepOutput(np.stack([row for row in logits if row is not None]), np.array(found) if found else None)
+
+
+def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> StepOutput:
+    """Run a piece and count it in. An empty text leaves its row as it is; its output means nothing."""
+    first = 0 if piece.row is None else piece.row
+    rows = slice(first, first + len(piece.texts))
+    longest = max(map(len, piece.texts))
+    input_ids = np.zeros((len(piece.texts), longest), np.int64)  # right-padded: the lengths mask what follows a text
+    query_mask = np.zeros((len(piece.texts), longest), np.float32)
+    for index, text in enumerate(piece.texts):
+        input_ids[index, : len(text)] = text
+        query_mask[index, : len(text)] = 1
+    outputs = graph.run_tokens(state, input_ids, query_mask, piece.row)
+    state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
+    if not graph.siamese:
+        return StepOutput(outputs["logits"][:, 0], None)
+    sums, counts = outputs["present_query_sum"], outputs["present_query_count"]
+    state.query_sum[rows] = sums
+    state.query_count[rows] = counts
+    if state.gate_reads_query:
+        for index, text in enumerate(piece.texts):
+            if len(text):
+                length = int(state.lengths[first + index])
+                state.marks[first + index].read.append(Mark(length, sums[index], counts[index], ZERO, ZERO))
+    return StepOutput(outputs["logits"][:, 0], outputs["gate_mean"][:, 0])

@@ -1,0 +1,273 @@
+"""Rows of a state that are taken, joined, dropped and cut back go on as each text would alone, token by token, in every
+form of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.pipeline import ExportSettings
+from runtime import DecodeState, PromptError, Session
+from runtime.engine.marks import RECENT
+from tests.adapters import make_siamese_with
+from tests.builders import make_base_folder, save_tiny_checkpoint
+from tests.exported import Exported, export_existing, export_tiny
+
+FLOAT = 1e-4
+ROUNDED = 0.05  # of the largest logit: rows that are read together may be rounded to int8 the other way
+
+
+def trunk(folder: Path, settings: ExportSettings | None = None) -> Exported:
+    """A LoRA on the second block alone, so that the first is shared."""
+    base = make_base_folder(folder / "base", "llama", head_dim=16)
+    model = make_siamese_with(base, "lora_layers")
+    info = save_tiny_checkpoint(model, base, folder / "checkpoint")
+    return export_existing(folder, base, model, info, settings)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an artifact is made and run."""
+
+    export: Callable[[Path], Exported]
+    kernels: bool = True
+    tolerance: float = FLOAT
+
+
+def tiny_form(
+    settings: ExportSettings | None = None, tolerance: float = FLOAT, kernels: bool = True, **how: Any
+) -> Form:
+    """A tiny Llama with heads of 16."""
+    return Form(lambda folder: export_tiny(folder, head_dim=16, settings=settings, **how), kernels, tolerance)
+
+
+FORMS = {
+    "fp32": tiny_form(),
+    "int4": tiny_form(ExportSettings("int4"), ROUNDED),
+    "int4, without kernels": tiny_form(ExportSettings("int4"), ROUNDED, kernels=False),
+    "portable": tiny_form(ExportSettings(portable=True)),
+    "shared trunk": Form(trunk),
+    "shared trunk, portable": Form(lambda folder: trunk(folder, ExportSettings(portable=True))),
+    "virtual tokens": tiny_form(adapter="prefix_tuning"),
+    "virtual tokens, portable": tiny_form(ExportSettings(portable=True), adapter="prefix_tuning"),
+    "int8 caches": tiny_form(ExportSettings(kv_cache="int8"), ROUNDED),
+    "gate without query": tiny_form(gate_kind="token"),
+    "base alone": tiny_form(ExportSettings(base_only=True)),
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    session: Session
+    tolerance: float
+
+    def alone(self, *parts: Sequence[int], bias: float = 0.0) -> DecodeState:
+        """A state of one row: the first part is a prompt, each later one is decoded token by token, and a part behind
+        such a one is a prompt again."""
+        state = self.session.new_state(1, bias)
+        for number, part in enumerate(parts):
+            if number % 2 == 0:
+                self.session.prefill(state, [part])
+            else:
+                for token in part:
+                    self.session.decode_step(state, [token])
+        return state
+
+    def assert_goes_on_alike(self, state: DecodeState, alone: Sequence[DecodeState]) -> None:
+        """The same tokens, then a turn of the conversation, then tokens again, in the state and in each row's own."""
+        tokens = [[41 + row, 17 + row, 99] for row in range(len(alone))]
+        for step in range(3):
+            self._step(state, alone, [row[step] for row in tokens])
+        turn = [[60 + row, 61, 62][: 1 + row] for row in range(len(alone))]
+        together = self.session.prefill(state, turn)
+        for row, own in enumerate(alone):
+            self._assert_close(together.logits[row], self.session.prefill(own, [turn[row]]).logits[0])
+        for token in (7, 201):
+            self._step(state, alone, [token] * len(alone))
+
+    def _step(self, state: DecodeState, alone: Sequence[DecodeState], tokens: Sequence[int]) -> None:
+        together = self.session.decode_step(state, tokens)
+        for row, own in enumerate(alone):
+            single = self.session.decode_step(own, [tokens[row]])
+            self._assert_close(together.logits[row], single.logits[0])
+            if together.gate_mean is not None and single.gate_mean is not None:
+                np.testing.assert_allclose(together.gate_mean[row], single.gate_mean[0], atol=self.tolerance)
+
+    def _assert_close(self, found: np.ndarray, expected: np.ndarray) -> None:
+        np.testing.assert_allclose(found, expected, atol=self.tolerance * max(1.0, np.abs(expected).max()))
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Form]:
+    form = FORMS[request.param]
+    return form.export(tmp_path_factory.mktemp("rows")), form
+
+
+@pytest.fixture
+def opened(exported: tuple[Exported, Form], monkeypatch: pytest.MonkeyPatch) -> Opened:
+    monkeypatch.setattr("runtime.engine.cache.BLOCK", 8)  # so that rows meet buffers of different sizes
+    artifact, form = exported
+    return Opened(Session(artifact.artifact, threads=1, kernels=form.kernels), form.tolerance)
+
+
+LONG, MIDDLE, SHORT = list(range(5, 28)), [100, 101, 102, 103, 104, 105], [9]
+REPLY = [30, 31, 32, 33]
+
+
+def ragged(opened: Opened, biases: Sequence[float] = (0.0, 0.3, -0.3)) -> DecodeState:
+    """Three rows with a reply each."""
+    state = opened.session.new_state(3, biases)
+    opened.session.prefill(state, [LONG, MIDDLE, SHORT])
+    for token in REPLY:
+        opened.session.decode_step(state, [token] * 3)
+    return state
+
+
+def test_taken_rows_go_on_as_if_alone_and_leave_the_state_as_it_was(opened: Opened) -> None:
+    state = ragged(opened)
+    taken = state.take([2, 0, 2])
+    assert list(taken.lengths) == [5, 27, 5]
+    alone = [opened.alone(prompt, REPLY, bias=bias) for prompt, bias in ((SHORT, -0.3), (LONG, 0.0), (SHORT, -0.3))]
+    opened.assert_goes_on_alike(taken, alone)
+    opened.assert_goes_on_alike(
+        state, [opened.alone(prompt, REPLY, bias=b) for prompt, b in ((LONG, 0.0), (MIDDLE, 0.3), (SHORT, -0.3))]
+    )
+
+
+def test_joined_rows_go_on_as_if_alone(opened: Opened) -> None:
+    state, newcomer = ragged(opened), opened.session.new_state(1, 0.7)
+    opened.session.prefill(newcomer, [LONG[::-1]])
+    state.join(newcomer)
+    assert list(state.lengths) == [27, 10, 5, 23]
+    opened.assert_goes_on_alike(
+        state,
+        [
+            *(opened.alone(prompt, REPLY, bias=b) for prompt, b in ((LONG, 0.0), (MIDDLE, 0.3), (SHORT, -0.3))),
+            opened.alone(LONG[::-1], bias=0.7),
+        ],
+    )
+    opened.assert_goes_on_alike(newcomer, [opened.alone(LONG[::-1], bias=0.7)])  # which was copied
+
+
+def test_rows_join_a_state_that_has_read_nothing(opened: Opened) -> None:
+    state, other = opened.session.new_state(1), ragged(opened)
+    state.join(other)
+    output = opened.session.prefill(state, [MIDDLE, [1], [2], [3]])
+    expected = opened.session.prefill(opened.session.new_state(1), [MIDDLE])
+    opened._assert_close(output.logits[0], expected.logits[0])
+
+
+def test_when_a_row_is_dropped_the_others_go_on_as_if_alone(opened: Opened) -> None:
+    state = ragged(opened)
+    before = state.cache_bytes
+    state.drop([0])
+    assert list(state.lengths) == [10, 5]
+    assert state.cache_bytes < before / 2  # the long row's room is gone too
+    opened.assert_goes_on_alike(
+        state, [opened.alone(prompt, REPLY, bias=b) for prompt, b in ((MIDDLE, 0.3), (SHORT, -0.3))]
+    )
+
+
+def test_a_state_without_rows_takes_newcomers(opened: Opened) -> None:
+    state = ragged(opened)
+    state.drop([0, 1, 2])
+    assert (state.batch, state.cache_bytes) == (0, 0)
+    with pytest.raises(PromptError, match="0 prompts for 0 rows"):
+        opened.session.prefill(state, [])
+    state.join(opened.alone(MIDDLE, REPLY))
+    opened.assert_goes_on_alike(state, [opened.alone(MIDDLE, REPLY)])
+
+
+@pytest.mark.parametrize("kept", [3, 1, 0])
+def test_rows_that_are_cut_back_go_on_as_if_they_had_stopped_there(opened: Opened, kept: int) -> None:
+    state = ragged(opened)
+    state.trim([23 + kept, 6 + kept, 5])  # the last row stays
+    alone = [opened.alone(LONG, REPLY[:kept]), opened.alone(MIDDLE, REPLY[:kept], bias=0.3)]
+    opened.assert_goes_on_alike(state, [*alone, opened.alone(SHORT, REPLY, bias=-0.3)])
+
+
+def test_a_prompt_is_cut_back_to_the_end_of_a_chunk_and_another_one_goes_on_there(opened: Opened) -> None:
+    state = opened.session.new_state(2)
+    opened.session.prefill(state, [LONG, MIDDLE], chunk=4)
+    opened.session.decode_step(state, [1, 2])
+    state.trim([12, 4])
+    other = [[70, 71, 72], [80, 81]]
+    output = opened.session.prefill(state, other)
+    fresh = [opened.session.new_state(1) for _ in range(2)]
+    whole = [[*LONG[:12], *other[0]], [*MIDDLE[:4], *other[1]]]
+    for row, (own, text) in enumerate(zip(fresh, whole, strict=True)):
+        opened._assert_close(output.logits[row], opened.session.prefill(own, [text]).logits[0])
+    opened.assert_goes_on_alike(state, fresh)
+
+
+def test_a_row_is_cut_back_to_nothing_and_reads_another_prompt(opened: Opened) -> None:
+    state = ragged(opened, (0.0, 0.0, 0.0))
+    state.trim([0, 10, 0])
+    output = opened.session.prefill(state, [SHORT, [50], LONG])
+    for row, text in ((0, SHORT), (2, LONG)):
+        opened._assert_close(output.logits[row], opened.session.prefill(opened.session.new_state(1), [text]).logits[0])
+
+
+def test_an_earlier_turn_is_cut_back_to(opened: Opened) -> None:
+    state = opened.alone(MIDDLE, REPLY, [50, 51], [52])
+    state.trim([len(MIDDLE) + 2])  # into the first reply, which is the query's by now
+    opened.assert_goes_on_alike(state, [opened.alone(MIDDLE, REPLY[:2])])
+
+
+def test_a_length_whose_query_is_not_known_is_refused_and_the_nearest_is_told(opened: Opened) -> None:
+    state = opened.session.new_state(2)
+    opened.session.prefill(state, [LONG, MIDDLE], chunk=10)
+    lengths = list(state.lengths)
+    if not state.gate_reads_query:
+        assert state.cut_lengths(1) == list(range(7))
+        state.trim([13, 3])
+        assert list(state.lengths) == [13, 3]
+        return
+    assert state.cut_lengths(0) == [0, 10, 20, 23]
+    with pytest.raises(PromptError, match=r"row 0 cannot be cut back to 13 tokens: .* length below is 10"):
+        state.trim([13, 0])
+    assert list(state.lengths) == lengths
+
+
+def test_a_token_that_was_chosen_and_not_fed_goes_with_what_is_cut(opened: Opened) -> None:
+    state = opened.alone(MIDDLE, REPLY)
+    state.pending[0] = 77
+    state.trim([10])
+    assert state.pending == [77]
+    state.trim([9])
+    assert state.pending == [None]
+
+
+def test_bad_rows_and_lengths_are_refused(opened: Opened) -> None:
+    state = ragged(opened)
+    with pytest.raises(PromptError, match="row 3 is not in a state of 3 rows"):
+        state.take([0, 3])
+    with pytest.raises(PromptError, match="row -1 is not in"):
+        state.drop([-1])
+    with pytest.raises(PromptError, match="2 lengths for 3 rows"):
+        state.trim([1, 2])
+    with pytest.raises(PromptError, match="row 1 has 10 tokens and cannot be cut back to 11"):
+        state.trim([27, 11, 5])
+
+
+def test_states_of_different_artifacts_are_not_joined(tmp_path: Path) -> None:
+    states = [
+        Session(export_tiny(tmp_path / name, settings=settings).artifact, threads=1).new_state()
+        for name, settings in (("two", None), ("base", ExportSettings(base_only=True)))
+    ]
+    with pytest.raises(PromptError, match="different artifacts"):
+        states[0].join(states[1])
+
+
+def test_only_the_last_decoded_tokens_are_kept_to_be_cut_back_to(tiny: Exported) -> None:
+    session = Session(tiny.artifact, threads=1)
+    state = session.new_state(1)
+    session.prefill(state, [MIDDLE])
+    for _ in range(RECENT + 6):
+        session.decode_step(state, [5])
+    assert state.cut_lengths(0) == [0, 6, *range(13, 13 + RECENT)]
