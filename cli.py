@@ -16,11 +16,12 @@ import runtime.commands
 from runtime.console import run_commands
 
 
+REGISTERS = (imsm_core.commands.register, export.commands.register, runtime.commands.register)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    return run_commands(
-        "cli.py", (imsm_core.commands.register, export.commands.register, runtime.commands.register), argv
-    )
+    return run_commands("cli.py", REGISTERS, argv)
 
 
 if __name__ == "__main__":

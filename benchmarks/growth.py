@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import runtime
 from runtime.machine import describe_machine
+from runtime.options import add_options, read_options
 
 LINEAR_PERCENT, BATCH_FACTOR = 10.0, 2.0
 """What the time against the context may deviate from a line, and how many times batch 1's tokens/s batch 4 reaches."""
@@ -48,15 +49,14 @@ def main() -> int:
     parser.add_argument("--batch-context", type=int, default=128, help="tokens in each row's caches")
     parser.add_argument("--rounds", type=int, default=8, help="turns that every state gets")
     parser.add_argument("--steps", type=int, default=12, help="decode steps a turn, of which the first is not counted")
-    parser.add_argument("--provider", default="cpu", help="execution provider")
-    parser.add_argument("--threads", type=int, help="threads of onnxruntime; without it the usable physical cores")
+    add_options(parser, runtime.Execution)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="a PNG file")
     args = parser.parse_args()
     contexts, batches = numbers(parser, args.contexts), numbers(parser, args.batches)
     if args.rounds < 1 or args.steps < 2:
         parser.error("it takes at least 1 round of 2 steps")
 
-    session = runtime.Session(args.artifact, args.provider, args.threads)
+    session = runtime.Session(args.artifact, read_options(runtime.Execution, args))
     room = session.manifest.context_length - args.rounds * args.steps
     if room < max(min(contexts), args.batch_context):
         parser.error(f"the artifact's context of {session.manifest.context_length} has no room for these steps")
@@ -81,7 +81,8 @@ def main() -> int:
         "machine": describe_machine(),
         "artifact": str(args.artifact),
         "providers": session.providers,
-        "settings": {name: getattr(args, name) for name in ("batch_context", "rounds", "steps", "provider", "threads")},
+        "settings": {name: getattr(args, name) for name in ("batch_context", "rounds", "steps")},
+        "execution": asdict(session.execution),
         "contexts": [
             {"context": length, "ms_per_token": ms, "percent_from_line": percent}
             for length, ms, percent in zip(lengths, by_context, line.percent, strict=True)

@@ -55,12 +55,13 @@ class IntermixedParser(argparse.ArgumentParser):
 
 class Commands:
     """What a package's `register` is handed: adds commands, and options from settings; and lets packages that do not
-    know each other offer functions to each other's commands."""
+    know each other offer functions to each other's commands. parsers: of the commands so far, by name."""
 
     add_options = staticmethod(add_options)
     read_options = staticmethod(read_options)
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
         self._subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=IntermixedParser)
         self._services: dict[str, Callable[..., Any]] = {}
 
@@ -83,6 +84,7 @@ class Commands:
             return run(args)
 
         parser.set_defaults(run=checked)
+        self.parsers[name] = parser
         return parser
 
     def provide(self, name: str, function: Callable[..., Any], needs: Collection[str] = (), extra: str = "") -> None:

@@ -25,7 +25,7 @@ def imports() -> Mapping[str, str]:
 def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
     import runtime
 
-    session = runtime.Session(args.folder, "cpu", args.threads)
+    session = runtime.Session(args.folder, threads=args.threads)
 
     def begin(prompt: list[int], states: int = 1) -> Step:
         texts = [session.new_state() for _ in range(states)]
