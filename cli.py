@@ -15,7 +15,6 @@ import imsm_core.commands
 import runtime.commands
 from runtime.console import run_commands
 
-
 REGISTERS = (imsm_core.commands.register, export.commands.register, runtime.commands.register)
 
 

@@ -101,7 +101,7 @@ def _difference(row: str, column: str, folder: Path) -> float:
         model, load_tokenizer(str(base)), info, artifact, ExportSettings(), report=lambda line: None
     )
     _check_stored_once(artifact)
-    found = [ways["logits"] for ways in manifest["parity"]["max_abs_difference"].values()]
+    found: list[float] = [ways["logits"] for ways in manifest["parity"]["max_abs_difference"].values()]
     session = Session(artifact, threads=1)
     found += _against_oracle(model, session)
     found.append(_forced(session, FORCED, load_base_model(str(base))))
@@ -286,9 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--results", type=Path, metavar="FILE", help="keep every pair's result here, and go on from those that it has"
     )
     args = parser.parse_args(argv)
-    for given, known in ((args.rows, ARCHITECTURES), (args.columns, ADAPTERS)):
-        if unknown := [name for name in given or [] if name not in known]:
-            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+    for given, names in ((args.rows, list(ARCHITECTURES)), (args.columns, list(ADAPTERS))):
+        if unknown := [name for name in given or [] if name not in names]:
+            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}")
     if args.rows or args.columns:
         chosen = [(row, column) for row in args.rows or ROWS for column in args.columns or COLUMNS]
     else:
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
 
-    cells = known | run_cells([names for names in chosen if names not in known], args.jobs, note)
+    cells = known | run_cells([pair for pair in chosen if pair not in known], args.jobs, note)
     if args.out is not None:
         write_document(cells, args.out)
     seconds = time.perf_counter() - start

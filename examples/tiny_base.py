@@ -64,6 +64,7 @@ def learn(
 
 def _language_model_loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> torch.Tensor:
     """Mean next-token cross-entropy, nats/token, over every token of the examples."""
+    assert model.config.pad_token_id is not None
     batch = collate(examples, model.config.pad_token_id)
     targets = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED_LABEL)[:, 1:]
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits

@@ -13,12 +13,12 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
 from runtime.console import Commands
 
+ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- options of (\w+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 _UNSAID = (None, False, True, argparse.SUPPRESS)  # defaults that the help text tells, if anything
 

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -61,13 +62,13 @@ def make_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTo
 def make_config(kind: str, head_dim: int = 8, tied: bool = False) -> PreTrainedConfig:
     """d = 4 * head_dim, two layers; two key/value heads where the architecture has them."""
     width = HEADS * head_dim
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    tokens: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     if kind == "gpt2":
         return GPT2Config(
             vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=LAYERS, n_head=HEADS, **tokens
         )
-    configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    return configs[kind](
+    configs: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    config: PreTrainedConfig = configs[kind](
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=2 * width - 4,
@@ -79,6 +80,7 @@ def make_config(kind: str, head_dim: int = 8, tied: bool = False) -> PreTrainedC
         tie_word_embeddings=tied,
         **tokens,
     )
+    return config
 
 
 def make_base_folder(

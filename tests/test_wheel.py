@@ -35,7 +35,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "venv", with_pip=True)
     programs = folder / "venv" / "bin"
     install = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), f"{wheel}[cpu]"], check=True)
+    subprocess.run([str(word) for word in (*install, "-c", ROOT / "constraints.txt", f"{wheel}[cpu]")], check=True)
     return programs
 
 

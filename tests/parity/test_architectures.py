@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ ATOL = RTOL = 1e-4
 
 # name -> how the model is made; between them: head sizes that fuse rotation, that do not, and that need padding;
 # tied and untied; grouped and plain heads; biases; norms on q and k; Conv1D; learned positions; some layers alone.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "llama with head size 8": {"kind": "llama", "head_dim": 8},
     "llama with head size 12, tied": {"kind": "llama", "head_dim": 12, "tied": True},
     "qwen2 with head size 16, tied": {"kind": "qwen2", "head_dim": 16, "tied": True},

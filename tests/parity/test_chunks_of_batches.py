@@ -174,7 +174,8 @@ def test_the_portable_form_has_a_node_a_stream_and_none_of_the_newer_input(porta
 
 def test_the_portable_form_gives_the_logits_of_the_default_one(default: Exported, portable: Exported) -> None:
     prompts, more = [tokens(11, 5), tokens(2, 50)], [tokens(3, 9), tokens(8, 19)]
-    found, expected = [], []
+    found: list[StepOutput] = []
+    expected: list[StepOutput] = []
     for artifact, outputs in ((portable.artifact, found), (default.artifact, expected)):
         session = Session(artifact)
         state = session.new_state(2)
@@ -183,6 +184,8 @@ def test_the_portable_form_gives_the_logits_of_the_default_one(default: Exported
         outputs.append(session.prefill(state, more, chunk=2))  # row by row in the portable form
         outputs.append(session.decode_step(state, [40, 50]))
     for one, other in zip(found, expected, strict=True):
+        assert one.gate_mean is not None
+        assert other.gate_mean is not None
         np.testing.assert_allclose(one.logits, other.logits, atol=ATOL, rtol=RTOL)
         np.testing.assert_allclose(one.gate_mean, other.gate_mean, atol=ATOL)
 

@@ -40,16 +40,19 @@ def logits_along(session: Session, prompt: Sequence[int], rest: Sequence[int], b
 @torch.no_grad()
 def plain_logits(model: torch.nn.Module, start: int) -> NDArray[np.float32]:
     """A plain model's logits over TEXT from position `start` - 1 on."""
-    return model(input_ids=torch.tensor([TEXT])).logits[0, start - 1 :].numpy()
+    logits: NDArray[np.float32] = model(input_ids=torch.tensor([TEXT])).logits[0, start - 1 :].numpy()
+    return logits
 
 
 def base_model(exported: Exported) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(str(exported.base), dtype=torch.float32).eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(str(exported.base), dtype=torch.float32)
+    return model.eval()
 
 
 def merged_model(exported: Exported) -> torch.nn.Module:
     tuned = PeftModel.from_pretrained(base_model(exported), str(exported.checkpoint / "adapter"))
-    return tuned.merge_and_unload().eval()
+    merged: torch.nn.Module = tuned.merge_and_unload()
+    return merged.eval()
 
 
 def test_gate_forced_to_one_is_the_base_model(exported: Exported) -> None:
@@ -111,6 +114,8 @@ def test_a_continued_conversation_equals_a_fresh_run_over_the_whole_of_it(export
     fresh = session.new_state(1)
     expected = session.prefill(fresh, [[*PROMPT, *reply, *more]])
     np.testing.assert_allclose(found.logits, expected.logits, atol=ATOL, rtol=RTOL)
+    assert found.gate_mean is not None
+    assert expected.gate_mean is not None
     np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-5)
     for token in (3, 4, 5):  # and on the way on
         found, expected = session.decode_step(state, [token]), session.decode_step(fresh, [token])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ ATOL = RTOL = 1e-4
 
 # Between them: a learned cache, whose keys were never rotated, and embeddings that run through the layers; rotation
 # inside attention, rotation by nodes, and learned positions.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "prefix tuning, rotation inside attention": {"adapter": "prefix_tuning", "head_dim": 16},
     "prompt tuning, rotation by nodes": {"adapter": "prompt_tuning", "head_dim": 12},
     "p-tuning, learned positions": {"adapter": "p_tuning", "kind": "gpt2", "head_dim": 12},
@@ -95,7 +96,7 @@ def test_a_damaged_file_of_virtual_tokens_is_one_error(
     artifact = copied(exported.artifact, tmp_path / "artifact")
     path = artifact / "virtual_tokens.npz"
     if content is None:
-        np.savez(path, **{"0.key": np.zeros((1, 2, 3), np.float32)})
+        np.savez(path, allow_pickle=False, **{"0.key": np.zeros((1, 2, 3), np.float32)})
     else:
         path.write_bytes(content)
     manifest = json.loads((artifact / "imsm_model.json").read_text())

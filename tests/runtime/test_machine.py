@@ -12,6 +12,7 @@ from runtime import machine
 from runtime.bench.bandwidth import read_gb_per_s
 from runtime.doctor import examine, format_report
 from runtime.engine import own_kernels
+from runtime.engine.execution import Execution
 from runtime.engine.providers import _PROBE, open_session, usable_providers
 from runtime.errors import ArtifactError, ProviderError
 from runtime.machine import cgroup_quota, describe_machine, peak_rss_mb, usable_cores
@@ -119,16 +120,16 @@ def test_the_probe_graph_starts_the_cpu() -> None:
 
 
 def test_threads_and_spinning_reach_the_session() -> None:
-    quiet = open_session(_PROBE, threads=3, spin=False).get_session_options()
+    quiet = open_session(_PROBE, Execution(threads=3, spin=False)).get_session_options()
     assert quiet.intra_op_num_threads == 3
     assert quiet.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert open_session(_PROBE).get_session_options().intra_op_num_threads == usable_cores()
+    assert open_session(_PROBE, Execution()).get_session_options().intra_op_num_threads == usable_cores()
 
 
 def test_an_onnxruntime_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.19.2")
     with pytest.raises(ProviderError, match=r"onnxruntime 1\.19\.2 computes attention wrongly; .* at least 1\.20"):
-        open_session(_PROBE)
+        open_session(_PROBE, Execution())
     facts = examine()
     assert facts["forms"] == []
     assert facts["problems"]
@@ -159,13 +160,8 @@ def test_the_doctor_says_whether_there_are_kernels(monkeypatch: pytest.MonkeyPat
             assert message in own_kernels.describe()
             own_kernels.library.cache_clear()
             assert own_kernels.library() is None
-            open_session(_PROBE)  # runs without them
+            open_session(_PROBE, Execution())  # runs without them
     own_kernels.library.cache_clear()
-
-
-def test_a_cuda_graph_without_cuda_is_an_error() -> None:
-    with pytest.raises(ProviderError, match="goes with execution provider cuda, not with cpu"):
-        open_session(_PROBE, cuda_graph=True)
 
 
 def record_sessions(monkeypatch: pytest.MonkeyPatch, available: list[str]) -> dict[str, Any]:
@@ -187,14 +183,14 @@ def record_sessions(monkeypatch: pytest.MonkeyPatch, available: list[str]) -> di
 def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     given = record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     for wanted in (True, False):
-        open_session(_PROBE, "cuda", cuda_graph=wanted)
+        open_session(_PROBE, Execution("cuda", cuda_graph=wanted))
         assert given["provider_options"] == [{"enable_cuda_graph": "1"} if wanted else {}, {}]
 
 
 def test_a_provider_with_threads_of_its_own_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
     given = record_sessions(monkeypatch, available)
-    open_session(_PROBE, "openvino", threads=3)
+    open_session(_PROBE, Execution("openvino", threads=3))
     assert given == {"providers": available, "provider_options": [{"num_of_threads": "3"}, {}]}
 
 
@@ -206,7 +202,7 @@ def test_a_graph_too_new_for_this_onnxruntime_says_what_to_do(monkeypatch: pytes
     monkeypatch.setattr(onnxruntime, "InferenceSession", Refusing)
     monkeypatch.setattr(onnxruntime, "__version__", "1.24.1")
     with pytest.raises(ArtifactError, match=r"it needs onnxruntime 1\.32 and this is 1\.24\.1: .*portable form"):
-        open_session(_PROBE)
+        open_session(_PROBE, Execution())
     monkeypatch.setattr(onnxruntime, "__version__", "1.32.0")
     with pytest.raises(ArtifactError, match=r"max=12\]\.$"):
-        open_session(_PROBE)
+        open_session(_PROBE, Execution())

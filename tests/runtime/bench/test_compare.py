@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runtime.bench import compare as bench_module
 from runtime.bench.compare import named_providers
 from runtime.bench.measure import RunTimer
 from runtime.bench.placement import read_events
+from runtime.bench.settings import BenchSettings
 from runtime.engine.session import Session
 from runtime.errors import ProviderError, SettingsError
 from tests.exported import Exported
@@ -167,9 +169,9 @@ def test_an_error_inside_onnxruntime_is_one_line(tiny: Exported, monkeypatch: py
         raise failure
 
     monkeypatch.setattr(bench_module, "measure", fail)
-    monkeypatch.setattr(bench_module.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     sender = type("Sender", (), {"send": lambda self, outcome: sent.append(outcome)})()
-    bench_module._worker(sender, tiny.artifact, "cpu", bench_module.BenchSettings())
+    bench_module._worker(sender, tiny.artifact, "cpu", BenchSettings())
     assert isinstance(sent[0], ProviderError)
     assert str(sent[0]) == "first second"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import ArtifactError, Execution, PromptError, ProviderError, Session, SettingsError
+from runtime import ArtifactError, DecodeState, Execution, PromptError, ProviderError, Session, SettingsError
 from runtime.engine import cache
 from runtime.engine.session import CPU_PREFILL_ROWS
 from runtime.engine.step import GraphDecodeBinding
@@ -264,9 +264,12 @@ def test_a_prefill_reads_no_more_rows_at_once_than_suit_the_provider(
     whole = session.prefill(session.new_state(batch), prompts, chunk=100).logits
     sizes: list[int] = []
     run = session.run_tokens
-    monkeypatch.setattr(
-        session, "run_tokens", lambda state, ids, *rest: sizes.append(ids.size) or run(state, ids, *rest)
-    )
+
+    def counted(state: DecodeState, ids: Any, *rest: Any) -> Any:
+        sizes.append(ids.size)
+        return run(state, ids, *rest)
+
+    monkeypatch.setattr(session, "run_tokens", counted)
     monkeypatch.setattr(session, "prefill_rows", 8)
     np.testing.assert_allclose(session.prefill(session.new_state(batch), prompts).logits, whole, atol=1e-4)
     assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; one token of every text at the least
@@ -319,6 +322,7 @@ def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, mo
         np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-6)
         binding = fixed.binding_of(states[1])
         assert isinstance(binding, GraphDecodeBinding)
+        assert binding.options is not None
         bindings.add(binding.options.get_run_config_entry("gpu_graph_id"))
     assert len(bindings) > 1  # a graph of its own for every place of the caches
     np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)
