@@ -9,7 +9,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from imsm_core.data.dataset import IGNORED_LABEL, Example, collate, epoch_order
+from imsm_core.data.collate import IGNORED_LABEL, collate
+from imsm_core.data.dataset import Example, epoch_order
 
 
 def make_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:

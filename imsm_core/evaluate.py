@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backbone import apply_head
-from .data.dataset import IGNORED_LABEL, Example, collate
+from .data.collate import IGNORED_LABEL, collate
+from .data.dataset import Example
 from .errors import DataError, SettingsError
 from .siamese import SiameseModel
 

@@ -26,7 +26,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..adapters.methods import default_learning_rate
 from ..console import option
-from ..data.dataset import IGNORED_LABEL, Dataset, Example, collate, epoch_order
+from ..data.collate import IGNORED_LABEL, collate
+from ..data.dataset import Dataset, Example, epoch_order
 from ..errors import AdapterError, IMSMError, SettingsError
 from ..siamese import SiameseModel
 from .adalora import RankAllocation, rank_allocation
