@@ -117,7 +117,7 @@ def test_dropout_is_off_and_the_training_mode_is_put_back(base_folder: Path) -> 
 
 def test_refuses_what_it_cannot_measure(base_folder: Path) -> None:
     model = make_siamese(base_folder)
-    with pytest.raises(SettingsError, match="unknown stream 'both'"):
+    with pytest.raises(SettingsError, match=r"^stream is both; choose one of base"):
         evaluate(model, EXAMPLES, "both", PAD)
     with pytest.raises(SettingsError, match="batch_size is 0"):
         evaluate(model, EXAMPLES, "fused", PAD, batch_size=0)

@@ -215,22 +215,22 @@ def test_gate_of_several_epochs_has_to_be_named(trained: tuple[SiameseModel, Pat
 @pytest.mark.parametrize(
     ("kind", "gate", "error", "message"),
     [
-        ("magic", None, SettingsError, "unknown gate 'magic'"),
+        ("magic", None, SettingsError, "^gate is magic; choose one of query_aware"),
         (
             "token",
             None,
             SettingsError,
-            "a token gate has trained weights; say where they are with --gate-from / gate_from",
+            "^gate_from is not given; it must say where the trained weights of the token gate are",
         ),
         (
             "mean_logits",
             "gate.safetensors",
             SettingsError,
-            "mean_logits has no weights, and --gate-from / gate_from names",
+            r"^gate_from is .*gate\.safetensors; a mean_logits gate has no weights",
         ),
         ("token", "missing", CheckpointError, "no gate at .*missing: it does not exist"),
-        ("token", "adapter", CheckpointError, "holds no gate: neither gate.safetensors nor linear_A.pth"),
-        ("token", "imsm.json", CheckpointError, "is no gate: give a .safetensors or a linear_A.pth"),
+        ("token", "adapter", CheckpointError, r"holds no gate: it has neither gate\.safetensors nor linear_A\.pth"),
+        ("token", "imsm.json", CheckpointError, r"is not a gate; give a \.safetensors file or a linear_A\.pth"),
     ],
 )
 def test_missing_or_needless_gate_is_an_error(
@@ -252,10 +252,10 @@ def test_one_of_several_adapters_in_a_folder_is_chosen_by_name(base_folder: Path
     peft_model.add_adapter("legal", LoraConfig(r=3, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     peft_model.save_pretrained(str(tmp_path / "several"), save_embedding_layers=False)
     with pytest.raises(
-        AdapterError, match="has several adapters; choose one of default, legal with --adapter-name / adapter_name"
+        SettingsError, match=r"^adapter_name is not given; .* has several adapters; choose one of default, legal"
     ):
         find_adapter(tmp_path / "several")
-    with pytest.raises(AdapterError, match="has no adapter 'medical'; it has default, legal"):
+    with pytest.raises(SettingsError, match=r"^adapter_name is medical; .* has default, legal"):
         find_adapter(tmp_path / "several", "medical")
     for name, rank in (("default", 2), ("legal", 3)):
         model, _ = assemble(tmp_path / "several", str(base_folder), "mean_logits", adapter_name=name)
@@ -264,7 +264,7 @@ def test_one_of_several_adapters_in_a_folder_is_chosen_by_name(base_folder: Path
 
 
 def test_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="is no PEFT adapter: neither it nor a folder in it has"):
+    with pytest.raises(AdapterError, match="is not a PEFT adapter: neither it nor a folder in it has"):
         find_adapter(tmp_path)
     with pytest.raises(AdapterError, match="the folder does not exist"):
         find_adapter(tmp_path / "missing")

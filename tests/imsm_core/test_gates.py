@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imsm_core.choices import GATE_KINDS
 from imsm_core.errors import SettingsError
 from imsm_core.gates import GATES, Gate, Memories, make_gate
 
@@ -169,11 +170,15 @@ def test_gradient_reaches_both_matrices_and_the_adapter_memory(kind: str) -> Non
 
 
 def test_unknown_gate_is_refused_by_name() -> None:
-    with pytest.raises(SettingsError, match=r"unknown gate 'mode5'; choose one of query_aware, token"):
+    with pytest.raises(SettingsError, match=r"^gate is mode5; choose one of query_aware, token"):
         make_gate("mode5", D)
 
 
 @pytest.mark.parametrize("kind", LEARNED)
 def test_gate_rank_below_one_is_refused(kind: str) -> None:
-    with pytest.raises(SettingsError, match="gate rank is 0"):
+    with pytest.raises(SettingsError, match=r"^gate_rank is 0"):
         make_gate(kind, D, 0)
+
+
+def test_the_kinds_that_settings_offer_are_those_that_exist() -> None:
+    assert tuple(GATES) == GATE_KINDS

@@ -1,4 +1,4 @@
-"""What `--peft NAME` and `--peft-config FILE` make, and how every method trains."""
+"""The configs that `peft` and `peft_config` give, and how every method trains."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from torch import Tensor
 
 from imsm_core.adapters.attach import attach_adapter
 from imsm_core.adapters.biases import backbone_biases
-from imsm_core.adapters.methods import PEFT_METHODS, default_learning_rate, peft_config, read_peft_config
+from imsm_core.adapters.configs import read_peft_config
+from imsm_core.adapters.methods import peft_config
+from imsm_core.adapters.options import PEFT_METHODS, default_learning_rate
 from imsm_core.backbone import hidden_size, load_base_model
 from imsm_core.checkpoint import load_checkpoint
-from imsm_core.errors import AdapterError, SettingsError
+from imsm_core.errors import AdapterError, IMSMError, Interrupted, SettingsError
 from imsm_core.gates import make_gate
 from imsm_core.siamese import SiameseModel
-from imsm_core.training import loop as train_module
+from imsm_core.training import loop
 from imsm_core.training.adalora import RankAllocation
-from imsm_core.training.loop import Interrupted, TrainSettings, answer_loss, train
+from imsm_core.training.loop import answer_loss, train
+from imsm_core.training.schedule import make_optimizer
+from imsm_core.training.settings import TrainSettings
 from tests.adapters import ADAPTERS, make_siamese_with
 from tests.builders import PAD, save_tiny_checkpoint
-from tests.imsm_core.training.test_loop import DATASET, EXAMPLES, SETTINGS
+from tests.imsm_core.training.runs import DATASET, EXAMPLES, SETTINGS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),  # SHiRA's forward, by PyTorch
@@ -108,30 +112,30 @@ def test_blocks_are_those_of_the_chosen_layers(base_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("ia3", {"rank": 3}, "ia3 has no --adapter-rank / adapter_rank; its options: --target-modules"),
-        ("prefix_tuning", {"target_modules": ["q_proj"]}, "prefix_tuning has no --target-modules"),
-        ("prompt_tuning", {"virtual_tokens": 0}, "--virtual-tokens / virtual_tokens is 0; it must be at least 1"),
+        ("ia3", {"rank": 3}, "^adapter_rank is 3; ia3 does not take it; it takes target_modules"),
+        ("prefix_tuning", {"target_modules": ["q_proj"]}, "^target_modules is q_proj; prefix_tuning does not take it"),
+        ("prompt_tuning", {"virtual_tokens": 0}, "^virtual_tokens is 0; it must be at least 1"),
         (
             "trainable_tokens",
             {},
-            "trains the embeddings of chosen tokens; name them with --token-indices / token_indices",
+            "^token_indices is not given; trainable_tokens trains the embeddings of chosen tokens, at least one",
         ),
-        ("trainable_tokens", {"token_indices": [3, 259]}, "token index 259 is not in the model's vocabulary of 259"),
+        ("trainable_tokens", {"token_indices": [3, 259]}, "the token id 259 is not in the model's vocabulary of 259"),
         ("trainable_tokens", {"token_indices": [3, 3]}, "names a token twice"),
-        ("fourierft", {"target_modules": ["nope"]}, "--target-modules / target_modules nope names no linear layer"),
-        ("c3a", {"target_modules": ["lm_head"]}, "target_modules lm_head names no linear layer but, at most, the lm_"),
+        ("fourierft", {"target_modules": ["nope"]}, "^target_modules is nope; it must name a linear layer"),
+        ("c3a", {"target_modules": ["lm_head"]}, "target_modules is lm_head; it must name a linear layer, not"),
         (
             "ln_tuning",
             {"target_modules": ["q_proj"]},
-            "ln_tuning trains norms, and --target-modules .* q_proj names mo",
+            "^target_modules is q_proj; ln_tuning trains norms, and mo.*q_proj is not one",
         ),
-        ("lora", {"rank": 5000}, "adapter_rank: 5000 is larger than any layer; it must be at most 4096"),
+        ("lora", {"rank": 5000}, "^adapter_rank is 5000; it must be at most 4096: no layer"),
     ],
 )
 def test_option_that_does_not_fit_the_method_is_refused(
     base_folder: Path, method: str, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises(IMSMError, match=message):
         peft_config(method, **options, model=load_base_model(str(base_folder)))
 
 
@@ -151,23 +155,26 @@ def test_peft_config_file_is_read_as_peft_writes_it(base_folder: Path, tmp_path:
     ("content", "message"),
     [
         (None, r"cannot read the PEFT config .*config\.json: No such file"),
-        ("{", "is no PEFT config: JSONDecodeError"),
-        ("[]", "is no PEFT config: it is not a JSON object"),
-        ("null", "is no PEFT config: it is not a JSON object"),
-        ('"LORA"', "is no PEFT config: it is not a JSON object"),
-        ("[" * 100_000, "is no PEFT config: its JSON is nested too deeply"),
-        ("{}", "is no PEFT config: it has no peft_type"),
-        ('{"peft_type": "MAGIC"}', "has the unknown peft_type 'MAGIC'; there are ADALORA, .* LORA"),
+        ("{", "is not a PEFT config: JSONDecodeError"),
+        ("[]", "is not a PEFT config: it is not a JSON object"),
+        ("null", "is not a PEFT config: it is not a JSON object"),
+        ('"LORA"', "is not a PEFT config: it is not a JSON object"),
+        ("[" * 100_000, "is not a PEFT config: its JSON is nested too deeply"),
+        ("{}", "is not a PEFT config: it has no peft_type"),
+        ('{"peft_type": "MAGIC"}', "has the unknown peft_type 'MAGIC'; choose one of ADALORA, .* LORA"),
         ('{"peft_type": ["LORA"]}', r"has the unknown peft_type \['LORA'\]"),
         ('{"peft_type": "XLORA", "rr": 3}', "PEFT type XLORA is not supported: it mixes"),
         ('{"peft_type": "LORA", "lora_alpha": NaN}', "the adapter's lora_alpha is not finite"),
         ('{"peft_type": "LORA", "alpha_pattern": {"q_proj": 1e999}}', "the adapter's alpha_pattern is not finite"),
-        ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "init_lora_weights='eva' is not supported: it starts"),
+        (
+            '{"peft_type": "LORA", "init_lora_weights": "eva"}',
+            "init_lora_weights='eva' is not supported: it needs an extra pass",
+        ),
         ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": "5"}', "num_virtual_tokens is '5'; it must be a whole"),
         ('{"peft_type": "PROMPT_TUNING"}', "num_virtual_tokens is None; it must be a whole"),
         ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}', "num_virtual_tokens is 0; it must be a whole"),
         ('{"peft_type": "LORA", "rr": 3}', "has fields that LoraConfig does not know, such as rr"),
-        ('{"peft_type": "LORA", "task_type": "POETRY"}', "is no usable LoraConfig: Invalid task type: 'POETRY'"),
+        ('{"peft_type": "LORA", "task_type": "POETRY"}', "cannot be used as a LoraConfig: Invalid task type: 'POETRY'"),
     ],
 )
 def test_unusable_peft_config_file_is_an_error_of_one_line(
@@ -192,10 +199,10 @@ def test_peft_config_file_may_begin_with_a_byte_order_mark_and_leave_adalora_its
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        ([-1], "token index -1 is not in the model's vocabulary of 259"),
-        ([259], "token index 259 is not in the model's vocabulary of 259"),
+        ([-1], "the token id -1 is not in the model's vocabulary of 259"),
+        ([259], "the token id 259 is not in the model's vocabulary of 259"),
         ([5, 5], "names a token twice"),
-        ([], r"token_indices is \[\]; it must be a list of at least one token's number"),
+        ([], r"token_indices is \[\]; it must be a list of token ids, at least one"),
         (["5"], r"token_indices is \['5'\]; it must be a list"),
     ],
 )
@@ -239,14 +246,13 @@ def test_training_moves_adapter_and_gate_alone_and_lowers_the_loss(base_folder: 
 
 def test_learning_rate_is_the_methods_own_unless_given(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    optimizer = train_module._optimizer
 
     def spied(model: SiameseModel, settings: TrainSettings) -> torch.optim.Optimizer:
-        made = optimizer(model, settings)
+        made = make_optimizer(model, settings)
         rates.append(made.param_groups[0]["lr"])
         return made
 
-    monkeypatch.setattr(train_module, "_optimizer", spied)
+    monkeypatch.setattr(loop, "make_optimizer", spied)
     for learning_rate in (None, 0.5):
         settings = TrainSettings(steps=1, batch_size=2, learning_rate=learning_rate)
         train(make_siamese_with(base_folder, "ia3"), DATASET, settings, PAD, progress=False)
@@ -270,7 +276,7 @@ def test_only_the_prompt_encoder_and_the_gate_drop_out_in_training_mode(gpt2_fol
 
 def stopped_after(steps: int, model: SiameseModel, settings: TrainSettings, partial: Path) -> None:
     """Train until Ctrl-C after so many steps."""
-    step, done = train_module._step, [0]
+    step, done = loop._step, [0]
 
     def stopping(*arguments: Any) -> float:
         loss = step(*arguments)
@@ -280,7 +286,7 @@ def stopped_after(steps: int, model: SiameseModel, settings: TrainSettings, part
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_step", stopping)
+        patch.setattr(loop, "_step", stopping)
         with pytest.raises(Interrupted):
             train(model, DATASET, settings, PAD, partial, progress=False)
 
@@ -372,7 +378,7 @@ def test_resumed_adalora_run_equals_the_uninterrupted_one_exactly(
 
 
 def test_run_too_short_for_adaloras_schedule_is_refused(base_folder: Path) -> None:
-    with pytest.raises(SettingsError, match="1 steps are too few for AdaLoRA"):
+    with pytest.raises(SettingsError, match=r"^steps is 1; that is too few for AdaLoRA"):
         train(adalora(base_folder), DATASET, replace(RANKS, steps=1), PAD, progress=False)
     train(adalora(base_folder), DATASET, replace(RANKS, steps=2), PAD, progress=False)
 
@@ -380,5 +386,5 @@ def test_run_too_short_for_adaloras_schedule_is_refused(base_folder: Path) -> No
 def test_adalora_without_a_rank_to_take_away_is_refused(base_folder: Path) -> None:
     model = adalora(base_folder)
     model.peft_model.peft_config["default"].init_r = 2
-    with pytest.raises(SettingsError, match="init_r is 2; it must be above target_r, 2"):
+    with pytest.raises(AdapterError, match="init_r is 2; it must be above target_r, 2"):
         train(model, DATASET, RANKS, PAD, progress=False)
