@@ -106,7 +106,7 @@ def _difference(row: str, column: str, folder: Path) -> float:
     found += _against_oracle(model, session)
     found.append(_forced(session, FORCED, load_base_model(str(base))))
     found.append(_forced(session, -FORCED, model.peft_model))
-    return max(found)
+    return float(max(found))
 
 
 def _check_stored_once(artifact: Path) -> None:
@@ -283,12 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; without it only print")
     parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="keep every pair's result here, and go on from those that it has"
+        "--results", type=Path, metavar="FILE", help="keep every pair's result here, and skip those that it already has"
     )
     args = parser.parse_args(argv)
-    for given, known in ((args.rows, ARCHITECTURES), (args.columns, ADAPTERS)):
-        if unknown := [name for name in given or [] if name not in known]:
-            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+    for given, names in ((args.rows, ARCHITECTURES), (args.columns, ADAPTERS)):
+        if unknown := [name for name in given or [] if name not in names]:
+            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}")
     if args.rows or args.columns:
         chosen = [(row, column) for row in args.rows or ROWS for column in args.columns or COLUMNS]
     else:
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
 
-    cells = known | run_cells([names for names in chosen if names not in known], args.jobs, note)
+    cells = known | run_cells([pair for pair in chosen if pair not in known], args.jobs, note)
     if args.out is not None:
         write_document(cells, args.out)
     seconds = time.perf_counter() - start

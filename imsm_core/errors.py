@@ -86,7 +86,7 @@ class Interrupted(IMSMError):
 
 
 def shown(value: object) -> str:
-    """A value in one line: text as it is, quoted where it would not be seen."""
+    """A value in one line: text as it is, quoted if it would be invisible or break the line."""
     if value is None:
         return "not given"
     if isinstance(value, list | tuple):

@@ -49,7 +49,7 @@ class SiameseModel(nn.Module):
         return causal_lm(self.peft_model)
 
     def train(self, mode: bool = True) -> SiameseModel:
-        """Training mode for the adapter and the gate alone: the frozen backbone never applies dropout, so that
+        """Training mode, but only for the adapter and the gate: the frozen backbone never applies dropout, so that
         the base stream stays the pre-trained model."""
         super().train(mode)
         self.causal_lm.eval()

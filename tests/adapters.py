@@ -37,7 +37,8 @@ def norms(model: PreTrainedModel) -> list[str]:
 
 def embeddings(model: PreTrainedModel) -> str:
     """The name of the input embeddings' module."""
-    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()]
 
 
 def last_parts(model: PreTrainedModel) -> list[str]:
@@ -178,4 +179,4 @@ def randomize_adapter(model: SiameseModel, seed: int, scale: float = 0.25) -> No
     with torch.no_grad():
         for name, parameter in sorted(model.trainable_parameters().items()):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))

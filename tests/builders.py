@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -61,12 +62,16 @@ def make_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTo
 def make_config(kind: str, head_dim: int = 8, tied: bool = False) -> PreTrainedConfig:
     """d = 4 * head_dim, two layers; two key/value heads where the architecture has them."""
     width = HEADS * head_dim
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    tokens: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     if kind == "gpt2":
         return GPT2Config(
             vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=LAYERS, n_head=HEADS, **tokens
         )
-    configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    configs: dict[str, Callable[..., PreTrainedConfig]] = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+    }
     return configs[kind](
         vocab_size=VOCABULARY,
         hidden_size=width,

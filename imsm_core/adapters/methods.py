@@ -85,7 +85,8 @@ class NewConfig:
         return self.given_model
 
     def shapes(self) -> list[tuple[int, int]]:
-        """(in, out) of the layers that are adapted, at least one. Raises an error if there is none."""
+        """(in, out) of the layers that are adapted, at least one. Raises SettingsError if `target_modules` names none,
+        AdapterError if the model has none."""
         found = [
             shape
             for name, shape in linear_layers(self.model).items()

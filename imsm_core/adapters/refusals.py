@@ -1,7 +1,7 @@
 """Which PEFT adapters contradict IMSM, by name and with the reason.
 
 IMSM runs one frozen backbone as two streams and one frozen lm_head. So an adapter has to leave the backbone's own
-weights alone, and to be either another form of some layers or virtual tokens in front of the text.
+weights unchanged, and may only change how some layers compute or put virtual tokens in front of the text.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def adapter_hidden_state(peft_model: PeftModel, input_ids: Tensor, attention_mas
 
 @torch.no_grad()
 def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
-    """The adapter stream's key/value cache after the virtual tokens alone: per layer a key and a value, each
+    """The adapter stream's key/value cache after only the virtual tokens: per layer a key and a value, each
     (1, kv_heads, V, head_size) float32. Empty without virtual tokens. For a layer whose sliding window is not larger
     than V it may hold only the last window - 1 virtual tokens: the text never sees the others there.
 

@@ -1,7 +1,7 @@
 """Training the adapter and the gate together, through one frozen backbone, by any PEFT method.
 
 Loss: next-token cross-entropy on the answer tokens, through the gate and into the adapter stream (IMSM, "Training").
-Defaults are the authors' released ones, except that the gate's learning rate is a setting of its own.
+The defaults are those that the authors released, except that the gate has its own learning rate.
 """
 
 from __future__ import annotations

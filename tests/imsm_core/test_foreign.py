@@ -34,10 +34,11 @@ def logits(model: SiameseModel) -> torch.Tensor:
 def released(path: Path, model: SiameseModel, prefix: str = "", dtype: torch.dtype = torch.float32) -> Path:
     """The gate as the released code saves it."""
     path.mkdir(exist_ok=True, parents=True)
-    for name, layer in (("A", model.gate.gate_down), ("B", model.gate.gate_up)):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
+    for name, layer in (("A", "gate_down"), ("B", "gate_up")):
+        weight = model.gate.get_parameter(f"{layer}.weight")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
         with torch.no_grad():
-            linear.weight.copy_(layer.weight)
+            linear.weight.copy_(weight)
         torch.save(nn.Sequential(linear, nn.Dropout(0.1)), path / f"{prefix}linear_{name}.pth")
     return path
 
@@ -77,8 +78,9 @@ def test_gate_comes_from_a_safetensors_file_or_its_folder(
 
 def test_half_precision_gate_is_read_as_float32(trained: tuple[SiameseModel, Path], tmp_path: Path) -> None:
     gate = load_gate(released(tmp_path / "gate", trained[0], dtype=torch.float16), "query_aware", WIDTH)
-    assert gate.gate_down.weight.dtype == torch.float32
-    torch.testing.assert_close(gate.gate_down.weight, trained[0].gate.gate_down.weight, atol=1e-3, rtol=1e-3)
+    found, expected = (gate.get_parameter("gate_down.weight") for gate in (gate, trained[0].gate))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 FORMS = ("tensor", "parameter", "state dict", "ordered")
@@ -206,7 +208,8 @@ def test_gate_of_several_epochs_has_to_be_named(trained: tuple[SiameseModel, Pat
     with pytest.raises(CheckpointError, match=r"several gates; give the path of one of 1_linear_A\.pth, 2_linear_A"):
         load_gate(folder, "query_aware", WIDTH)
     gate = load_gate(folder / "2_linear_A.pth", "query_aware", WIDTH)
-    assert torch.equal(gate.gate_up.weight, trained[0].gate.gate_up.weight)
+    found, expected = (gate.get_parameter("gate_up.weight") for gate in (gate, trained[0].gate))
+    assert torch.equal(found, expected)
     (folder / "2_linear_B.pth").unlink()
     with pytest.raises(CheckpointError, match=r"2_linear_A\.pth has no 2_linear_B\.pth beside it"):
         load_gate(folder / "2_linear_A.pth", "query_aware", WIDTH)
@@ -259,7 +262,8 @@ def test_one_of_several_adapters_in_a_folder_is_chosen_by_name(base_folder: Path
         find_adapter(tmp_path / "several", "medical")
     for name, rank in (("default", 2), ("legal", 3)):
         model, _ = assemble(tmp_path / "several", str(base_folder), "mean_logits", adapter_name=name)
-        assert model.peft_model.peft_config["default"].r == rank
+        found: Any = model.peft_model.peft_config["default"]
+        assert found.r == rank
     assert find_adapter(tmp_path / "several" / "legal") == tmp_path / "several" / "legal"
 
 

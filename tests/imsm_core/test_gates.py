@@ -41,7 +41,7 @@ def expected(gate: Gate, memories: Memories, bias: float = 0.0) -> tuple[Tensor,
         if gate.kind == "mean_logits":
             g = torch.full((D,), 1 / 2, dtype=torch.float64) if bias == 0 else logistic(torch.full((D,), bias).double())
         else:
-            down, up = gate.gate_down.weight.detach().double(), gate.gate_up.weight.detach().double()
+            down, up = (gate.get_parameter(f"gate_{name}.weight").detach().double() for name in ("down", "up"))
             blocks = [q_b[t], h_b[t], h_a[t], q_a[t]] if gate.kind == "query_aware" else [h_b[t], h_a[t]]
             r = sum(down[:, D * i : D * (i + 1)] @ block for i, block in enumerate(blocks))
             g = logistic(up @ r + bias)
@@ -118,7 +118,7 @@ def test_gate_computes_in_float32_and_rounds_once(kind: str, dtype: torch.dtype)
 @pytest.mark.parametrize("kind", LEARNED)
 def test_gate_up_of_zero_gives_one_half_everywhere(kind: str) -> None:
     gate = random_gate(kind)
-    torch.nn.init.zeros_(gate.gate_up.weight)
+    torch.nn.init.zeros_(gate.get_parameter("gate_up.weight"))
     _, values = gate(random_memories())
     assert torch.equal(values, torch.full_like(values, 0.5))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from imsm_core.siamese import SiameseModel
 from tests.adapters import TOKENS, make_siamese_with
 from tests.builders import make_siamese
 
-TINY_PHI = {
+TINY_PHI: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -217,8 +218,9 @@ def test_damaged_adapter_is_an_error_of_one_line(
     assert "\n" not in str(caught.value)
 
 
-TASK = {"task_type": "CAUSAL_LM"}
-Q_PROJ = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+INITS: tuple[Any, ...] = ("pissa", "pissa_niter_4", "olora")
 REFUSED: dict[str, tuple[PeftConfig, str]] = {
     "multitask": (
         MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, **TASK),
@@ -236,7 +238,7 @@ REFUSED: dict[str, tuple[PeftConfig, str]] = {
     "saved head": (LoraConfig(**Q_PROJ, modules_to_save=["lm_head"]), "touches lm_head"),
     "head's tokens": (LoraConfig(**Q_PROJ, trainable_token_indices={"lm_head": [3]}), "touches lm_head"),
     "alora": (LoraConfig(**Q_PROJ, alora_invocation_tokens=[3, 4]), "alora_invocation_tokens is not supported"),
-    "replication": (LoraConfig(**Q_PROJ, layer_replication=[[0, 2], [0, 2]]), "layer_replication is not supported"),
+    "replication": (LoraConfig(**Q_PROJ, layer_replication=[(0, 2), (0, 2)]), "layer_replication is not supported"),
     "kasa": (LoraConfig(**Q_PROJ, kasa_config=KasaConfig()), "kasa_config is not supported: it changes the backbone"),
     "task": (LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"), "for the task SEQ_CLS; IMSM needs"),
 } | {
@@ -244,7 +246,7 @@ REFUSED: dict[str, tuple[PeftConfig, str]] = {
         LoraConfig(**Q_PROJ, init_lora_weights=init),
         f"init_lora_weights='{init}' is not supported: it changes the backbone",
     )
-    for init in ("pissa", "pissa_niter_4", "olora")
+    for init in INITS
 }
 
 
@@ -334,7 +336,7 @@ def test_adapted_layers_name_each_module_that_differs_with_the_frozen_one_in_it(
     norms = {name for name, _ in plain.named_modules() if name.endswith("norm")}
     assert set(layers) == linear | norms
     for name, layer in layers.items():
-        assert torch.equal(layer.frozen.weight, plain.get_submodule(name).weight)
+        assert torch.equal(layer.frozen.get_parameter("weight"), plain.get_parameter(f"{name}.weight"))
         assert type(layer.frozen) is type(plain.get_submodule(name))
         assert layer.tuner is model.causal_lm.get_submodule(name)
 
@@ -407,7 +409,7 @@ def test_saved_config_has_its_sets_in_order(base_folder: Path, tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but")
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_bias_of_lora_itself_is_none_of_the_backbones(base_folder: Path, tmp_path: Path, bias: str) -> None:
+def test_bias_of_lora_itself_is_none_of_the_backbones(base_folder: Path, tmp_path: Path, bias: Any) -> None:
     """A Llama has no biases."""
     peft_model = attach_adapter(load_base_model(str(base_folder)), LoraConfig(**Q_PROJ, bias=bias, lora_bias=True))
     assert backbone_biases(peft_model) == {}

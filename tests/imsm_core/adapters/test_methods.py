@@ -41,7 +41,7 @@ TEXT = torch.tensor([[0, 70, 80, 90, 100]])
 
 
 def config_for(folder: Path, method: str, **options: Any) -> Any:
-    tokens = {"token_indices": [70, 80]} if method == "trainable_tokens" else {}
+    tokens: dict[str, Any] = {"token_indices": [70, 80]} if method == "trainable_tokens" else {}
     return peft_config(method, **tokens, **options, model=load_base_model(str(folder)))
 
 
@@ -94,7 +94,7 @@ def test_defaults_fit_any_architecture_and_train_something(
 
 
 def test_ia3_without_a_known_mapping_scales_every_linear_layer_and_the_mlps_input(base_folder: Path) -> None:
-    model = load_base_model(str(base_folder))
+    model: Any = load_base_model(str(base_folder))
     assert peft_config("ia3", model=model).target_modules is None  # type: ignore[attr-defined]
     model.config.model_type = "unheard_of"
     config: Any = peft_config("ia3", model=model)
@@ -373,8 +373,8 @@ def test_resumed_adalora_run_equals_the_uninterrupted_one_exactly(
     assert resumed["final_loss"] == metrics["final_loss"]
     expected, found = trained(whole), trained(fresh_model)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    patterns = [model.peft_model.peft_config["default"].rank_pattern for model in (whole, fresh_model)]
-    assert json.dumps(patterns[0]) == json.dumps(patterns[1])
+    configs: list[Any] = [model.peft_model.peft_config["default"] for model in (whole, fresh_model)]
+    assert json.dumps(configs[0].rank_pattern) == json.dumps(configs[1].rank_pattern)
 
 
 def test_run_too_short_for_adaloras_schedule_is_refused(base_folder: Path) -> None:
@@ -385,6 +385,7 @@ def test_run_too_short_for_adaloras_schedule_is_refused(base_folder: Path) -> No
 
 def test_adalora_without_a_rank_to_take_away_is_refused(base_folder: Path) -> None:
     model = adalora(base_folder)
-    model.peft_model.peft_config["default"].init_r = 2
+    config: Any = model.peft_model.peft_config["default"]
+    config.init_r = 2
     with pytest.raises(AdapterError, match="init_r is 2; it must be above target_r, 2"):
         train(model, DATASET, RANKS, PAD, progress=False)

@@ -50,7 +50,8 @@ def blended(model: SiameseModel, h_base: Tensor, h_adapter: Tensor, q_base: Tens
     if kind == "query_mixed":
         h_base, h_adapter = (h_base + q_base) / 2, (h_adapter + q_adapter) / 2
     z = torch.cat([q_base, h_base, h_adapter, q_adapter] if kind == "query_aware" else [h_base, h_adapter])
-    g = torch.sigmoid(model.gate.gate_up.weight @ (model.gate.gate_down.weight @ z))
+    down, up = (model.gate.get_parameter(f"gate_{name}.weight") for name in ("down", "up"))
+    g = torch.sigmoid(up @ (down @ z))
     h = g * h_base + (1 - g) * h_adapter
     return (h_base + h) / 2 if kind == "residual" else h
 
@@ -99,7 +100,7 @@ def test_gradient_is_that_of_the_mean_loss_of_an_answer_token(
     model = make_siamese(base_folder)
     seen = (EXAMPLES * 2)[: batch_size * accumulation]
     losses = [answer_loss(model, [example], PAD) for example in seen]
-    mean = sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)
+    mean = torch.stack([loss for loss, _ in losses]).sum() / sum(tokens for _, tokens in losses)
     by_name = model.trainable_parameters()
     ordered = sorted(by_name, key=lambda name: name.startswith("gate."))  # the adapter's group comes first
     expected = torch.autograd.grad(mean, [by_name[name] for name in ordered])
@@ -158,7 +159,7 @@ def test_same_seed_gives_the_same_model_and_another_seed_another(base_folder: Pa
 def test_loss_that_is_not_finite_ends_the_run(base_folder: Path, tmp_path: Path) -> None:
     model = make_siamese(base_folder)
     with torch.no_grad():
-        model.gate.gate_up.weight[0, 0] = torch.nan
+        model.gate.get_parameter("gate_up.weight")[0, 0] = torch.nan
     with pytest.raises(Diverged, match="the loss is nan at step 1"):
         run(model, partial=tmp_path / "partial")
     assert newest_snapshot(tmp_path / "partial") is None

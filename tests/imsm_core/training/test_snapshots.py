@@ -45,9 +45,9 @@ def test_resuming_with_another_setting_or_origin_is_refused_by_name(base_folder:
     other = replace(DATASET, sha256="1" * 64)
     with pytest.raises(SettingsError, match=r"^data is 1{64}; the interrupted run had 0{64}"):
         train(make_siamese(base_folder), other, SETTINGS, PAD, snapshot.parent, True, False, {"adapter_alpha": 8})
-    smaller, options = make_siamese(base_folder, rank=2), {"partial": snapshot.parent, "origin": {"adapter_alpha": 8}}
+    smaller = make_siamese(base_folder, rank=2)
     with pytest.raises(CheckpointError, match="holds other parameters than this run trains; start over with force"):
-        run(smaller, resume=True, **options)
+        run(smaller, partial=snapshot.parent, resume=True, origin={"adapter_alpha": 8})
 
 
 @pytest.mark.parametrize(
