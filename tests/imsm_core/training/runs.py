@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imsm_core.data.dataset import Dataset, Example
+from imsm_core.errors import Interrupted
 from imsm_core.siamese import SiameseModel
 from imsm_core.training import loop
 from imsm_core.training.settings import TrainSettings
@@ -56,3 +58,11 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             signal.raise_signal(signal.SIGINT)
 
     spy_on_steps(monkeypatch, after)
+
+
+def stopped_after(steps: int, model: SiameseModel, settings: TrainSettings, partial: Path) -> None:
+    """Train until Ctrl-C after so many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, steps)
+        with pytest.raises(Interrupted):
+            run(model, settings, partial=partial)
