@@ -106,7 +106,7 @@ def _difference(row: str, column: str, folder: Path) -> float:
     found += _against_oracle(model, session)
     found.append(_forced(session, FORCED, load_base_model(str(base))))
     found.append(_forced(session, -FORCED, model.peft_model))
-    return max(found)
+    return float(max(found))
 
 
 def _check_stored_once(artifact: Path) -> None:
@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; without it only print")
     parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="keep every pair's result here, and go on from those that it has"
+        "--results", type=Path, metavar="FILE", help="keep every pair's result here, and skip those that it already has"
     )
     args = parser.parse_args(argv)
     for given, names in ((args.rows, list(ARCHITECTURES)), (args.columns, list(ADAPTERS))):

@@ -84,7 +84,8 @@ def random_base(shape: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.for_model(**shape)
     config.eos_token_id = 1  # onnxruntime-genai's builder wants one; no run here stops at it
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    model.eval()
     return model
 
 

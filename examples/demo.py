@@ -28,7 +28,7 @@ from imsm_core.checkpoint import CheckpointInfo, save_checkpoint
 from imsm_core.data.dataset import Dataset, load_jsonl
 from imsm_core.evaluate import Evaluation, Stream, evaluate
 from imsm_core.siamese import SiameseModel
-from imsm_core.training.loop import TrainSettings
+from imsm_core.training.settings import TrainSettings
 
 MARKER = ".imsm-demo"  # only a folder that holds this file is ever replaced
 BASE_EPOCHS = 16

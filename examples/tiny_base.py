@@ -9,7 +9,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from imsm_core.data.dataset import IGNORED_LABEL, Example, collate, epoch_order
+from imsm_core.data.collate import IGNORED_LABEL, collate
+from imsm_core.data.dataset import Example, epoch_order
 
 
 def make_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -64,8 +65,9 @@ def learn(
 
 def _language_model_loss(model: LlamaForCausalLM, examples: Sequence[Example]) -> torch.Tensor:
     """Mean next-token cross-entropy, nats/token, over every token of the examples."""
-    assert model.config.pad_token_id is not None
-    batch = collate(examples, model.config.pad_token_id)
+    pad_token_id = model.config.pad_token_id
+    assert pad_token_id is not None  # `make_base` sets it
+    batch = collate(examples, pad_token_id)
     targets = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED_LABEL)[:, 1:]
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)

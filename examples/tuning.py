@@ -14,7 +14,8 @@ from imsm_core.backbone import hidden_size, load_base_model
 from imsm_core.data.dataset import Dataset
 from imsm_core.gates import Gate, Gated, Memories, make_gate
 from imsm_core.siamese import SiameseModel
-from imsm_core.training.loop import TrainSettings, train
+from imsm_core.training.loop import train
+from imsm_core.training.settings import TrainSettings
 
 GATE_KIND, GATE_RANK = "query_aware", 8
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 16, 16, 0.1

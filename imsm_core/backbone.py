@@ -1,6 +1,6 @@
 """The frozen backbone: loading it, its fingerprint, its last hidden states, and its head.
 
-Works on any Hugging Face causal LM through what `PreTrainedModel` promises of all of them; knows no architecture.
+Works on any Hugging Face causal LM through the interface of `PreTrainedModel`; knows no architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import BaseModelError
 def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
     """The causal LM at a local folder or hub id, in float32 and eval mode, every parameter frozen.
 
-    Raises BaseModelError when it is not there or cannot be read (safetensors only; nothing is unpickled).
+    Raises BaseModelError if it is not there or cannot be read (safetensors only; nothing is unpickled).
     """
     _check_local_folder(name)
     try:
@@ -35,7 +35,7 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
     except Exception as error:  # transformers, safetensors and the hub raise a dozen unrelated types here
         raise BaseModelError(f"cannot load the base model {name!r}: {first_line(error)}") from error
     model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill in random values
         raise BaseModelError(f"the base model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
     model.requires_grad_(False)
     frozen: PreTrainedModel = model.eval()
@@ -43,11 +43,11 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises BaseModelError if there is none that `tokenizer.json` can hold."""
+    """The base model's tokenizer. Raises BaseModelError if it has none that `tokenizer.json` can hold."""
     _check_local_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # as above
+    except Exception as error:  # as in load_base_model
         raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
@@ -78,10 +78,10 @@ def last_hidden_state(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (B, N, vocab) of `hidden` (B, N, d): all that the causal LM does after its backbone.
+    """Logits (B, N, vocab) of `hidden` (B, N, d): everything that the causal LM does after its backbone.
 
     The model's own forward runs with the backbone replaced by a stub that returns `hidden`, so that logit scales
-    and soft-capping, which architectures apply after lm_head, come along.
+    and soft-capping, which some architectures apply after the lm_head, are included.
     """
     with _backbone_returning(model, hidden):
         logits: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
@@ -112,7 +112,7 @@ def _backbone_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None
         for backbone in backbones:
             backbone.__dict__.pop("forward", None)
     if not calls:
-        raise BaseModelError(f"{type(model).__name__} does not keep its backbone apart from its lm_head")
+        raise BaseModelError(f"{type(model).__name__} does not separate its backbone from its lm_head")
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _check_local_folder(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, with the second where the first leads to it, or its type's name."""
+    """The first line of an exception's message (with the second if it ends in a colon), or else its type's name."""
     lines = str(error).strip().splitlines()
     if isinstance(error, KeyError) and lines:  # its message is the bare key
         lines[0] = f"KeyError: {lines[0]}"

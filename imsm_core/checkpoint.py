@@ -30,9 +30,9 @@ INFO = "imsm.json"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What imsm.json says. `base_model` is a local path or a hub id, and `base_fingerprint` is of its weights as they
-    are there. quantized_backbone: the arguments of `round_backbone`, which they went through before training; empty
-    without it."""
+    """What imsm.json says. `base_model` is a local path or a hub id, and `base_fingerprint` is that of its weights as
+    they are stored. quantized_backbone: the arguments of the `round_backbone` that ran before training, empty if none
+    did."""
 
     base_model: str
     base_revision: str | None
@@ -81,11 +81,11 @@ def read_info(folder: Path) -> CheckpointInfo:
 
 
 def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[SiameseModel, CheckpointInfo]:
-    """The siamese model of a CHECKPOINT folder, in float32 and eval mode, on the CPU, with the very weights of its
-    training: a backbone that was rounded for it is rounded again.
+    """The siamese model of a CHECKPOINT folder, in float32 and eval mode, on the CPU, with the weights that it was
+    trained on: a backbone that was rounded for training is rounded again.
 
     base_model: where the base model is now, if not where imsm.json says. Raises CheckpointError, BaseModelError (also
-    when the base model's weights are not those that were tuned) or AdapterError.
+    if these are not the weights that were tuned) or AdapterError.
     """
     info = read_info(folder)
     _check_complete(folder)
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[Siames
         try:
             round_backbone(base, **info.quantized_backbone)
         except (SettingsError, TypeError) as error:
-            raise CheckpointError(f"{folder / INFO} is damaged: quantized_backbone: {error}") from error
+            raise CheckpointError(f"{folder / INFO} is damaged in quantized_backbone: {error}") from error
     gate = _load_gate(folder / "gate.safetensors", info, hidden_size(base))
     model = SiameseModel(load_adapter(base, folder / "adapter"), gate)
     model.requires_grad_(False)
@@ -111,7 +111,7 @@ def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[Siames
 def _check_complete(folder: Path) -> None:
     for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "gate.safetensors"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {name}")
+            raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {name}")
 
 
 def _load_gate(path: Path, info: CheckpointInfo, width: int) -> Gate:
@@ -121,7 +121,7 @@ def _load_gate(path: Path, info: CheckpointInfo, width: int) -> Gate:
         gate.load_state_dict(tensors)
     except (SafetensorError, SettingsError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except RuntimeError as error:  # torch lists every mismatch on lines of its own
+    except RuntimeError as error:  # torch lists each mismatch on its own line
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} does not fit a {info.gate_kind} gate of rank {info.gate_rank}: {reason}"

@@ -2,7 +2,7 @@
 
 Runs the gate and the lm_head on answer positions only, and decodes nothing: a greedy answer equals the expected one
 exactly when every expected token is the argmax after the expected tokens before it, and one pass over prompt and
-answer shows that.
+answer shows whether they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backbone import apply_head
-from .data.dataset import IGNORED_LABEL, Example, collate
+from .data.collate import IGNORED_LABEL, collate
+from .data.dataset import Example
 from .errors import DataError, SettingsError
 from .siamese import SiameseModel
 
@@ -44,10 +45,10 @@ def evaluate(
     memory_bias: float = 0.0,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Loss and exact-match accuracy of one stream over `examples`, in eval mode (the mode is put back).
+    """Loss and exact-match accuracy of one stream over `examples`, in eval mode (restored afterwards).
 
-    memory_bias: added before the gate's sigmoid; it matters to the fused stream alone. Raises SettingsError for an
-    unknown stream or a batch size below 1, DataError when an example has no answer or there is none.
+    memory_bias: added before the gate's sigmoid; it only changes the fused stream. Raises SettingsError for an
+    unknown stream or a batch size below 1, DataError if an example has no answer or there are no examples.
     """
     _check(examples, stream, batch_size)
     loss, tokens, correct = 0.0, 0, 0
@@ -86,9 +87,9 @@ def answer_logits(
 
 def _check(examples: Sequence[Example], stream: str, batch_size: int) -> None:
     if stream not in get_args(Stream):
-        raise SettingsError(f"unknown stream {stream!r}; choose one of {', '.join(get_args(Stream))}")
+        raise SettingsError("stream", stream, f"choose one of {', '.join(get_args(Stream))}")
     if batch_size < 1:
-        raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
+        raise SettingsError("batch_size", batch_size, "it must be at least 1")
     if not examples:
         raise DataError("there is nothing to evaluate: no examples were given")
     for number, example in enumerate(examples, 1):
@@ -97,6 +98,6 @@ def _check(examples: Sequence[Example], stream: str, batch_size: int) -> None:
 
 
 def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    """Examples of about equal length together, so that little is computed on padding."""
+    """Examples of similar length together, so that little is computed on padding."""
     ordered = sorted(examples, key=len)
     return [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]

@@ -2,7 +2,7 @@
 
 The adapter is any standard PEFT folder. The gate comes from a gate.safetensors, or from the method's released code,
 which saves its two linear layers as pickled modules: those are read by PyTorch's restricted loader, which builds
-tensors and plain layers, refuses everything else by name, and runs none of the file's code.
+tensors and plain layers, names and refuses everything else, and runs no code from the file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .adapters.attach import load_adapter, peft_type
 from .backbone import fingerprint, first_line, hidden_size, load_base_model
 from .checkpoint import CheckpointInfo
-from .console import option
+from .choices import check_gate_kind
 from .errors import AdapterError, CheckpointError, SettingsError
-from .gates import Gate, check_gate_kind, make_gate
+from .gates import Gate, make_gate
 from .siamese import SiameseModel
 
 _DOWN_FILE = re.compile(r"(?:(\d+)_)?linear_A\.pth")
@@ -38,16 +38,16 @@ def assemble(
     """The siamese model of a PEFT folder and a gate, in float32 and eval mode, on the CPU, and its info.
 
     base_model: a folder or hub id. gate_from: a gate.safetensors, a folder that holds one or the released code's
-    linear_A.pth and linear_B.pth (with an epoch's number before them or not), or one of its linear_A files; not for
+    linear_A.pth and linear_B.pth (with or without an epoch's number in front), or one of its linear_A files; not for
     mean_logits, which has no weights. adapter_name: which of several adapters in the folder. Raises SettingsError,
     AdapterError, BaseModelError or CheckpointError (the gate).
     """
     check_gate_kind(gate_kind)
     has_weights = gate_kind != "mean_logits"
     if has_weights and gate_from is None:
-        raise SettingsError(f"a {gate_kind} gate has trained weights; say where they are with {option('gate_from')}")
+        raise SettingsError("gate_from", None, f"it must say where the trained weights of the {gate_kind} gate are")
     if not has_weights and gate_from is not None:
-        raise SettingsError(f"mean_logits has no weights, and {option('gate_from')} names {gate_from}; leave it out")
+        raise SettingsError("gate_from", gate_from, "a mean_logits gate has no weights; leave it out")
     folder = find_adapter(adapter, adapter_name)
     base = load_base_model(base_model)
     base_fingerprint, width = fingerprint(base), hidden_size(base)
@@ -69,19 +69,19 @@ def assemble(
 
 def find_adapter(folder: Path, name: str | None = None) -> Path:
     """The folder of one adapter. PEFT keeps the one called `default` at the root and each other in a folder of its
-    name. Raises AdapterError listing the names if there are several and none, or one that is not there, is asked for.
+    name. Raises AdapterError if there is none, SettingsError listing the names if `name` is not among them or there are
+    several and it is not given.
     """
     if not folder.is_dir():
         raise AdapterError(f"no adapter at {folder}: the folder does not exist")
     places = {"default": folder} if (folder / "adapter_config.json").is_file() else {}
     places |= {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
     if not places:
-        raise AdapterError(f"{folder} is no PEFT adapter: neither it nor a folder in it has an adapter_config.json")
+        raise AdapterError(f"{folder} is not a PEFT adapter: neither it nor a folder in it has an adapter_config.json")
     if name is not None and name not in places:
-        raise AdapterError(f"{folder} has no adapter {name!r}; it has {', '.join(places)}")
+        raise SettingsError("adapter_name", name, f"{folder} has {', '.join(places)}")
     if name is None and len(places) > 1:
-        names = ", ".join(places)
-        raise AdapterError(f"{folder} has several adapters; choose one of {names} with {option('adapter_name')}")
+        raise SettingsError("adapter_name", None, f"{folder} has several adapters; choose one of {', '.join(places)}")
     return places[name] if name is not None else next(iter(places.values()))
 
 
@@ -92,7 +92,7 @@ def load_gate(source: Path, kind: str, width: int) -> Gate:
     inputs = 4 * width if kind == "query_aware" else 2 * width
     for name, weight in zip(names, (down, up), strict=True):
         if weight.dim() != 2 or not weight.is_floating_point():
-            raise CheckpointError(f"{source}: {name} is no matrix of floating-point numbers")
+            raise CheckpointError(f"{source}: {name} is not a matrix of floating-point numbers")
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"{source}: {name} holds values that are not finite")
     if down.shape[1] != inputs:
@@ -122,7 +122,7 @@ def _gate_weights(source: Path) -> tuple[Tensor, Tensor, tuple[str, str]]:
         except Exception as error:  # safetensors raises several types
             raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
         if set(tensors) != set(names):
-            raise CheckpointError(f"{file} does not hold {names[0]} and {names[1]} alone")
+            raise CheckpointError(f"{file} must hold {names[0]} and {names[1]} and nothing else")
         return tensors[names[0]], tensors[names[1]], names
     down = _down_file(source)
     up = down.with_name(down.name.replace("linear_A", "linear_B"))
@@ -134,11 +134,11 @@ def _gate_weights(source: Path) -> tuple[Tensor, Tensor, tuple[str, str]]:
 def _down_file(source: Path) -> Path:
     if source.is_file():
         if not _DOWN_FILE.fullmatch(source.name):
-            raise CheckpointError(f"{source} is no gate: give a .safetensors or a linear_A.pth")
+            raise CheckpointError(f"{source} is not a gate; give a .safetensors file or a linear_A.pth")
         return source
     found = sorted(path for path in source.iterdir() if _DOWN_FILE.fullmatch(path.name))
     if not found:
-        raise CheckpointError(f"{source} holds no gate: neither gate.safetensors nor linear_A.pth")
+        raise CheckpointError(f"{source} holds no gate: it has neither gate.safetensors nor linear_A.pth")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise CheckpointError(f"{source} holds several gates; give the path of one of {names}")
@@ -150,17 +150,17 @@ def read_linear(path: Path) -> Tensor:
     layer, a state dict or a tensor. Raises CheckpointError naming the first class that is none of these."""
     try:
         with torch.serialization.safe_globals(list(_PLAIN_LAYERS)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what matters is refused
+            warnings.simplefilter("ignore")  # about pickle protocols; whatever matters is refused
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted loader's own error, or any that a damaged file causes
         if foreign := re.search(r"(?:GLOBAL|of type|class) ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} is refused: it holds {foreign[1]}, and a gate is tensors and plain linear layers (nothing in "
-                "the file was run)"
+                f"{path} is refused: it holds {foreign[1]}, but a gate may only hold tensors and plain linear layers "
+                "(no code in the file was run)"
             ) from error
         if "persistent_load" in str(error):  # whole layers in PyTorch's format before 1.6 carry their source code
             raise CheckpointError(f"{path} is refused: its format carries code; save the layer's state dict") from error
-        reason = "it is damaged, or no file of torch.save"
+        reason = "it is damaged, or torch.save did not write it"
         raise CheckpointError(f"{path} cannot be read: {reason} ({type(error).__name__})") from error
     tensors = _tensors(loaded)
     if len(tensors) != 1:
@@ -169,7 +169,7 @@ def read_linear(path: Path) -> Tensor:
 
 
 def _tensors(loaded: Any) -> list[Tensor]:
-    """Every tensor of plain layers, a state dict or a tensor, read from their attributes: no method of theirs runs."""
+    """Every tensor of plain layers, a state dict or a tensor, read from their attributes: no method runs."""
     if isinstance(loaded, Tensor):
         return [loaded]
     if isinstance(loaded, dict):

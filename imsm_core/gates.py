@@ -3,8 +3,8 @@
 Knows nothing about models, adapters or tokens. Each kind is one class; the exporter traces the same `forward`
 that training runs, so there is one implementation of every rule.
 
-Source: IMSM (arXiv 2412.17383), section "Query-aware gate"; the names of the other kinds stand for the rules that
-the authors' released code numbers.
+Source: IMSM (arXiv 2412.17383), section "Query-aware gate"; the other kinds are the rules that the authors'
+released code calls by numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .choices import check_gate_kind
 from .errors import SettingsError
 
 
@@ -39,7 +40,7 @@ class Gated(NamedTuple):
 
 
 class Gate(nn.Module):
-    """A fusion rule. Subclasses implement `forward`; computing is in float32 whatever the memories' dtype."""
+    """A fusion rule. Subclasses implement `forward`, which computes in float32 whatever the memories' dtype is."""
 
     kind: ClassVar[str]
     rank: int
@@ -66,7 +67,7 @@ class _LearnedGate(Gate):
     def __init__(self, hidden_size: int, rank: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
         if rank < 1:
-            raise SettingsError(f"gate rank is {rank}; it must be at least 1")
+            raise SettingsError("gate_rank", rank, "it must be at least 1")
         self.rank = rank
         self.gate_down = nn.Linear(self.blocks * hidden_size, rank, bias=False, dtype=torch.float32)
         self.gate_up = nn.Linear(rank, hidden_size, bias=False, dtype=torch.float32)
@@ -149,12 +150,6 @@ class MeanLogitsGate(Gate):
 GATES: dict[str, type[Gate]] = {
     gate.kind: gate for gate in (QueryAwareGate, TokenGate, ResidualGate, QueryMixedGate, MeanLogitsGate)
 }
-
-
-def check_gate_kind(kind: str) -> None:
-    """Raise SettingsError for an unknown kind."""
-    if kind not in GATES:
-        raise SettingsError(f"unknown gate {kind!r}; choose one of {', '.join(GATES)}")
 
 
 def make_gate(kind: str, hidden_size: int, rank: int = 8, dropout: float = 0.0) -> Gate:

@@ -1,8 +1,8 @@
 """Training against the quantized backbone that will be shipped, so that the adapter learns to correct its error.
 
 As in QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the frozen weights have the values of int4 or int8 blocks while
-the adapter is trained. Here they keep float32 as their type, and so what an export rounds symmetrically in blocks of
-the same size comes out as the very same values: rounding is a fixed point of itself.
+the adapter is trained. Here they stay float32, so that a symmetric export in blocks of the same size gives the very
+same values: rounding what is rounded already changes nothing.
 """
 
 from __future__ import annotations
@@ -15,27 +15,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .console import option
-from .errors import SettingsError
-
-BITS = {"int4": 4, "int8": 8}
-BLOCK_SIZE = 32
-
-
-def check_rounding(precision: str, block_size: int) -> None:
-    """Raise SettingsError for a precision or a block size that an export does not have."""
-    if precision not in BITS:
-        raise SettingsError(f"unknown {option('quantized_backbone')} {precision!r}; choose one of {', '.join(BITS)}")
-    if block_size < 16 or block_size & (block_size - 1):
-        raise SettingsError(f"{option('block_size')} is {block_size}; it must be a power of two, at least 16")
+from .choices import BITS, BLOCK_SIZE, check_rounding
 
 
 @torch.no_grad()
 def round_backbone(model: PreTrainedModel, precision: str, block_size: int = BLOCK_SIZE) -> None:
-    """Round the weights of all linear layers and experts, the lm_head's and the input embeddings in place, before an
-    adapter is put on.
+    """Round the weights of all linear layers and experts, the lm_head and the input embeddings in place, before an
+    adapter is attached.
 
-    Norms, biases and position embeddings stay. Raises SettingsError as `check_rounding`.
+    Norms, biases and position embeddings stay as they are. Raises SettingsError as `check_rounding`.
     """
     check_rounding(precision, block_size)
     embeddings = model.get_input_embeddings()
@@ -63,8 +51,8 @@ def _round_experts(experts: Any, bits: int, block_size: int) -> None:
 
 
 def nearest_in_blocks(weight: Tensor, bits: int, block_size: int) -> Tensor:
-    """weight: (N, K) float32 -> the same shape, rounded as onnxruntime's quantize_matmul_4bits and _8bits do
-    symmetrically, to the bit: the value of the largest magnitude in a block of inputs gets the lowest code."""
+    """weight: (N, K) float32 -> the same shape, rounded symmetrically as onnxruntime's quantize_matmul_4bits
+    and _8bits do, to the bit: the value of the largest magnitude in a block of inputs gets the lowest code."""
     channels, inputs = weight.shape
     blocks = functional.pad(weight, (0, -inputs % block_size)).reshape(channels, -1, block_size)
     highest, lowest = blocks.amax(-1, keepdim=True), blocks.amin(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The oracle: uncached two-stream greedy decoding, written to be obviously right and not to be fast.
+"""The oracle: uncached two-stream greedy decoding, written to be obviously right, not fast.
 
 Every token re-runs both streams over the whole text, so there is no cache, no chunk and no mask to get wrong. The
 parity tests and the exporter's verification compare everything else with it.
@@ -17,7 +17,7 @@ from .siamese import SiameseModel
 
 class ReferenceStep(NamedTuple):
     """One position: logits (vocab,), gate (d,), hidden_base (d,), hidden_adapter (d,), all float32, and the token
-    that greedy decoding takes."""
+    that greedy decoding picks."""
 
     logits: Tensor
     gate: Tensor

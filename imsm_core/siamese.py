@@ -32,7 +32,8 @@ class StreamStates(NamedTuple):
 class SiameseModel(nn.Module):
     """A PEFT model and a gate. The base stream is the same module with the adapter disabled.
 
-    peft_model: with one adapter active; others may be loaded beside it. Raises AdapterError for what is not IMSM.
+    peft_model: with one adapter active; others may be loaded beside it. Raises AdapterError if IMSM cannot use the
+    adapter.
     """
 
     def __init__(self, peft_model: PeftModel, gate: Gate) -> None:
@@ -48,7 +49,7 @@ class SiameseModel(nn.Module):
         return causal_lm(self.peft_model)
 
     def train(self, mode: bool = True) -> SiameseModel:
-        """Training mode for the adapter and the gate alone: the frozen backbone never drops anything out, so that
+        """Training mode, but only for the adapter and the gate: the frozen backbone never applies dropout, so that
         the base stream stays the pre-trained model."""
         super().train(mode)
         self.causal_lm.eval()
@@ -59,7 +60,7 @@ class SiameseModel(nn.Module):
 
     def stream_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamStates:
         """input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. No gradient enters the base
-        stream. Raises DataError if the adapter's virtual tokens make the text longer than the model's context."""
+        stream. Raises DataError if the text and the adapter's virtual tokens together exceed the model's context."""
         with torch.no_grad(), self._adapter_disabled():
             base = last_hidden_state(self.causal_lm, input_ids=input_ids, attention_mask=attention_mask)
         return StreamStates(base, adapter_hidden_state(self.peft_model, input_ids, attention_mask))
@@ -77,8 +78,8 @@ class SiameseModel(nn.Module):
 
     @torch.no_grad()
     def check_forward(self) -> None:
-        """Run both streams on a few tokens, in eval mode. Raises AdapterError if the adapter, whose config and values
-        fit so far, does not run on this model, or a stream's states are not finite."""
+        """Run both streams on a few tokens, in eval mode. Raises AdapterError if the adapter does not
+        run on this model, although its config and values fit, or a stream's states are not finite."""
         mode, model = self.training, self.causal_lm
         device = next(model.parameters()).device
         context = context_length(model)
@@ -88,7 +89,7 @@ class SiameseModel(nn.Module):
         try:
             with known_warnings_ignored():
                 states = self.stream_states(torch.arange(length, device=device)[None])
-        except Exception as error:  # whatever a layer raises on shapes or indices that do not fit
+        except Exception as error:  # whatever a layer raises for shapes or indices that do not fit
             raise AdapterError(f"the adapter does not run on this model: {first_line(error)}") from error
         finally:
             self.train(mode)
@@ -112,7 +113,7 @@ class SiameseModel(nn.Module):
         return apply_head(self.causal_lm, gated.fused[None])[0], gated
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's and the gate's parameters by name; nothing else is ever trained."""
+        """The adapter's and the gate's parameters by name; nothing else is trained."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 

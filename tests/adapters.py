@@ -37,8 +37,8 @@ def norms(model: PreTrainedModel) -> list[str]:
 
 def embeddings(model: PreTrainedModel) -> str:
     """The name of the input embeddings' module."""
-    wanted = model.get_input_embeddings()
-    return next(str(name) for name, module in model.named_modules() if module is wanted)
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    return names[model.get_input_embeddings()]
 
 
 def last_parts(model: PreTrainedModel) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,12 @@ def make_config(kind: str, head_dim: int = 8, tied: bool = False) -> PreTrainedC
         return GPT2Config(
             vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=LAYERS, n_head=HEADS, **tokens
         )
-    configs: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    config: PreTrainedConfig = configs[kind](
+    configs: dict[str, Callable[..., PreTrainedConfig]] = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+    }
+    return configs[kind](
         vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=2 * width - 4,
@@ -80,7 +84,6 @@ def make_config(kind: str, head_dim: int = 8, tied: bool = False) -> PreTrainedC
         tie_word_embeddings=tied,
         **tokens,
     )
-    return config
 
 
 def make_base_folder(

@@ -32,8 +32,14 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
         (["train", "--model", "/no/where", "--data", "DATA", "--out", "OUT"], "no base model at '/no/where'"),
         (["train", "--model", "BASE", "--data", "/no/file", "--out", "OUT"], "cannot read the data file /no/file"),
         (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT"], "line 1 has no field 'prompt'"),
-        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--peft", "magic"], "unsupported PEFT method"),
-        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--gate", "garden"], "unknown gate 'garden'"),
+        (
+            ["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--peft", "magic"],
+            "--peft is magic; choose one of lora",
+        ),
+        (
+            ["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--gate", "garden"],
+            "--gate is garden; choose one of query_aware",
+        ),
         (["train", "--model", "BASE", "--data", "DATA", "--out", "ARTIFACT"], "exists and is kept"),
         (["export", "/no/where", "OUT"], "no checkpoint at /no/where"),
         (["export", "CKPT", "ARTIFACT"], "exists and is kept"),

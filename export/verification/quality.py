@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from imsm_core.data.dataset import encode_answer, encode_prompt, rows, text_field
+from imsm_core.data.encoding import encode_answer, encode_prompt
+from imsm_core.data.readers import rows, text_field
 from imsm_core.errors import DataError
 
 from ..errors import ExportError, VerificationError

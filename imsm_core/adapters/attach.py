@@ -1,7 +1,7 @@
 """A PEFT adapter on a frozen base model: attaching a new one, loading a saved one, and where it sits.
 
 Works with any method that changes layers one by one or puts virtual tokens in front of the text; `refusals.py` says
-what contradicts IMSM and why. The backbone's weights stay as they were, bit by bit: that is checked, not assumed.
+what contradicts IMSM and why. The backbone's weights stay the same to the bit; that is checked.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if the method is refused, does not
-    fit the model, or a target module matches no layer."""
+    """A new adapter on `model`, whose own weights stay frozen. Raises AdapterError if the method is refused or does
+    not fit the model, or if a target module matches no layer."""
     wanted: str | set[str] | None = getattr(config, "target_modules", None)
     check_new_config(config)
     check_fits(config, model)
@@ -41,17 +41,17 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     try:
         with known_warnings_ignored():
             peft_model = get_peft_model(model, config)
-    except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not take
+    except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not support
         raise AdapterError(f"the adapter does not fit the model: {first_line(error)}") from error
     _settle(peft_model, before)
     names = [f".{layer.name}" for layer in adapted_layers(peft_model)]
     for target in sorted(wanted) if isinstance(wanted, set) else []:
-        if not any(name.endswith(f".{target}") for name in names):  # PEFT is content if one of them matches
+        if not any(name.endswith(f".{target}") for name in names):  # PEFT accepts them if one matches
             raise AdapterError(f"the target module {target!r} matches no layer of the model")
     if getattr(config, "use_asa", False):
-        raise AdapterError("AdaMSS with use_asa is trained by a callback that IMSM does not run; set it to false")
+        raise AdapterError("AdaMSS with use_asa needs a training callback that IMSM does not run; set use_asa to false")
     if not any(parameter.requires_grad for parameter in peft_model.parameters()):
-        raise AdapterError(f"nothing is left to train: this {peft_type(config)} config has no trainable parameter")
+        raise AdapterError(f"there is nothing to train: this {peft_type(config)} config has no trainable parameter")
     return peft_model
 
 
@@ -65,7 +65,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         if not (folder / name).is_file():
             pickled = name == FILES[1] and (folder / "adapter_model.bin").is_file()
             advice = (
-                "; its adapter_model.bin is pickled and not read: load it with PEFT and save it again by "
+                "; its adapter_model.bin is pickled and is not read: load it with PEFT and save it again with "
                 "save_pretrained(folder, safe_serialization=True)"
             )
             raise AdapterError(f"{folder} has no {name}{advice if pickled else ''}")
@@ -85,17 +85,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         found = load_file(folder / FILES[1])
     except AdapterError:
         raise
-    except Exception as error:  # a truncated file, another shape, an unknown type: all mean the same to the user
+    except Exception as error:  # a truncated file, a wrong shape, an unknown type: all the same to the user
         raise AdapterError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
-    # PEFT would go on with initial values. It may store the base embeddings too, which must equal the base model's.
+    # PEFT would keep initial values. It may store the base embeddings too, which must equal the base model's.
     if differing := sorted((expected.keys() - found.keys()) | (found.keys() - possible.keys() - expected.keys())):
         raise AdapterError(
-            f"the weights in {folder} are not those of its adapter_config.json: {len(differing)} missing or too many, "
+            f"the weights in {folder} do not match its adapter_config.json: {len(differing)} missing or unexpected, "
             f"such as {differing[0]}"
         )
     for name, tensor in found.items():
         if not tensor.is_floating_point() and possible.get(name, expected.get(name, tensor)).is_floating_point():
-            raise AdapterError(f"the adapter in {folder} holds integers in {name}, whose values are floating-point")
+            raise AdapterError(f"the adapter in {folder} holds integers in {name}, which must be floating-point")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values() if tensor.is_floating_point()):
         raise AdapterError(f"the adapter in {folder} holds values that are not finite")
     _settle(peft_model, before)
@@ -107,7 +107,7 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     name = peft_model.active_adapter
     with known_warnings_ignored():
         peft_model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
-    if name != "default":  # PEFT writes the others into a folder of their own names
+    if name != "default":  # PEFT writes any other adapter into a subfolder of its name
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)
         (folder / name).rmdir()
@@ -122,7 +122,7 @@ def _sort_sets(config: PeftConfig, file: Path) -> None:
 
 
 def _settle(peft_model: PeftModel, before: BackboneSnapshot) -> None:
-    """Put the frozen lm_head back, keep the backbone's original biases, and refuse what is not IMSM."""
+    """Put the frozen lm_head back, keep the backbone's original biases, and refuse what IMSM cannot use."""
     free_lm_head(peft_model)
     biases = before.trained_biases()
     head = causal_lm(peft_model).get_output_embeddings()
@@ -149,8 +149,9 @@ def check_adapter(peft_model: PeftModel) -> None:
 
 
 def free_lm_head(peft_model: PeftModel) -> None:
-    """Trained tokens of tied embeddings: PEFT wraps the lm_head along with the embeddings. The method's lm_head is
-    frozen and common to both streams, so the wrapper goes; its values are the embeddings' own and are saved there."""
+    """Trained tokens of tied embeddings: PEFT wraps the lm_head along with the embeddings. The lm_head is
+    frozen and shared by both streams, so the wrapper is removed; its values are those of the embeddings and are saved
+    there."""
     model = causal_lm(peft_model)
     head: Any = model.get_output_embeddings()
     layer = head.token_adapter if isinstance(head, TrainableTokensWrapper) else head
@@ -170,15 +171,15 @@ def peft_type(config: PeftConfig) -> str:
 
 @contextmanager
 def known_warnings_ignored() -> Iterator[None]:
-    """Without what PEFT warns of and this package handles or refuses by itself."""
+    """Hide PEFT's warnings about what this package handles or refuses itself."""
     with warnings.catch_warnings():
         for message in (
             "fan_in_fan_out is set to",  # GPT-2's transposed layers, for which PEFT corrects the config
             "Found missing adapter keys",  # refused in `load_adapter`
-            "Model has `tie_word_embeddings=True`",  # the lm_head stays frozen, the embeddings are the stream's own
+            "Model has `tie_word_embeddings=True`",  # the lm_head stays frozen, whatever the embeddings do
             "`is_gradient_checkpointing` is deprecated",  # a transformers function that PEFT calls by its old name
             "Careful, disabling adapter layers with bias",  # the base stream swaps the original biases in
-            "Unsupported layer type",  # norms, which have no input size and need none
+            "Unsupported layer type",  # norms; they have no input size and need none
             "`lora_bias=True` was passed but the targeted layer",  # concerns merging
             "Detected that the base layer has no bias term",  # concerns merging
             r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape",  # biases, and AdaLoRA's layers left without rank
@@ -191,8 +192,8 @@ def known_warnings_ignored() -> Iterator[None]:
 
 
 class AdaptedLayer(NamedTuple):
-    """A module that the adapter stream runs in another form: its name inside the causal LM, PEFT's module, and the
-    frozen original in it, which the base stream runs."""
+    """A module that the adapter changes: its name inside the causal LM, PEFT's module, which the adapter stream runs,
+    and the frozen original in it, which the base stream runs."""
 
     name: str
     tuner: nn.Module
@@ -200,15 +201,15 @@ class AdaptedLayer(NamedTuple):
 
 
 def adapted_layers(peft_model: PeftModel) -> list[AdaptedLayer]:
-    """Every module of the causal LM that differs between the streams, in the model's order; of nested ones the
-    outermost. Empty for methods that only add virtual tokens. Trained biases are not in it (`backbone_biases`)."""
+    """Every module of the causal LM that differs between the streams, in the model's order; only the outermost
+    of nested ones. Empty for methods that only add virtual tokens. Trained biases are in `backbone_biases` instead."""
     layers: list[AdaptedLayer] = []
     for name, module in causal_lm(peft_model).named_modules():
         if layers and name.startswith(f"{layers[-1].name}."):
             continue
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
-        adapters = module._get_available_adapters()  # empty: a method that keeps its values in the model
+        adapters = module._get_available_adapters()  # empty for a method that keeps its values in the model
         if adapters and peft_model.active_adapter not in adapters:
             continue
         frozen = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module

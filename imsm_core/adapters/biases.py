@@ -1,7 +1,7 @@
 """The backbone's own biases, where an adapter trains them in place (PEFT's bias="all" and bias="..._only").
 
-Disabling such an adapter does not give the base model back: PEFT keeps only the trained values. This keeps the
-originals beside them, and the base stream runs with those.
+Disabling such an adapter does not give the base model back: PEFT keeps only the trained values. This module keeps
+the originals too, and the base stream runs with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _OriginalBiases(nn.Module):
 
 def keep_original_biases(peft_model: PeftModel, trained: dict[str, tuple[nn.Parameter, Tensor]]) -> None:
     """Keep the original values of `trained`: name in the plain causal LM -> (parameter trained in place, original).
-    Empty leaves a record too: that no bias of the backbone is trained."""
+    An empty dict records that no bias of the backbone is trained."""
     names = {id(parameter): name for name, parameter in peft_model.get_base_model().named_parameters()}
     places = {name: names[id(parameter)] for name, (parameter, _) in trained.items()}
     peft_model.add_module(_HOME, _OriginalBiases({name: value for name, (_, value) in trained.items()}, places))
@@ -40,8 +40,8 @@ def keep_original_biases(peft_model: PeftModel, trained: dict[str, tuple[nn.Para
 def backbone_biases(peft_model: PeftModel) -> dict[str, tuple[Tensor, nn.Parameter]]:
     """The biases that differ between the streams: name in the plain causal LM -> (base stream's, adapter stream's).
 
-    Raises AdapterError for a PEFT model that trains biases and was not made by `attach_adapter` or `load_adapter`: its
-    original biases are lost.
+    Raises AdapterError for a PEFT model that trains biases and does not come from `attach_adapter` or `load_adapter`:
+    its original biases are lost.
     """
     home = dict(peft_model.named_children()).get(_HOME)
     if not isinstance(home, _OriginalBiases):
@@ -49,7 +49,7 @@ def backbone_biases(peft_model: PeftModel) -> dict[str, tuple[Tensor, nn.Paramet
         own = _adapter_parameters(peft_model)
         named = peft_model.get_base_model().named_parameters()
         if bias != "none" and any(name.endswith(".bias") and id(parameter) not in own for name, parameter in named):
-            raise AdapterError(f"bias={bias!r} trains the backbone's biases, and their original values are not here")
+            raise AdapterError(f"bias={bias!r} trains the backbone's biases, and their original values are lost")
         return {}
     model = peft_model.get_base_model()
     return {
@@ -59,7 +59,7 @@ def backbone_biases(peft_model: PeftModel) -> dict[str, tuple[Tensor, nn.Paramet
 
 
 def _adapter_parameters(peft_model: PeftModel) -> set[int]:
-    """The ids of what the method itself added to the layers: LoRA's B may have a bias too."""
+    """The ids of the parameters that the method itself added to the layers: LoRA's B may have a bias too."""
     layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
     parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return {id(parameter) for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()}
@@ -67,7 +67,7 @@ def _adapter_parameters(peft_model: PeftModel) -> set[int]:
 
 @contextmanager
 def original_biases(peft_model: PeftModel) -> Iterator[None]:
-    """Within it the backbone has its original biases. Not for passes that need a gradient."""
+    """Within it the backbone has its original biases. Not for passes that need gradients."""
     pairs = list(backbone_biases(peft_model).values())
     _swap(pairs)
     try:

@@ -1,7 +1,7 @@
 """Which PEFT adapters contradict IMSM, by name and with the reason.
 
 IMSM runs one frozen backbone as two streams and one frozen lm_head. So an adapter has to leave the backbone's own
-weights alone, and to be either another form of some layers or virtual tokens in front of the text.
+weights unchanged, and may only change how some layers compute or put virtual tokens in front of the text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..errors import AdapterError
 REFUSED_TYPES = {
     "MULTITASK_PROMPT_TUNING": "it needs a task id with every text",
     "POLY": "it needs a task id with every text",
-    "ADAPTION_PROMPT": "it replaces whole attention modules by code of its own",
-    "XLORA": "it mixes several adapters by a classifier that needs a pass of its own",
-    "SHADOW": "it runs a second network beside the layers, which is neither a layer's form nor virtual tokens",
-    "OSF": "it replaces the backbone's own weights by a decomposition of them",
-    "LILY": "its router averages over the whole text and batch, so that a token sees the tokens after it",
-    "CPT": "it is trained by a loss of its own, on texts with a type for every token",
+    "ADAPTION_PROMPT": "it replaces whole attention modules with its own code",
+    "XLORA": "it mixes several adapters with a classifier that needs an extra pass",
+    "SHADOW": "it runs a second network beside the layers, instead of changing layers or adding virtual tokens",
+    "OSF": "it replaces the backbone's own weights with their decomposition",
+    "LILY": "its router averages over the whole text and batch, so that a token sees later ones",
+    "CPT": "it has its own training loss, on texts with a type for every token",
 }
 
 _LORA_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -33,16 +33,16 @@ _CHANGES_BACKBONE = "changes the backbone's own weights, which the base stream n
 _REFUSED_OPTIONS = {
     "alora_invocation_tokens": "switches the adapter on in the middle of a text",
     "arrow_config": "routes between several adapters",
-    "layer_replication": "repeats the backbone's layers, which the base stream must not have",
+    "layer_replication": "repeats layers of the backbone, and the base stream needs the backbone unchanged",
     "megatron_config": "needs Megatron's parallel layers",
-    "monteclora_config": "draws random weights and is trained by a loss of its own",
+    "monteclora_config": "draws random weights and has its own training loss",
     "kasa_config": _CHANGES_BACKBONE,
     "sample_at_inference": "draws random numbers at inference",
 }
 
 
 def check_config(config: PeftConfig) -> None:
-    """Raise AdapterError for what can be told from the config alone."""
+    """Raise AdapterError for what the config alone shows to be unsupported."""
     check_type(str(getattr(config.peft_type, "value", config.peft_type)))
     task = getattr(config.task_type, "value", config.task_type)
     if task not in (None, "CAUSAL_LM"):
@@ -60,10 +60,12 @@ def check_config(config: PeftConfig) -> None:
 
 
 def check_new_config(config: PeftConfig) -> None:
-    """`check_config`, and what an adapter that is trained already may have but a new one may not."""
+    """`check_config`, and what is allowed in a trained adapter but not in a new one."""
     check_config(config)
     if (init := getattr(config, "init_lora_weights", None)) == "eva":
-        raise AdapterError(f"init_lora_weights={init!r} is not supported: it starts from data, by a pass of its own")
+        raise AdapterError(
+            f"init_lora_weights={init!r} is not supported: it needs an extra pass over the data to start from"
+        )
 
 
 def check_type(kind: str) -> None:
@@ -73,7 +75,7 @@ def check_type(kind: str) -> None:
 
 
 def check_finite(fields: dict[str, Any]) -> None:
-    """Raise AdapterError naming a config's field with a number that is not finite in it."""
+    """Raise AdapterError naming the field of a config that holds a number that is not finite."""
     for name, value in fields.items():
         if not _finite(value):
             raise AdapterError(f"the adapter's {name} is not finite")
@@ -88,7 +90,7 @@ def _finite(value: Any) -> bool:
 
 
 def check_fits(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Raise AdapterError for what a config names in `model` that cannot be adapted: tokens, or the lm_head."""
+    """Raise AdapterError if a config names tokens that `model` does not have, or its lm_head."""
     embeddings: Any = model.get_input_embeddings()
     chosen = getattr(config, "trainable_token_indices", None)
     found = list(chosen.values()) if isinstance(chosen, dict) else [] if chosen is None else [chosen]
@@ -106,15 +108,15 @@ def check_fits(config: PeftConfig, model: PreTrainedModel) -> None:
 def check_tokens(indices: Any, vocabulary: int) -> None:
     """Raise AdapterError unless `indices` are distinct tokens, at least one."""
     if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
-        raise AdapterError(f"token_indices is {indices!r}; it must be a list of at least one token's number")
+        raise AdapterError(f"the adapter's token_indices is {indices!r}; it must be a list of token ids, at least one")
     if outside := [index for index in indices if not 0 <= index < vocabulary]:
-        raise AdapterError(f"token index {outside[0]} is not in the model's vocabulary of {vocabulary}")
+        raise AdapterError(f"the token id {outside[0]} is not in the model's vocabulary of {vocabulary}")
     if len(set(indices)) < len(indices):
-        raise AdapterError("token_indices names a token twice")
+        raise AdapterError("the adapter's token_indices names a token twice")
 
 
 class BackboneSnapshot:
-    """What the backbone's weights were before an adapter came."""
+    """The backbone's weights as they were before an adapter was attached."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._parameters = dict(model.named_parameters())

@@ -1,8 +1,8 @@
 """Virtual tokens: PEFT methods that put trained vectors in front of the adapter stream's text and change no layer.
 
 Prompt tuning and p-tuning add input embeddings, prefix tuning adds entries to every layer's key/value cache. Either
-way the text's positions begin at V, as in PEFT's own forward, and the V virtual positions are no part of the result:
-they are neither query nor text, and the base stream never sees them.
+way the text's positions begin at V, as in PEFT's own forward, and the V virtual positions are not in the result: they
+are neither query nor text, and the base stream never sees them.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def adapter_hidden_state(peft_model: PeftModel, input_ids: Tensor, attention_mas
 
 @torch.no_grad()
 def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
-    """The adapter stream's key/value cache after the virtual tokens alone: per layer a key and a value, each
-    (1, kv_heads, V, head_size) float32. Empty without virtual tokens. Of a layer with a sliding window it may hold the
-    last window - 1 virtual tokens alone, where that is below V: the text never sees the others there.
+    """The adapter stream's key/value cache after only the virtual tokens: per layer a key and a value, each
+    (1, kv_heads, V, head_size) float32. Empty without virtual tokens. For a layer whose sliding window is not larger
+    than V it may hold only the last window - 1 virtual tokens: the text never sees the others there.
 
-    Raises AdapterError if a layer has no such cache, as one that shares another's.
+    Raises AdapterError if a layer has no such cache, for example because it shares another layer's.
     """
     count = virtual_tokens(peft_model)
     if count == 0:
@@ -81,7 +81,7 @@ def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
     for index, layer in enumerate(layers):
         kept = {count, min(count, layer.sliding_window - 1) if layer.is_sliding else count}
         if layer.keys is None or layer.keys.dim() != 4 or layer.keys.shape[2] not in kept:
-            raise AdapterError(f"layer {index} of the model keeps no cache of the {count} virtual tokens")
+            raise AdapterError(f"layer {index} of the model does not cache the {count} virtual tokens")
     return [(layer.keys.float().clone(), layer.values.float().clone()) for layer in layers]
 
 

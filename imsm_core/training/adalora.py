@@ -1,7 +1,7 @@
-"""AdaLoRA's training: the rank budget that shrinks step by step, and the regularization that keeps it meaningful.
+"""Training AdaLoRA: the rank budget shrinks step by step, and a regularization keeps the ranks comparable.
 
-Source: AdaLoRA (arXiv 2303.10512), sections 3.2 and 3.3, by PEFT's rank allocator. PEFT adds the regularization to a
-loss that its model computes; IMSM's loss comes after the gate, so it is added here.
+Source: AdaLoRA (arXiv 2303.10512), sections 3.2 and 3.3, with PEFT's rank allocator. PEFT adds the regularization to
+the loss that its model computes; IMSM's loss comes after the gate, so it is added here.
 """
 
 from __future__ import annotations
@@ -13,32 +13,31 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters.attach import peft_type
-from ..errors import SettingsError
+from ..errors import AdapterError, SettingsError
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class RankAllocation:
-    """The rank budget of one training run. `state` and `restore` carry it over an interruption."""
+    """The rank budget of one training run. `state` and `restore` carry it across an interruption."""
 
     def __init__(self, peft_model: PeftModel, total_steps: int) -> None:
-        """Raises SettingsError when the run is too short for its schedule, or there is no rank to take away."""
+        """Raises SettingsError if the run is too short for its schedule, AdapterError if there is no rank to remove."""
         self._tuner: Any = peft_model.base_model
         self._name = peft_model.active_adapter
         config: Any = peft_model.peft_config[self._name]
         self._config = config
-        if config.tinit == config.tfinal == 0:  # not chosen: a tenth to warm up, a fifth at the final ranks
+        if config.tinit == config.tfinal == 0:  # not given: a tenth to warm up, a fifth at the final ranks
             config.tinit, config.tfinal = total_steps // 10, total_steps // 5
         config.total_step = total_steps
         if total_steps - config.tfinal < max(2, config.tinit + 1):
-            raise SettingsError(
-                f"{total_steps} steps are too few for AdaLoRA with tinit {config.tinit} and tfinal {config.tfinal}"
-            )
+            rule = f"that is too few for AdaLoRA with tinit {config.tinit} and tfinal {config.tfinal}"
+            raise SettingsError("steps", total_steps, rule)
         if config.init_r <= config.target_r:
-            raise SettingsError(f"AdaLoRA's init_r is {config.init_r}; it must be above target_r, {config.target_r}")
+            raise AdapterError(f"AdaLoRA's init_r is {config.init_r}; it must be above target_r, {config.target_r}")
 
     def advance(self, step: int) -> None:
-        """After optimizer step number `step` (from 1), while its gradients are still there."""
+        """After optimizer step number `step` (from 1), before its gradients are cleared."""
         for parameter in self._parameters():
             if parameter.grad is None:  # a layer that no token reached in this step
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,7 @@
 """Training the adapter and the gate together, through one frozen backbone, by any PEFT method.
 
 Loss: next-token cross-entropy on the answer tokens, through the gate and into the adapter stream (IMSM, "Training").
-Defaults are the authors' released ones, except that the gate's learning rate is a setting of its own.
+The defaults are those that the authors released, except that the gate has its own learning rate.
 """
 
 from __future__ import annotations
@@ -13,86 +13,23 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
-from ..adapters.methods import default_learning_rate
-from ..console import option
-from ..data.dataset import IGNORED_LABEL, Dataset, Example, collate, epoch_order
-from ..errors import AdapterError, IMSMError, SettingsError
+from ..data.collate import IGNORED_LABEL, collate
+from ..data.dataset import Dataset, Example
+from ..errors import AdapterError, Diverged, Interrupted
 from ..siamese import SiameseModel
 from .adalora import RankAllocation, rank_allocation
+from .schedule import make_optimizer, make_schedule, micro_batches, with_learning_rate
+from .settings import TrainSettings
 from .snapshots import newest_snapshot, restore_snapshot, save_snapshot
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """learning_rate: of the adapter; None is the PEFT method's own. steps: optimizer steps; None means `epochs` over
-    the data. One step sees batch_size * gradient_accumulation examples. Learning rates follow a cosine after
-    `warmup_ratio` of the steps."""
-
-    learning_rate: float | None = None
-    gate_learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
-    epochs: float = 3
-    steps: int | None = None
-    batch_size: int = 16
-    gradient_accumulation: int = 1
-    gate_dropout: float = 0.1
-    seed: int = 2024
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "save_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{option(name)} is {getattr(self, name)}; it must be at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise SettingsError(f"{option('steps')} is {self.steps}; it must be at least 1")
-        for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"{option(name)} is {value}; it must be above 0 and finite")
-        if not 0 <= self.weight_decay < math.inf:
-            raise SettingsError(f"{option('weight_decay')} is {self.weight_decay}; it must be at least 0 and finite")
-        for name in ("gate_dropout", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingsError(f"{option(name)} is {getattr(self, name)}; it must be in [0, 1)")
-        if not 0 <= self.seed < 2**32:
-            raise SettingsError(f"{option('seed')} is {self.seed}; it must be in [0, 2**32)")
-
-    def with_learning_rate_for(self, config: PeftConfig) -> TrainSettings:
-        """These settings with the PEFT method's own learning rate if none was given."""
-        return self if self.learning_rate is not None else replace(self, learning_rate=default_learning_rate(config))
-
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run over `examples` rows."""
-        if self.steps is not None:
-            return self.steps
-        return max(1, round(self.epochs * examples / (self.batch_size * self.gradient_accumulation)))
-
-
-class Interrupted(IMSMError):
-    """Ctrl-C: the run stopped after a whole step; if it has a folder for snapshots, one was written."""
-
-    exit_code = 130
-
-    def __init__(self, step: int, total: int, partial: Path | None) -> None:
-        way_on = f"; the same command with --resume goes on ({partial})" if partial is not None else ""
-        super().__init__(f"interrupted after step {step} of {total}{way_on}")
-
-
-class Diverged(IMSMError):
-    """The loss is no longer a finite number; going on would write a checkpoint that holds nothing."""
 
 
 def train(
@@ -107,20 +44,20 @@ def train(
 ) -> dict[str, Any]:
     """Tune `model` in place and return its metrics.
 
-    partial: folder for snapshots (every `save_every` steps and on Ctrl-C); with `resume` the newest one is gone on
-    from, and the result is the same as without the interruption. origin: what else a resumed run must have in common
-    with the interrupted one (the base model, the adapter's settings, ...), JSON values. Raises Interrupted on Ctrl-C,
-    SettingsError when a resumed run differs from how it was started, Diverged when the loss is not finite.
+    partial: folder for snapshots (every `save_every` steps and on Ctrl-C); with `resume` the run continues from the
+    newest one, and the result is the same as without the interruption. origin: what else a resumed run must have in
+    common with the interrupted one (the base model, the adapter's settings, ...), JSON values by the name of the
+    setting. Raises Interrupted on Ctrl-C, SettingsError or CheckpointError when the snapshot does not belong to this
+    run, Diverged when the loss is not finite, AdapterError when nothing of the adapter can be trained.
     """
-    settings = settings.with_learning_rate_for(model.peft_model.peft_config[model.peft_model.active_adapter])
+    settings = with_learning_rate(settings, model.peft_model.peft_config[model.peft_model.active_adapter])
     total = settings.total_steps(len(dataset.examples))
     ranks = rank_allocation(model.peft_model, total)
     parameters = model.trainable_parameters()
-    if not any(not name.startswith("gate.") for name in parameters):
-        raise AdapterError("the adapter has nothing to train: each of its parameters is frozen")
-    optimizer = _optimizer(model, settings)
-    shapes = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
-    started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256, "parameters": shapes}
+    if all(name.startswith("gate.") for name in parameters):
+        raise AdapterError("the adapter has nothing to train: all its parameters are frozen")
+    optimizer = make_optimizer(model, settings)
+    started_with = {**asdict(settings), **(origin or {}), "data": dataset.sha256}
     started_with = json.loads(json.dumps(started_with))  # as it comes back from a snapshot: lists for tuples
     losses: list[float] = []
     seconds_before = 0.0
@@ -131,11 +68,11 @@ def train(
         losses, seconds_before = state["losses"], state["seconds"]
         if ranks is not None:
             ranks.restore(others, state["ranks"])
-    schedule = _schedule(optimizer, round(settings.warmup_ratio * total), total, done=len(losses))
+    schedule = make_schedule(optimizer, settings, total, done=len(losses))
 
     model.train()
     start = time.perf_counter()
-    batches = _batches(dataset.examples, settings, first_step=len(losses))
+    batches = micro_batches(dataset.examples, settings, first_step=len(losses))
     with (
         tqdm(total=total, initial=len(losses), desc="train", unit="step", disable=not progress) as bar,
         _on_ctrl_c() as stop,
@@ -155,7 +92,7 @@ def train(
                 state = {"losses": losses, "seconds": seconds, "started_with": started_with, "ranks": kept}
                 save_snapshot(partial, len(losses), parameters, optimizer, state, others)
             if interrupted:
-                raise Interrupted(len(losses), total, partial)
+                raise Interrupted(f"interrupted after step {len(losses)} of {total}{_advice(partial)}")
     model.eval()
     return {
         "steps": total,
@@ -171,7 +108,7 @@ def train(
 def answer_loss(model: SiameseModel, examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, int]:
     """The summed cross-entropy (nats) of the examples' answer tokens, and how many there are.
 
-    The gate and the lm_head run only where a token is to be predicted.
+    The gate and the lm_head run only at positions that predict an answer token.
     """
     device = next(model.parameters()).device
     input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
@@ -184,7 +121,7 @@ def answer_loss(model: SiameseModel, examples: Sequence[Example], pad_token_id: 
 
 def _step(
     model: SiameseModel,
-    micro_batches: list[list[Example]],
+    batches: list[list[Example]],
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     settings: TrainSettings,
@@ -194,9 +131,9 @@ def _step(
 ) -> float:
     """Optimizer step `number`, from 1; returns the mean loss per answer token. Accumulated micro-batches are weighted
     by their tokens, so that they equal one large batch."""
-    tokens = sum(len(example.answer_ids) for batch in micro_batches for example in batch)
+    tokens = sum(len(example.answer_ids) for batch in batches for example in batch)
     total = 0.0
-    for batch in micro_batches:
+    for batch in batches:
         loss, _ = answer_loss(model, batch, pad_token_id)
         (loss / tokens).backward()
         total += float(loss.detach())
@@ -210,43 +147,8 @@ def _step(
     return total / tokens
 
 
-def _optimizer(model: SiameseModel, settings: TrainSettings) -> torch.optim.Optimizer:
-    trained = model.trainable_parameters()
-    gate = [parameter for name, parameter in trained.items() if name.startswith("gate.")]
-    adapter = [parameter for name, parameter in trained.items() if not name.startswith("gate.")]
-    groups: list[dict[str, Any]] = [
-        {"params": adapter, "lr": settings.learning_rate},
-        {"params": gate, "lr": settings.gate_learning_rate},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=settings.weight_decay)
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, warmup: int, total: int, done: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if done:  # a resumed schedule starts from the peak rates, which it expects to find in the groups
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    schedule: torch.optim.lr_scheduler.LRScheduler = get_cosine_schedule_with_warmup(
-        optimizer, warmup, total, last_epoch=done - 1
-    )
-    return schedule
-
-
-def _batches(examples: list[Example], settings: TrainSettings, first_step: int) -> Iterator[list[list[Example]]]:
-    """Endless optimizer steps, each a list of micro-batches, in an order that depends only on the seed."""
-    per_step = settings.batch_size * settings.gradient_accumulation
-    position = first_step * per_step
-    orders: dict[int, list[int]] = {}
-    while True:
-        chosen = []
-        for index in range(position, position + per_step):
-            epoch, place = divmod(index, len(examples))
-            if epoch not in orders:
-                orders = {epoch: epoch_order(len(examples), settings.seed, epoch)}
-            chosen.append(examples[orders[epoch][place]])
-        position += per_step
-        yield [chosen[first : first + settings.batch_size] for first in range(0, per_step, settings.batch_size)]
+def _advice(partial: Path | None) -> str:
+    return f"; {{resume}} continues from there ({partial})" if partial is not None else ""
 
 
 def _recent(losses: list[float]) -> float:

@@ -1,7 +1,7 @@
-"""What an interrupted training run needs to go on exactly where it was: OUT.partial/snapshot-NNNNNNNN/.
+"""What an interrupted training run needs to continue exactly where it was: OUT.partial/snapshot-NNNNNNNN/.
 
-state.safetensors    parameters, AdamW moments, the random generator's state, and what else the method keeps
-state.json           step, learning-rate schedule, losses, and what the run was started with
+state.safetensors    parameters, AdamW moments, the random generator's state, and what the method adds
+state.json           step, losses, seconds, and what the run was started with
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError, SettingsError, shown
 from ..files import publish_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_OTHER = "other/"
+_PARAMETER, _OTHER = "parameter/", "other/"
 
 
 def partial_folder(out: Path) -> Path:
@@ -37,15 +37,15 @@ def save_snapshot(
     state: dict[str, Any],
     others: dict[str, Tensor],
 ) -> None:
-    """Write a snapshot whole, then remove the older ones. others: further tensors to give back."""
+    """Write a snapshot whole, then remove the older ones. others: further tensors that `restore_snapshot` returns."""
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     tensors |= {f"{_OTHER}{name}": tensor.contiguous() for name, tensor in others.items()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
+        tensors[f"{_PARAMETER}{name}"] = parameter.detach().cpu().contiguous()
         for moment in MOMENTS:
-            if parameter in optimizer.state:  # not one that no gradient has reached yet
+            if parameter in optimizer.state:  # a parameter that no gradient has reached yet has none
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     partial.mkdir(parents=True, exist_ok=True)
     target = partial / f"snapshot-{step:08d}"
@@ -58,7 +58,7 @@ def save_snapshot(
 
 
 def newest_snapshot(partial: Path) -> Path | None:
-    """The snapshot to go on from, or None."""
+    """The snapshot to resume from, or None."""
     found = _snapshots(partial)
     return found[-1] if found else None
 
@@ -68,8 +68,8 @@ def restore_snapshot(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put parameters, optimizer and random generators back; returns state.json and the other tensors.
 
-    Raises SettingsError naming the first thing that differs from how the run was started, CheckpointError if the
-    snapshot is damaged.
+    Raises SettingsError naming the first setting that differs from how the run was started, CheckpointError if the
+    snapshot is damaged or holds other parameters.
     """
     try:
         state: dict[str, Any] = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))
@@ -79,15 +79,18 @@ def restore_snapshot(
         if len(losses) != step:
             raise ValueError(f"{len(losses)} losses at step {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{snapshot} is damaged ({error}); start anew with --force") from error
+        raise CheckpointError(f"{snapshot} is damaged ({error}); start over with {{force}}") from error
     for key, value in started_with.items():
         if before[key] != value:
-            raise SettingsError(f"cannot resume: {key} was {before[key]!r} and is now {value!r}; --force starts anew")
-    wanted = {"rng"} | {f"parameter/{name}" for name in parameters}
-    if missing := sorted(wanted - tensors.keys()):
-        raise CheckpointError(f"{snapshot} is damaged (it lacks {missing[0]}); start anew with --force")
+            rule = f"the interrupted run had {shown(before[key])}, and {{resume}} needs the same; {{force}} starts over"
+            raise SettingsError(key, value, rule)
+    if "rng" not in tensors:
+        raise CheckpointError(f"{snapshot} is damaged (it has no rng); start over with {{force}}")
+    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(_PARAMETER)}
+    if found != {f"{_PARAMETER}{name}": parameter.shape for name, parameter in parameters.items()}:
+        raise CheckpointError(f"{snapshot} holds other parameters than this run trains; start over with {{force}}")
     for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"parameter/{name}"])
+        parameter.data.copy_(tensors[f"{_PARAMETER}{name}"])
         if f"step/{name}" in tensors:
             optimizer.state[parameter] = {
                 moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else parameter.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ LLAMA_LIKE = {
 GPT2_LIKE = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | {
     name: LLAMA_LIKE[name] for name in ("bos_token_id", "eos_token_id")
 }
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
     "mixtral": LLAMA_LIKE | {"num_local_experts": 2},
@@ -79,7 +80,8 @@ def test_model_comes_back_to_life_after_a_failure_inside_its_head(base_folder: P
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_loaded_model_is_frozen_float32_and_in_eval_mode(tmp_path: Path, kind: str) -> None:
     folder = make_base_folder(tmp_path / kind, kind)
-    AutoModelForCausalLM.from_pretrained(str(folder)).to(torch.bfloat16).save_pretrained(str(folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
+    model.save_pretrained(str(folder))
     model = load_base_model(str(folder))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -15,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imsm_core.adapters.methods import PEFT_METHODS
+import cli
+from imsm_core.adapters.options import PEFT_METHODS
 from imsm_core.checkpoint import load_checkpoint, read_info
-from imsm_core.commands import register
+from imsm_core.choices import GATE_KINDS
 from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
 from imsm_core.reference import reference_generate
 from tests.builders import make_base_folder, write_jsonl
@@ -28,11 +28,8 @@ ROWS: list[dict[str, object]] = [{"prompt": f"What is {n}? ", "answer": f"It is 
 
 
 def train_command(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    register(parser.add_subparsers())
-    args = parser.parse_args(["train", *map(str, arguments)])
-    code: int = args.run(args)
-    return code
+    """Raises the error that the command line would print."""
+    return cli.main(["--debug", "train", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -100,17 +97,16 @@ def test_train_takes_any_peft_method_and_its_own_learning_rate(
     assert len(reference_generate(model, [0, 70, 71], 2)) == 2
 
 
-def test_help_names_every_peft_method() -> None:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    register(subparsers)
-    words = subparsers.choices["train"].format_help().replace(",", " ").split()
-    assert set(PEFT_METHODS) <= set(words)
+def test_help_names_every_peft_method_and_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {*PEFT_METHODS, *GATE_KINDS} <= set(words)
 
 
 def test_virtual_tokens_that_leave_no_room_for_text_are_refused(tmp_path: Path, arguments: list[object]) -> None:
     base = without(arguments, "--adapter-rank")
-    with pytest.raises(SettingsError, match="127 virtual tokens leave no room for text in the model's 128"):
+    with pytest.raises(SettingsError, match="127 virtual tokens leave no room for text in the model's context of 128"):
         train_command(*base, "--peft", "prompt_tuning", "--virtual-tokens", 127, "--out", tmp_path / "out")
 
 
@@ -154,34 +150,46 @@ def wrong(name: str, value: object, error: type[IMSMError], message: str) -> Any
         wrong("--model", "/no/where", BaseModelError, "the folder does not exist"),
         wrong("--data", "/no/rows.jsonl", DataError, "cannot read the data file"),
         wrong("--prompt-field", "question", DataError, "line 1 has no field 'question'; it has 'prompt', 'answer'"),
-        wrong("--peft", "magic", AdapterError, "unsupported PEFT method 'magic'; choose one of lora, dora"),
-        wrong("--peft", "ia3", AdapterError, "ia3 has no --adapter-rank / adapter_rank; its options: --target-modules"),
-        wrong("--peft", "trainable_tokens", AdapterError, "trainable_tokens has no --adapter-rank"),
-        wrong("--virtual-tokens", 3, AdapterError, "lora has no --virtual-tokens / virtual_tokens"),
+        wrong("--peft", "magic", SettingsError, "--peft is magic; choose one of lora, dora"),
+        wrong("--peft", "ia3", SettingsError, "--adapter-rank is 4; ia3 does not take it; it takes --target-modules"),
+        wrong("--peft", "trainable_tokens", SettingsError, "--adapter-rank is 4; trainable_tokens does not take it"),
+        wrong("--virtual-tokens", 3, SettingsError, "--virtual-tokens is 3; lora does not take it"),
         wrong(
             "--peft-config",
             "config.json",
             SettingsError,
-            "--adapter-rank / adapter_rank and --peft-config / peft_config exclude each other",
+            "--adapter-rank is 4; it cannot be combined with --peft-config",
         ),
         wrong("--target-modules", "nothing", AdapterError, "nothing"),
-        wrong("--gate", "mode5", SettingsError, "unknown gate 'mode5'"),
-        wrong("--gate-rank", 0, SettingsError, "gate rank is 0"),
-        wrong("--gate-dropout", 1.5, SettingsError, "gate_dropout is 1.5"),
-        wrong("--max-grad-norm", -1, SettingsError, "max_grad_norm is -1.0"),
-        wrong("--max-length", 0, SettingsError, "max_length is 0"),
+        wrong("--gate", "mode5", SettingsError, "--gate is mode5; choose one of query_aware"),
+        wrong("--gate-rank", 0, SettingsError, "--gate-rank is 0"),
+        wrong("--gate-dropout", 1.5, SettingsError, "--gate-dropout is 1.5"),
+        wrong("--max-grad-norm", -1, SettingsError, "--max-grad-norm is -1.0"),
+        wrong("--max-length", 0, SettingsError, "--max-length is 0"),
         wrong("--max-length", 5, DataError, "all 12 rows are longer than 5 tokens"),
-        wrong("--steps", 0, SettingsError, "steps is 0"),
-        wrong("--device", "abacus", SettingsError, "the device 'abacus' cannot be used"),
-        wrong("--device", "cuda:77", SettingsError, "the device 'cuda:77' cannot be used"),
+        wrong("--steps", 0, SettingsError, "--steps is 0"),
+        wrong("--device", "abacus", SettingsError, "--device is abacus; it cannot be used: "),
+        wrong("--device", "cuda:77", SettingsError, "--device is cuda:77; it cannot be used: "),
     ],
 )
 def test_mistake_is_one_line_and_writes_nothing(
-    tmp_path: Path, arguments: list[object], option: str, value: object, error: type[IMSMError], message: str
+    tmp_path: Path,
+    arguments: list[object],
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: object,
+    error: type[IMSMError],
+    message: str,
 ) -> None:
-    with pytest.raises(error, match=message) as caught:
-        train_command(*arguments, "--out", tmp_path / "out", option, value)
-    assert "\n" not in str(caught.value)
+    line = [str(part) for part in ("train", *arguments, "--out", tmp_path / "out", option, value)]
+    with pytest.raises(error):
+        cli.main(["--debug", *line])
+    capsys.readouterr()
+    assert cli.main(line) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert told.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
@@ -189,8 +197,8 @@ def test_mistake_is_one_line_and_writes_nothing(
     ("config", "message"),
     [
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 1}, "does not run on this model"),
-        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [-1]}, "token index -1 is not in the model's vocabulary"),
-        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": []}, "at least one token's number"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [-1]}, "the token id -1 is not in the model's vocabulary"),
+        ({"peft_type": "TRAINABLE_TOKENS", "token_indices": []}, "a list of token ids, at least one"),
     ],
 )
 def test_peft_config_that_does_not_fit_the_model_is_refused_before_training(
@@ -235,17 +243,14 @@ def test_force_never_replaces_a_folder_that_is_no_checkpoint(tmp_path: Path, arg
 
 CHILD = """
 import sys, time
+import cli
 import torch
 torch.set_num_threads(1)
-import imsm_core.training.loop as train_module
-step = train_module._step
-train_module._step = lambda *arguments: (step(*arguments), time.sleep(0.05))[0]
-from imsm_core.errors import IMSMError
-from tests.imsm_core.test_commands import train_command
-try:
-    sys.exit(train_command(*sys.argv[1:]))
-except IMSMError as error:
-    sys.exit(f"error: {error}")
+from imsm_core.training import loop
+step = loop._step
+loop._step = lambda *arguments: (step(*arguments), time.sleep(0.05))[0]
+from imsm_core.choices import GATE_KINDS
+sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
@@ -288,7 +293,8 @@ def test_interrupted_command_leaves_no_checkpoint_and_resumes_to_the_same_one(
     code, stderr, out = interrupted[name]
     arguments, whole = long_run
     if name == "SIGINT":
-        assert code == 1
+        assert code == 130
+        assert "--resume continues from there" in stderr
         assert stderr.startswith("error: interrupted after step ")
         assert "Traceback" not in stderr
     else:
@@ -298,10 +304,11 @@ def test_interrupted_command_leaves_no_checkpoint_and_resumes_to_the_same_one(
     assert len(list(partial.glob("snapshot-*"))) in (1, 2)
     step = int(max(partial.glob("snapshot-*")).name.removeprefix("snapshot-"))
     assert 0 < step < STEPS
-    with pytest.raises(OutputExistsError, match="holds an interrupted run; --resume goes on, --force discards it"):
+    with pytest.raises(OutputExistsError, match="holds an interrupted run; resume continues it, force discards it"):
         train_command(*arguments, "--out", out)
     for option, value in (("--adapter-alpha", 4), ("--adapter-dropout", 0.2), ("--prompt-field", "answer")):
-        with pytest.raises(SettingsError, match=f"cannot resume: {option[2:].replace('-', '_')} was"):
+        name = option.removeprefix("--").replace("-", "_")
+        with pytest.raises(SettingsError, match=f"^{name} is {value}; the interrupted run had"):
             train_command(*arguments, "--out", out, "--resume", option, value)
     train_command(*arguments, "--out", out, "--resume")
     assert files_of(out) == files_of(whole)
@@ -319,7 +326,7 @@ def test_resuming_on_another_base_model_is_refused(long_run: tuple[list[object],
         with pytest.raises(KeyboardInterrupt):
             train_command(*arguments, "--out", out)
     other = make_base_folder(tmp_path / "other", seed=1)
-    with pytest.raises(SettingsError, match="cannot resume: base_model was"):
+    with pytest.raises(SettingsError, match=r"^model is .*; the interrupted run had"):
         train_command(*arguments, "--model", other, "--out", out, "--resume")
     assert not out.exists()
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from imsm_core.backbone import load_base_model
 from imsm_core.data.dataset import Example
 from imsm_core.errors import DataError, SettingsError
-from imsm_core.evaluate import answer_logits, evaluate
+from imsm_core.evaluate import Stream, answer_logits, evaluate
 from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate, reference_step
 from imsm_core.siamese import SiameseModel
@@ -77,7 +77,7 @@ def decoded(model: SiameseModel, prompt: list[int], memory_bias: float) -> Examp
 
 
 @pytest.mark.parametrize(("stream", "bias"), [("base", 1e4), ("adapter", -1e4), ("fused", 0.0)])
-def test_accuracy_is_one_for_what_greedy_decoding_says(base_folder: Path, stream: str, bias: float) -> None:
+def test_accuracy_is_one_for_what_greedy_decoding_says(base_folder: Path, stream: Stream, bias: float) -> None:
     model = make_siamese(base_folder)
     said = [decoded(model, example.prompt_ids, bias) for example in EXAMPLES]
     assert evaluate(model, said, stream, PAD).accuracy == 1
@@ -117,8 +117,8 @@ def test_dropout_is_off_and_the_training_mode_is_put_back(base_folder: Path) -> 
 
 def test_refuses_what_it_cannot_measure(base_folder: Path) -> None:
     model = make_siamese(base_folder)
-    with pytest.raises(SettingsError, match="unknown stream 'both'"):
-        evaluate(model, EXAMPLES, "both", PAD)
+    with pytest.raises(SettingsError, match=r"^stream is both; choose one of base"):
+        evaluate(model, EXAMPLES, "both", PAD)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="batch_size is 0"):
         evaluate(model, EXAMPLES, "fused", PAD, batch_size=0)
     with pytest.raises(DataError, match="no examples"):

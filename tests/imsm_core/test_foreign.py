@@ -34,10 +34,11 @@ def logits(model: SiameseModel) -> torch.Tensor:
 def released(path: Path, model: SiameseModel, prefix: str = "", dtype: torch.dtype = torch.float32) -> Path:
     """The gate as the released code saves it."""
     path.mkdir(exist_ok=True, parents=True)
-    for name, layer in (("A", model.gate.gate_down), ("B", model.gate.gate_up)):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
+    for name, layer in (("A", "gate_down"), ("B", "gate_up")):
+        weight = model.gate.get_parameter(f"{layer}.weight")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
         with torch.no_grad():
-            linear.weight.copy_(layer.weight)
+            linear.weight.copy_(weight)
         torch.save(nn.Sequential(linear, nn.Dropout(0.1)), path / f"{prefix}linear_{name}.pth")
     return path
 
@@ -77,8 +78,9 @@ def test_gate_comes_from_a_safetensors_file_or_its_folder(
 
 def test_half_precision_gate_is_read_as_float32(trained: tuple[SiameseModel, Path], tmp_path: Path) -> None:
     gate = load_gate(released(tmp_path / "gate", trained[0], dtype=torch.float16), "query_aware", WIDTH)
-    assert gate.gate_down.weight.dtype == torch.float32
-    torch.testing.assert_close(gate.gate_down.weight, trained[0].gate.gate_down.weight, atol=1e-3, rtol=1e-3)
+    found, expected = (gate.get_parameter("gate_down.weight") for gate in (gate, trained[0].gate))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 FORMS = ("tensor", "parameter", "state dict", "ordered")
@@ -206,7 +208,8 @@ def test_gate_of_several_epochs_has_to_be_named(trained: tuple[SiameseModel, Pat
     with pytest.raises(CheckpointError, match=r"several gates; give the path of one of 1_linear_A\.pth, 2_linear_A"):
         load_gate(folder, "query_aware", WIDTH)
     gate = load_gate(folder / "2_linear_A.pth", "query_aware", WIDTH)
-    assert torch.equal(gate.gate_up.weight, trained[0].gate.gate_up.weight)
+    found, expected = (gate.get_parameter("gate_up.weight") for gate in (gate, trained[0].gate))
+    assert torch.equal(found, expected)
     (folder / "2_linear_B.pth").unlink()
     with pytest.raises(CheckpointError, match=r"2_linear_A\.pth has no 2_linear_B\.pth beside it"):
         load_gate(folder / "2_linear_A.pth", "query_aware", WIDTH)
@@ -215,22 +218,22 @@ def test_gate_of_several_epochs_has_to_be_named(trained: tuple[SiameseModel, Pat
 @pytest.mark.parametrize(
     ("kind", "gate", "error", "message"),
     [
-        ("magic", None, SettingsError, "unknown gate 'magic'"),
+        ("magic", None, SettingsError, "^gate is magic; choose one of query_aware"),
         (
             "token",
             None,
             SettingsError,
-            "a token gate has trained weights; say where they are with --gate-from / gate_from",
+            "^gate_from is not given; it must say where the trained weights of the token gate are",
         ),
         (
             "mean_logits",
             "gate.safetensors",
             SettingsError,
-            "mean_logits has no weights, and --gate-from / gate_from names",
+            r"^gate_from is .*gate\.safetensors; a mean_logits gate has no weights",
         ),
         ("token", "missing", CheckpointError, "no gate at .*missing: it does not exist"),
-        ("token", "adapter", CheckpointError, "holds no gate: neither gate.safetensors nor linear_A.pth"),
-        ("token", "imsm.json", CheckpointError, "is no gate: give a .safetensors or a linear_A.pth"),
+        ("token", "adapter", CheckpointError, r"holds no gate: it has neither gate\.safetensors nor linear_A\.pth"),
+        ("token", "imsm.json", CheckpointError, r"is not a gate; give a \.safetensors file or a linear_A\.pth"),
     ],
 )
 def test_missing_or_needless_gate_is_an_error(
@@ -252,19 +255,20 @@ def test_one_of_several_adapters_in_a_folder_is_chosen_by_name(base_folder: Path
     peft_model.add_adapter("legal", LoraConfig(r=3, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     peft_model.save_pretrained(str(tmp_path / "several"), save_embedding_layers=False)
     with pytest.raises(
-        AdapterError, match="has several adapters; choose one of default, legal with --adapter-name / adapter_name"
+        SettingsError, match=r"^adapter_name is not given; .* has several adapters; choose one of default, legal"
     ):
         find_adapter(tmp_path / "several")
-    with pytest.raises(AdapterError, match="has no adapter 'medical'; it has default, legal"):
+    with pytest.raises(SettingsError, match=r"^adapter_name is medical; .* has default, legal"):
         find_adapter(tmp_path / "several", "medical")
     for name, rank in (("default", 2), ("legal", 3)):
         model, _ = assemble(tmp_path / "several", str(base_folder), "mean_logits", adapter_name=name)
-        assert model.peft_model.peft_config["default"].r == rank
+        found: Any = model.peft_model.peft_config["default"]
+        assert found.r == rank
     assert find_adapter(tmp_path / "several" / "legal") == tmp_path / "several" / "legal"
 
 
 def test_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="is no PEFT adapter: neither it nor a folder in it has"):
+    with pytest.raises(AdapterError, match="is not a PEFT adapter: neither it nor a folder in it has"):
         find_adapter(tmp_path)
     with pytest.raises(AdapterError, match="the folder does not exist"):
         find_adapter(tmp_path / "missing")

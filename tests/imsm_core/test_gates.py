@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imsm_core.choices import GATE_KINDS
 from imsm_core.errors import SettingsError
 from imsm_core.gates import GATES, Gate, Memories, make_gate
 
@@ -40,7 +41,7 @@ def expected(gate: Gate, memories: Memories, bias: float = 0.0) -> tuple[Tensor,
         if gate.kind == "mean_logits":
             g = torch.full((D,), 1 / 2, dtype=torch.float64) if bias == 0 else logistic(torch.full((D,), bias).double())
         else:
-            down, up = gate.gate_down.weight.detach().double(), gate.gate_up.weight.detach().double()
+            down, up = (gate.get_parameter(f"gate_{name}.weight").detach().double() for name in ("down", "up"))
             blocks = [q_b[t], h_b[t], h_a[t], q_a[t]] if gate.kind == "query_aware" else [h_b[t], h_a[t]]
             r = sum(down[:, D * i : D * (i + 1)] @ block for i, block in enumerate(blocks))
             g = logistic(up @ r + bias)
@@ -117,7 +118,7 @@ def test_gate_computes_in_float32_and_rounds_once(kind: str, dtype: torch.dtype)
 @pytest.mark.parametrize("kind", LEARNED)
 def test_gate_up_of_zero_gives_one_half_everywhere(kind: str) -> None:
     gate = random_gate(kind)
-    torch.nn.init.zeros_(gate.gate_up.weight)
+    torch.nn.init.zeros_(gate.get_parameter("gate_up.weight"))
     _, values = gate(random_memories())
     assert torch.equal(values, torch.full_like(values, 0.5))
 
@@ -169,11 +170,15 @@ def test_gradient_reaches_both_matrices_and_the_adapter_memory(kind: str) -> Non
 
 
 def test_unknown_gate_is_refused_by_name() -> None:
-    with pytest.raises(SettingsError, match=r"unknown gate 'mode5'; choose one of query_aware, token"):
+    with pytest.raises(SettingsError, match=r"^gate is mode5; choose one of query_aware, token"):
         make_gate("mode5", D)
 
 
 @pytest.mark.parametrize("kind", LEARNED)
 def test_gate_rank_below_one_is_refused(kind: str) -> None:
-    with pytest.raises(SettingsError, match="gate rank is 0"):
+    with pytest.raises(SettingsError, match=r"^gate_rank is 0"):
         make_gate(kind, D, 0)
+
+
+def test_the_kinds_that_settings_offer_are_those_that_exist() -> None:
+    assert tuple(GATES) == GATE_KINDS

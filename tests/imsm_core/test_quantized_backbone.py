@@ -15,8 +15,8 @@ from imsm_core.backbone import load_base_model
 from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.errors import CheckpointError, SettingsError
 from imsm_core.quantized_backbone import nearest_in_blocks, round_backbone
-from imsm_core.training.loop import TrainSettings
-from imsm_core.training.tuning import TuneSettings, tune
+from imsm_core.training.settings import TrainSettings, TuneSettings
+from imsm_core.training.tuning import tune
 from tests.builders import write_jsonl
 from tests.zoo import make_zoo_base
 
@@ -126,13 +126,13 @@ def test_the_adapter_is_trained_on_the_rounded_backbone(base_folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantized_backbone": "int3"}, "unknown --quantized-backbone .* 'int3'; choose one of int4, int8"),
+        ({"quantized_backbone": "int3"}, "^quantized_backbone is int3; choose one of int4, int8"),
         ({"quantized_backbone": "int4", "block_size": 33}, "block_size is 33"),
         ({"quantized_backbone": "int4", "block_size": 8}, "block_size is 8"),
-        ({"block_size": 32}, "block_size goes with --quantized-backbone"),
+        ({"block_size": 32}, "^block_size is 32; it needs quantized_backbone"),
     ],
 )
-def test_what_an_export_does_not_have_is_refused(settings: dict[str, object], message: str) -> None:
+def test_what_an_export_does_not_offer_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         TuneSettings(**settings)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_saved_adapter_is_the_same_for_this_package_and_for_peft_alone(
     ours, _ = load_checkpoint(tmp_path / "checkpoint")
     with torch.no_grad():
         before, after = model.stream_states(TEXT), ours.stream_states(TEXT)
-    exact = {"atol": 1e-5, "rtol": 1e-5} if name == "p_tuning_lstm" else {"atol": 0.0, "rtol": 0.0}
+    exact: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5} if name == "p_tuning_lstm" else {"atol": 0.0, "rtol": 0.0}
     assert torch.equal(before.base, after.base)
     assert_close(before.adapter, after.adapter, **exact)
     assert ours.trainable_parameters() == {}
@@ -65,7 +66,8 @@ def test_saved_adapter_is_the_same_for_this_package_and_for_peft_alone(
 
 
 def test_adapter_with_another_name_is_saved_as_the_only_one(base_folder: Path, tmp_path: Path) -> None:
-    peft_model = get_peft_model(load_base_model(str(base_folder)), LoraConfig(r=4, task_type="CAUSAL_LM"), "first")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM")
+    peft_model: Any = get_peft_model(load_base_model(str(base_folder)), config, "first")
     peft_model.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     peft_model.set_adapter("second")
     model = SiameseModel(peft_model, make_gate("mean_logits", 32)).eval()
@@ -80,7 +82,8 @@ def test_adapter_with_another_name_is_saved_as_the_only_one(base_folder: Path, t
 
 
 def test_several_adapters_active_at_once_are_refused_and_one_of_several_is_not(base_folder: Path) -> None:
-    peft_model = get_peft_model(load_base_model(str(base_folder)), LoraConfig(r=4, task_type="CAUSAL_LM"), "first")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM")
+    peft_model: Any = get_peft_model(load_base_model(str(base_folder)), config, "first")
     peft_model.add_adapter("second", LoraConfig(r=2, task_type="CAUSAL_LM"))
     SiameseModel(peft_model, make_gate("mean_logits", 32))
     peft_model.base_model.set_adapter(["first", "second"])

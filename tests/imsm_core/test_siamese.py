@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ QUERY = torch.tensor([[1] * n + [0] * (9 - n) for n in PROMPTS])
 ROWS, POSITIONS = torch.nonzero(ATTENTION, as_tuple=True)
 FOLDERS = ("base_folder", "qwen2_folder", "gpt2_folder")
 ADAPTER_ON_SOME = {"base_folder": ["q_proj", "v_proj"], "qwen2_folder": ["up_proj"], "gpt2_folder": ["c_attn"]}
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
 
 
 @pytest.fixture(params=FOLDERS)
@@ -82,7 +83,7 @@ def test_gate_forced_to_zero_is_the_merged_model_for_an_adapter_on_some_layers(
 @pytest.mark.parametrize("kind", ["query_aware", "token"])
 def test_gate_up_of_zero_is_the_mean_of_both_streams_logits(folder: Path, kind: str) -> None:
     model = make_siamese(folder, kind)
-    nn.init.zeros_(model.gate.gate_up.weight)
+    nn.init.zeros_(model.gate.get_parameter("gate_up.weight"))
     mean = (plain(load_base_model(str(folder))) + plain(merged(folder))) / 2
     assert_close(fused(model), mean, atol=1e-4, rtol=1e-4)
 
@@ -124,7 +125,7 @@ def by_hand(gate: nn.Module, h_base: Tensor, h_adapter: Tensor, q_base: Tensor, 
     if gate.kind == "query_mixed":
         h_base, h_adapter = (h_base + q_base) / 2, (h_adapter + q_adapter) / 2
     z = (q_base, h_base, h_adapter, q_adapter) if gate.kind == "query_aware" else (h_base, h_adapter)
-    g = torch.sigmoid(gate.gate_up.weight @ (gate.gate_down.weight @ torch.cat(z)))
+    g = torch.sigmoid(gate.get_parameter("gate_up.weight") @ (gate.get_parameter("gate_down.weight") @ torch.cat(z)))
     h = g * h_base + (1 - g) * h_adapter
     return (h_base + h) / 2 if gate.kind == "residual" else h
 
@@ -225,7 +226,7 @@ def test_only_adapter_and_gate_drop_out_in_training_mode(gpt2_folder: Path) -> N
     assert torch.equal(first.base, second.base)
     assert not torch.allclose(first.adapter, second.adapter)
     with torch.no_grad():
-        base = load_base_model(str(gpt2_folder)).transformer(TOKENS[:1]).last_hidden_state
+        base = load_base_model(str(gpt2_folder)).base_model(TOKENS[:1]).last_hidden_state
     assert_close(first.base, base, **CLOSE)
     model.eval()
     assert not any(module.training for module in model.modules())
@@ -280,7 +281,7 @@ def test_adapter_for_fewer_layers_than_the_model_has_does_not_run(base_folder: P
 def test_stream_whose_states_are_not_finite_is_named(base_folder: Path, stream: str) -> None:
     model = make_siamese(base_folder)
     layer = adapted_layers(model.peft_model)[-1]
-    module = layer.frozen if stream == "base" else layer.tuner.lora_B
+    module = layer.frozen if stream == "base" else layer.tuner.get_submodule("lora_B")
     with torch.no_grad():
         next(module.parameters()).fill_(torch.inf)
     with pytest.raises(AdapterError, match=f"the {stream} stream gives values that are not finite"):

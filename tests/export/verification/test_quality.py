@@ -21,7 +21,7 @@ from export.verification.quality import (
     read_eval_texts,
 )
 from imsm_core.backbone import load_tokenizer
-from imsm_core.data.dataset import encode_prompt
+from imsm_core.data.encoding import encode_prompt
 from imsm_core.errors import DataError
 from tests.builders import EOS, write_jsonl
 
@@ -142,7 +142,7 @@ def test_prompts_and_answers_are_encoded_as_for_training(chat_folder: Path, tmp_
         ([{"story": "abc"}], "line 1 has neither 'text' nor 'prompt' and 'answer'; it has 'story'"),
         ([{"prompt": "abc"}], "line 1 has neither"),
         ([{"text": "abc"}, {"prompt": "abc", "answer": "d"}], "line 2 has no field 'text'"),
-        ([{"text": "abc"}, {"text": 5}], "line 2: field 'text' is not text"),
+        ([{"text": "abc"}, {"text": 5}], "line 2: field 'text' is int, not text"),
         ([{"text": "abc"}, {"text": ""}], "line 2 has fewer than two tokens"),
     ],
 )

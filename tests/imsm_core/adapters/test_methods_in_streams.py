@@ -33,7 +33,8 @@ CASES = [
 def hidden(folder: Path) -> Tensor:
     """The plain base model's last hidden states."""
     model = load_base_model(str(folder))
-    return model.base_model(TOKENS, attention_mask=ATTENTION, use_cache=False).last_hidden_state
+    states: Tensor = model.base_model(TOKENS, attention_mask=ATTENTION, use_cache=False).last_hidden_state
+    return states
 
 
 @torch.no_grad()
@@ -52,7 +53,8 @@ def peft_logits(model: SiameseModel) -> Tensor:
     ]
     virtual = [state.shape[0] - int(mask.sum()) for state, mask in zip(rows, ATTENTION, strict=True)]
     states = torch.cat([state[count:] for state, count in zip(rows, virtual, strict=True)])
-    return model.causal_lm.get_output_embeddings()(states)
+    logits: Tensor = model.causal_lm.get_output_embeddings()(states)
+    return logits
 
 
 @pytest.mark.parametrize(("base", "name"), CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.builders import CONTEXT, HEADS, KV_HEADS, LAYERS
 
 METHODS = ("prefix_tuning", "prefix_projection", "prompt_tuning", "p_tuning", "p_tuning_lstm", "cartridge")
 FOLDERS = ("base_folder", "qwen2_folder", "gpt2_folder")
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 TEXT = torch.tensor([[0, 70, 80, 90, 100, 110, 120]])
 
 
@@ -51,7 +52,8 @@ def test_virtual_tokens_stand_before_the_adapter_streams_text_alone(folder: Path
 @torch.no_grad()
 def continued(model: PreTrainedModel, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Logits of TEXT by the plain model after a given cache."""
-    return model(TEXT, past_key_values=DynamicCache(layers)).logits
+    logits: Tensor = model(TEXT, past_key_values=DynamicCache(layers)).logits
+    return logits
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -107,7 +109,9 @@ def windowed(kind: str, window: int) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    model.eval()
+    return model
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "mistral"])
@@ -139,9 +143,10 @@ def test_window_shorter_than_the_virtual_tokens_keeps_the_last_of_them(
     lengths = [key.shape[2] for key, _ in cache]
     cropped = kind == "gemma2" and method in ("prefix_tuning", "prefix_projection", "cartridge")
     assert lengths == ([4, 17] if cropped else [17, 17])
+    missing_rows = [(0, 0, 17 - length, 0) for length in lengths]
     padded = [
-        tuple(functional.pad(part, (0, 0, 17 - length, 0), value=9.0) for part in pair)
-        for pair, length in zip(cache, lengths, strict=True)
+        (functional.pad(key, missing, value=9.0), functional.pad(value, missing, value=9.0))
+        for (key, value), missing in zip(cache, missing_rows, strict=True)
     ]
     with torch.no_grad():
         expected = model.peft_model(input_ids=TEXT).logits[:, -7:]

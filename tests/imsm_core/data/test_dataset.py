@@ -1,4 +1,4 @@
-"""Rows of a JSONL file to token ids and batches, and a line number in every complaint."""
+"""Data files as examples: fields, lengths, and a line number in every complaint."""
 
 from __future__ import annotations
 
@@ -9,55 +9,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from imsm_core.backbone import load_tokenizer
-from imsm_core.data.dataset import (
-    IGNORED_LABEL,
-    Dataset,
-    Example,
-    collate,
-    encode_answer,
-    encode_prompt,
-    epoch_order,
-    load_jsonl,
-)
-from imsm_core.errors import BaseModelError, DataError
-from tests.builders import BOS, CHAT_TEMPLATE, EOS, PAD, make_tokenizer, write_jsonl
+from imsm_core.data.dataset import Dataset, Example, epoch_order, load_jsonl
+from imsm_core.data.encoding import encode_answer, encode_prompt
+from imsm_core.errors import DataError
+from tests.builders import EOS, make_tokenizer, write_jsonl
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return make_tokenizer(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return make_tokenizer(tmp_path_factory.mktemp("chat"), CHAT_TEMPLATE)
-
-
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))
-
-
-def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str | bytes, max_length: int = 100) -> Dataset:
+def load(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str, max_length: int = 100) -> Dataset:
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    file.write_text(content, encoding="utf-8")
     return load_jsonl(file, tokenizer, "prompt", "answer", max_length)
-
-
-def test_prompt_gets_the_tokenizers_special_tokens_and_the_answer_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert text_of(tokenizer, encode_prompt(tokenizer, "hi ")) == "<s>hi "
-    assert text_of(tokenizer, encode_answer(tokenizer, "you")) == "you</s>"
-
-
-def test_chat_template_makes_the_prompt_a_users_turn(chat_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert text_of(chat_tokenizer, encode_prompt(chat_tokenizer, "hi")) == "[user]hi\n[assistant]"
-    assert text_of(chat_tokenizer, encode_prompt(chat_tokenizer, "hi", raw=True)) == "<s>hi"
-    assert text_of(chat_tokenizer, encode_answer(chat_tokenizer, "you")) == "you</s>"
-
-
-@pytest.mark.parametrize("template", ["{{ raise_exception('a system turn is needed') }}", "{% if"])
-def test_chat_template_that_fails_is_the_models_fault(tmp_path: Path, template: str) -> None:
-    with pytest.raises(BaseModelError, match="chat template fails on a single user's turn"):
-        encode_prompt(make_tokenizer(tmp_path, template), "hi")
 
 
 def test_fields_are_chosen_by_name_and_others_ignored(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -71,21 +32,8 @@ def test_fields_are_chosen_by_name_and_others_ignored(tmp_path: Path, tokenizer:
 def test_raw_reaches_every_row(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
     file = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a", "answer": "b"}])
     templated, raw = (load_jsonl(file, chat_tokenizer, "prompt", "answer", 100, raw) for raw in (False, True))
-    assert text_of(chat_tokenizer, templated.examples[0].prompt_ids) == "[user]a\n[assistant]"
-    assert text_of(chat_tokenizer, raw.examples[0].prompt_ids) == "<s>a"
-
-
-def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_no_rows(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    row = '{"prompt": "a", "answer": "b"}'
-    assert len(load(tmp_path, tokenizer, f"\ufeff{row}\r\n\r\n{row}").examples) == 2
-
-
-def test_line_separators_inside_json_text_do_not_end_a_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    text = "a\u2028b\u2029c\u0085d"
-    dataset = load(tmp_path, tokenizer, f'{{"prompt": "{text}", "answer": "x"}}\n')
-    assert text_of(tokenizer, dataset.examples[0].prompt_ids) == f"<s>{text}"
+    assert chat_tokenizer.decode(templated.examples[0].prompt_ids) == "[user]a\n[assistant]"
+    assert chat_tokenizer.decode(raw.examples[0].prompt_ids) == "<s>a"
 
 
 def test_rows_longer_than_the_limit_are_skipped_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -101,24 +49,15 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD + "\n" + "{broken\n", "line 3 is not JSON: .* at column 2"),
-        (GOOD + "[1, 2]\n", "line 2 is not a JSON object but list"),
-        (GOOD + '"text"\n', "line 2 is not a JSON object but str"),
-        (GOOD + '{"prompt": "p", "reply": "a"}\n', "line 2 has no field 'answer'; it has 'prompt', 'reply'"),
-        ("{}\n", "line 1 has no field 'prompt'; it has none"),
-        (GOOD + '{"prompt": 3, "answer": "a"}\n', "line 2: field 'prompt' is not text but int"),
-        (GOOD + '{"prompt": "p", "answer": null}\n', "line 2: field 'answer' is not text but NoneType"),
+        (GOOD + "{broken\n", "line 2 is not JSON"),
+        (GOOD + '{"prompt": "p"}\n', "line 2 has no field 'answer'"),
         (GOOD + '{"prompt": "", "answer": "a"}\n', "line 2: the prompt field 'prompt' is empty"),
-        (GOOD + '{"prompt": "\\ud83d", "answer": "a"}\n', "line 2: field 'prompt' is not Unicode text"),
-        (GOOD + '{"prompt": "p", "answer": "a", "n": ' + "9" * 5000 + "}\n", "line 2 cannot be read"),
-        (GOOD + "[" * 100_000 + "\n", "line 2 cannot be read"),
-        (b'{"prompt": "caf\xe9", "answer": "a"}\n', "is not UTF-8 text: .* at byte 15"),
         ("", "nothing to train on: it has no rows"),
         ('{"prompt": "' + "p" * 200 + '", "answer": "a"}\n', "all 1 rows are longer than 100 tokens"),
     ],
 )
 def test_bad_row_is_named_by_its_line(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str | bytes, message: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load(tmp_path, tokenizer, content)
@@ -133,23 +72,6 @@ def test_answer_without_a_single_token_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="line 2: the answer field 'answer' is empty"):
         load(tmp_path, tokenizer, GOOD + empty)
-
-
-def test_missing_file_and_folder_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"cannot read the data file .*none\.jsonl: No such file"):
-        load_jsonl(tmp_path / "none.jsonl", tokenizer, "prompt", "answer", 100)
-    with pytest.raises(DataError, match="Is a directory"):
-        load_jsonl(tmp_path, tokenizer, "prompt", "answer", 100)
-
-
-def test_batch_is_right_padded_and_only_answers_are_learned() -> None:
-    batch = collate([Example([BOS, 10, 11], [12, EOS]), Example([BOS], [20, 21, EOS, 9, 9])], PAD)
-    x = IGNORED_LABEL
-    assert batch.input_ids.tolist() == [[BOS, 10, 11, 12, EOS, PAD], [BOS, 20, 21, EOS, 9, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1] * 6]
-    assert batch.query_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert batch.labels.tolist() == [[x, x, x, 12, EOS, x], [x, 20, 21, EOS, 9, 9]]
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
 
 
 def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
