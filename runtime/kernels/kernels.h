@@ -1,4 +1,8 @@
 // What the kernels share: the context of one call, and how each is registered.
+//
+// This folder holds what is the same for every instruction set. A folder of an instruction set, avx512/, holds its
+// operators whole, one file each, with the arithmetic that they share: what an operator accepts (sizes of heads, of
+// blocks) depends on what its arithmetic can read.
 #pragma once
 
 #include <stddef.h>
@@ -6,9 +10,6 @@
 #include <stdlib.h>
 
 #include "onnxruntime_c_api.h"
-
-// Processors that these kernels are for: x86-64 with AVX-512 and its int8 dot products (VNNI).
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
 
 // A function that a thread of the session's pool runs for one of `total` indices.
 typedef void (*Task)(void* arguments, size_t index);

@@ -1,9 +1,7 @@
 // Functions of registers of float32.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "target.h"
 
 // e^x, to 2 units in the last place; e^-87 below and e^88 above.
 TARGET static inline __m512 exponential(__m512 x) {

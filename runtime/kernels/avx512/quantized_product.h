@@ -1,7 +1,7 @@
 // Products with matrices in blocks of int4 or int8, activations rounded to int8: what several operators share.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels.h"
 #include "low_rank.h"
 
 typedef struct Chunk Chunk;

@@ -3,13 +3,12 @@
 // The heads that share keys are computed together, so that a cache is read once and not once a head. Softmax is
 // computed tile by tile of the cache with a running maximum (FlashAttention, arXiv 2205.14135). A long cache of a
 // single new token is divided into parts, whose results are merged by whichever thread finishes last.
-#include <immintrin.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "../kernels.h"
 #include "vector_math.h"
 
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS_K, TOTAL, COS, SIN, QUERY_SEQLENS };  // inputs

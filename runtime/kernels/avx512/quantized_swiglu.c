@@ -1,6 +1,5 @@
 // QuantizedSwiGLU: y = silu(x G^T [+ ...]) * (x U^T [+ ...]), both products as in QuantizedMatMul (SwiGLU, arXiv
 // 2002.05202).
-#include <immintrin.h>
 #include <stdlib.h>
 
 #include "quantized_product.h"

@@ -10,9 +10,10 @@
 // arithmetic: 32 columns' weights of one block are put into lanes once, for all rows.
 #include "quantized_product.h"
 
-#include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "target.h"
 
 enum {
   BLOCK = 32,          // activations with one scale

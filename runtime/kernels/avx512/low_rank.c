@@ -1,8 +1,9 @@
 #include "low_rank.h"
 
-#include <immintrin.h>
 #include <sched.h>
 #include <stdlib.h>
+
+#include "target.h"
 
 enum {
   LANES = 16,

@@ -3,7 +3,7 @@
 
 #include <stdatomic.h>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 typedef struct {
   const float* x;     // (all rows, k)
