@@ -1,58 +1,32 @@
-// GroupQueryAttention: the operator of com.microsoft for float32 caches that are continued in place, without biases.
-//
 // The heads that share keys are computed together, so that a cache is read once and not once a head. Softmax is
 // computed tile by tile of the cache with a running maximum (FlashAttention, arXiv 2205.14135). A long cache of a
 // single new token is divided into parts, whose results are merged by whichever thread finishes last.
+#include "attention.h"
+
 #include <math.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "../kernels.h"
+#include "target.h"
 #include "vector_math.h"
 
-enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS_K, TOTAL, COS, SIN, QUERY_SEQLENS };  // inputs
 enum {
-  LANES = 16,
+  LANES = IMSM_HEAD_STEP,
   TILE = 64,     // positions of the cache
   VECTORS = 32,  // queries (heads of tokens) that a task computes, about
   PART = 512,    // positions of the cache that one task reads for a single new token
-  LARGEST_HEAD = 256,
 };
 
-typedef struct {
-  size_t heads, kv_heads, window;  // window: 0 is none
-  float scale;
-  int rotary, interleaved;
-} Kernel;
+static size_t new_tokens(const ImsmAttention* attention, size_t row) { return (size_t)attention->news[row]; }
 
-typedef struct {
-  const Kernel* kernel;
-  const float *query, *key, *value;
-  size_t query_stride, kv_stride;  // floats from a token to the next
-  float *keys, *values;            // caches: (rows, kv_heads, capacity, size)
-  const float *cos, *sin;
-  size_t half;                    // of the rotated part of a head
-  const int32_t *lengths, *news;  // tokens of each row after this step, minus one; new ones (NULL: all)
-  float* y;
-  size_t rows, tokens, size, capacity, group;
-  size_t block, blocks;     // tokens of one task; tasks of a row and a key's head
-  size_t parts;             // of the cache
-  float* partial;           // (rows, kv_heads, parts, group, size + 2): sums, largest score, sum of weights
-  atomic_size_t* finished;  // (rows, kv_heads)
-} Call;
-
-static size_t new_tokens(const Call* call, size_t row) { return call->news ? (size_t)call->news[row] : call->tokens; }
-
-static size_t first_position(const Call* call, size_t row) {
-  return (size_t)call->lengths[row] + 1 - new_tokens(call, row);
+static size_t first_position(const ImsmAttention* attention, size_t row) {
+  return (size_t)attention->lengths[row] + 1 - new_tokens(attention, row);
 }
 
 // One head at one position, rotated (RoFormer, arXiv 2104.09864) and multiplied.
-TARGET static void rotate(const Call* call, const float* from, size_t position, float factor, float* to) {
-  const size_t half = call->kernel->rotary ? call->half : 0;
-  const float *cos = call->cos + position * half, *sin = call->sin + position * half;
-  if (call->kernel->interleaved) {
+TARGET static void rotate(const ImsmAttention* attention, const float* from, size_t position, float factor, float* to) {
+  const size_t half = attention->rotary ? attention->half : 0;
+  const float *cos = attention->cos + position * half, *sin = attention->sin + position * half;
+  if (attention->interleaved) {
     for (size_t i = 0; i < half; i++) {
       to[2 * i] = factor * (from[2 * i] * cos[i] - from[2 * i + 1] * sin[i]);
       to[2 * i + 1] = factor * (from[2 * i] * sin[i] + from[2 * i + 1] * cos[i]);
@@ -63,26 +37,28 @@ TARGET static void rotate(const Call* call, const float* from, size_t position, 
       to[i + half] = factor * (from[i] * sin[i] + from[i + half] * cos[i]);
     }
   }
-  for (size_t i = 2 * half; i < call->size; i++) to[i] = factor * from[i];
+  for (size_t i = 2 * half; i < attention->size; i++) to[i] = factor * from[i];
 }
 
-static float* cached(const Call* call, float* cache, size_t row, size_t head, size_t position) {
-  return cache + ((row * call->kernel->kv_heads + head) * call->capacity + position) * call->size;
+static float* cached(const ImsmAttention* attention, float* cache, size_t row, size_t head, size_t position) {
+  return cache + ((row * attention->kv_heads + head) * attention->capacity + position) * attention->size;
 }
 
 // New keys and values of one row and head, behind the old ones.
-TARGET static void append(const Call* call, size_t row, size_t head) {
-  const size_t first = first_position(call, row);
-  for (size_t token = 0; token < new_tokens(call, row); token++) {
-    const size_t from = (row * call->tokens + token) * call->kv_stride + head * call->size;
-    rotate(call, call->key + from, first + token, 1.0f, cached(call, call->keys, row, head, first + token));
-    memcpy(cached(call, call->values, row, head, first + token), call->value + from, call->size * sizeof(float));
+TARGET static void append(const ImsmAttention* attention, size_t row, size_t head) {
+  const size_t first = first_position(attention, row);
+  for (size_t token = 0; token < new_tokens(attention, row); token++) {
+    const size_t from = (row * attention->tokens + token) * attention->kv_stride + head * attention->size;
+    rotate(attention, attention->key + from, first + token, 1.0f,
+           cached(attention, attention->keys, row, head, first + token));
+    memcpy(cached(attention, attention->values, row, head, first + token), attention->value + from,
+           attention->size * sizeof(float));
   }
 }
 
 TARGET static void append_task(void* arguments, size_t task) {
-  const Call* call = arguments;
-  append(call, task / call->kernel->kv_heads, task % call->kernel->kv_heads);
+  const ImsmAttention* attention = arguments;
+  append(attention, task / attention->kv_heads, task % attention->kv_heads);
 }
 
 // The sums of four registers.
@@ -136,7 +112,7 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
   for (size_t t = whole / LANES * LANES; t < to; t += LANES) {
     const __m512 these = _mm512_load_ps(scores + t);
     const __mmask16 seen = _mm512_cmp_ps_mask(these, least, _CMP_GT_OQ);
-    const __m512 weights = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(these, highest)));
+    const __m512 weights = _mm512_maskz_mov_ps(seen, imsm_exponential(_mm512_sub_ps(these, highest)));
     _mm512_store_ps(scores + t, weights);
     weight = _mm512_add_ps(weight, weights);
   }
@@ -164,187 +140,112 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
 }
 
 // Puts the parts of one row and key's head together.
-static void merge(const Call* call, size_t row, size_t kv_head) {
-  const size_t width = call->size + 2;
-  for (size_t g = 0; g < call->group; g++) {
+static void merge(const ImsmAttention* attention, size_t row, size_t kv_head) {
+  const size_t width = attention->size + 2;
+  for (size_t g = 0; g < attention->group; g++) {
     const float* parts =
-        call->partial + ((row * call->kernel->kv_heads + kv_head) * call->parts * call->group + g) * width;
+        attention->partial + ((row * attention->kv_heads + kv_head) * attention->parts * attention->group + g) * width;
     float largest = -INFINITY, weight = 0;
-    for (size_t part = 0; part < call->parts; part++) {
-      const float found = parts[part * call->group * width + call->size];
+    for (size_t part = 0; part < attention->parts; part++) {
+      const float found = parts[part * attention->group * width + attention->size];
       if (found > largest) largest = found;
     }
-    float* y = call->y + (row * call->kernel->heads + kv_head * call->group + g) * call->size;
-    memset(y, 0, call->size * sizeof(float));
-    for (size_t part = 0; part < call->parts; part++) {
-      const float* these = parts + part * call->group * width;
-      if (these[call->size + 1] == 0) continue;
-      const float factor = expf(these[call->size] - largest);
-      weight += factor * these[call->size + 1];
-      for (size_t d = 0; d < call->size; d++) y[d] += factor * these[d];
+    float* y = attention->y + (row * attention->heads + kv_head * attention->group + g) * attention->size;
+    memset(y, 0, attention->size * sizeof(float));
+    for (size_t part = 0; part < attention->parts; part++) {
+      const float* these = parts + part * attention->group * width;
+      if (these[attention->size + 1] == 0) continue;
+      const float factor = expf(these[attention->size] - largest);
+      weight += factor * these[attention->size + 1];
+      for (size_t d = 0; d < attention->size; d++) y[d] += factor * these[d];
     }
-    for (size_t d = 0; d < call->size; d++) y[d] /= weight;
+    for (size_t d = 0; d < attention->size; d++) y[d] /= weight;
   }
 }
 
 // Some tokens of one row, all heads of one key's head, the whole cache or a part of it.
 TARGET static void attend_task(void* arguments, size_t task) {
-  const Call* call = arguments;
-  const size_t size = call->size, group = call->group, window = call->kernel->window;
-  const size_t part = task % call->parts, block = task / call->parts % call->blocks;
-  const size_t kv_head = task / call->parts / call->blocks % call->kernel->kv_heads;
-  const size_t row = task / call->parts / call->blocks / call->kernel->kv_heads;
-  const size_t first = first_position(call, row), start = block * call->block;
-  const size_t stop = start + call->block < call->tokens ? start + call->block : call->tokens;
-  const size_t there = new_tokens(call, row) < stop ? new_tokens(call, row) : stop;
+  const ImsmAttention* attention = arguments;
+  const size_t size = attention->size, group = attention->group, window = attention->window;
+  const size_t part = task % attention->parts, block = task / attention->parts % attention->blocks;
+  const size_t kv_head = task / attention->parts / attention->blocks % attention->kv_heads;
+  const size_t row = task / attention->parts / attention->blocks / attention->kv_heads;
+  const size_t first = first_position(attention, row), start = block * attention->block;
+  const size_t stop = start + attention->block < attention->tokens ? start + attention->block : attention->tokens;
+  const size_t there = new_tokens(attention, row) < stop ? new_tokens(attention, row) : stop;
   for (size_t token = there > start ? there : start; token < stop; token++)  // padding
-    memset(call->y + ((row * call->tokens + token) * call->kernel->heads + kv_head * group) * size, 0,
+    memset(attention->y + ((row * attention->tokens + token) * attention->heads + kv_head * group) * size, 0,
            group * size * sizeof(float));
-  if (there <= start && call->parts == 1) return;
+  if (there <= start && attention->parts == 1) return;
   const size_t known = first + there, queries = (there > start ? there - start : 0) * group;
-  size_t from = part * PART, end = call->parts > 1 && from + PART < known ? from + PART : known;
-  if (call->tokens == 1 && queries > 0 && part == first / PART) append(call, row, kv_head);
+  size_t from = part * PART, end = attention->parts > 1 && from + PART < known ? from + PART : known;
+  if (attention->tokens == 1 && queries > 0 && part == first / PART) append(attention, row, kv_head);
+  // IMSM_LARGEST_GROUP and IMSM_LARGEST_HEAD limit these to 256 KB each. They are as small as the call allows because a
+  // thread's stack may be small, and because arrays of the largest size would lie a multiple of 4 KB apart, where a
+  // processor may take a load for one that depends on an earlier store.
   float vectors[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
   float sums[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
   State states[queries > 0 ? queries : 1];
   memset(sums, 0, sizeof sums);
   for (size_t i = 0; i < queries; i++) {
     const size_t token = start + i / group, position = first + token;
-    rotate(call, call->query + (row * call->tokens + token) * call->query_stride + (kv_head * group + i % group) * size,
-           position, call->kernel->scale, vectors[i]);
+    rotate(attention,
+           attention->query + (row * attention->tokens + token) * attention->query_stride +
+               (kv_head * group + i % group) * size,
+           position, attention->scale, vectors[i]);
     states[i] = (State){-INFINITY, 0, window && position + 1 > window ? position + 1 - window : 0, position + 1};
   }
   if (window && first + start + 1 > window && first + start + 1 - window > from)
     from = from + (first + start + 1 - window - from) / TILE * TILE;  // nothing before it is seen
-  const float* keys = cached(call, call->keys, row, kv_head, 0);
-  const float* values = cached(call, call->values, row, kv_head, 0);
+  const float* keys = cached(attention, attention->keys, row, kv_head, 0);
+  const float* values = cached(attention, attention->values, row, kv_head, 0);
   for (; from < end; from += TILE)
     for (size_t i = 0; i < queries; i++)
       attend(vectors[i], &states[i], sums[i], keys + from * size, values + from * size, from,
              from + TILE < end ? from + TILE : end, size);
-  if (call->parts == 1) {
+  if (attention->parts == 1) {
     for (size_t i = 0; i < queries; i++) {
-      float* y = call->y +
-                 ((row * call->tokens + start + i / group) * call->kernel->heads + kv_head * group + i % group) * size;
+      float* y =
+          attention->y +
+          ((row * attention->tokens + start + i / group) * attention->heads + kv_head * group + i % group) * size;
       for (size_t d = 0; d < size; d++) y[d] = sums[i][d] / states[i].weight;
     }
     return;
   }
-  const size_t place = row * call->kernel->kv_heads + kv_head;
-  float* to = call->partial + (place * call->parts + part) * group * (size + 2);
+  const size_t place = row * attention->kv_heads + kv_head;
+  float* to = attention->partial + (place * attention->parts + part) * group * (size + 2);
   for (size_t i = 0; i < group; i++, to += size + 2) {
     if (i < queries) memcpy(to, sums[i], size * sizeof(float));
     to[size] = i < queries ? states[i].largest : -INFINITY;
     to[size + 1] = i < queries ? states[i].weight : 0;
   }
-  if (atomic_fetch_add(&call->finished[place], 1) + 1 == call->parts && queries > 0) merge(call, row, kv_head);
+  if (atomic_fetch_add(&attention->finished[place], 1) + 1 == attention->parts && queries > 0)
+    merge(attention, row, kv_head);
 }
 
-// Copies a cache that is not continued in place.
-static void copy_cache(const Call* call, float* to, const float* from, size_t capacity) {
-  if (to == from) return;
-  for (size_t at = 0; at < call->rows * call->kernel->kv_heads; at++)
-    memcpy(to + at * call->capacity * call->size, from + at * capacity * call->size,
-           capacity * call->size * sizeof(float));
-}
-
-static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
-  const Kernel* kernel = op_kernel;
-  Call call = {.kernel = kernel};
-  size_t width = 0, elements = 0, cached_elements = 0;
-  call.query = input(context, QUERY, &elements, &width);
-  call.key = input(context, KEY, NULL, NULL);
-  call.value = input(context, VALUE, NULL, NULL);
-  const float* past_key = input(context, PAST_KEY, &cached_elements, &call.size);
-  const float* past_value = input(context, PAST_VALUE, NULL, NULL);
-  call.lengths = input(context, SEQLENS_K, &call.rows, NULL);
-  const int32_t* total = input(context, TOTAL, NULL, NULL);
-  size_t angles = 0;
-  call.cos = input(context, COS, &angles, &call.half);
-  call.sin = input(context, SIN, NULL, NULL);
-  call.news = input(context, QUERY_SEQLENS, NULL, NULL);
-  call.group = kernel->heads / kernel->kv_heads;
-  const size_t queries_width = kernel->heads * call.size, kv_width = kernel->kv_heads * call.size;
-  if (call.size % LANES || call.size > LARGEST_HEAD)
-    return failure("GroupQueryAttention: a head size that the kernel has not");
-  if (width != queries_width + (call.key ? 0 : 2 * kv_width) || (kernel->rotary && call.cos == NULL))
-    return failure("GroupQueryAttention: inputs that do not fit its heads");
-  call.query_stride = width;
-  call.kv_stride = call.key ? kv_width : width;
-  if (call.key == NULL) {
-    call.key = call.query + queries_width;
-    call.value = call.key + kv_width;
-  }
-  call.tokens = call.rows ? elements / width / call.rows : 0;
-  const size_t capacity = call.rows ? cached_elements / call.rows / kv_width : 0;
-  call.capacity = (size_t)*total > capacity ? (size_t)*total : capacity;
-  const int64_t y_shape[3] = {(int64_t)call.rows, (int64_t)call.tokens, (int64_t)queries_width};
-  const int64_t shape[4] = {(int64_t)call.rows, (int64_t)kernel->kv_heads, (int64_t)call.capacity, (int64_t)call.size};
-  call.y = output(context, 0, y_shape, 3);
-  call.keys = output(context, 1, shape, 4);
-  call.values = output(context, 2, shape, 4);
-  if (call.rows == 0 || call.tokens == 0) return NULL;
-  copy_cache(&call, call.keys, past_key, capacity);
-  copy_cache(&call, call.values, past_value, capacity);
+OrtStatus* imsm_attention(ImsmAttention* attention, const OrtKernelContext* context) {
+  const size_t places = attention->rows * attention->kv_heads;
   size_t longest = 0;
-  for (size_t row = 0; row < call.rows; row++) {
-    const int64_t known = (int64_t)call.lengths[row] + 1, fresh = (int64_t)new_tokens(&call, row);
-    if (fresh < 0 || fresh > (int64_t)call.tokens || known < fresh || known > (int64_t)call.capacity)
-      return failure("GroupQueryAttention: lengths that do not fit the cache");
-    if ((size_t)known > longest) longest = (size_t)known;
+  for (size_t row = 0; row < attention->rows; row++) {
+    const size_t known = (size_t)attention->lengths[row] + 1;
+    if (known > longest) longest = known;
   }
-  if (kernel->rotary && longest * call.half > angles)
-    return failure("GroupQueryAttention: a position past the rotary tables");
-  const size_t places = call.rows * kernel->kv_heads;
-  call.block = call.group < VECTORS ? VECTORS / call.group : 1;
-  if (call.block > call.tokens) call.block = call.tokens;
-  call.blocks = (call.tokens + call.block - 1) / call.block;
-  call.parts = call.tokens == 1 && longest > PART ? (longest + PART - 1) / PART : 1;
-  OrtStatus* status = NULL;
-  if (call.tokens > 1) status = parallel_for(context, append_task, places, &call);
-  if (status != NULL) return status;
-  if (call.parts > 1) {
+  attention->block = attention->group < VECTORS ? VECTORS / attention->group : 1;
+  if (attention->block > attention->tokens) attention->block = attention->tokens;
+  attention->blocks = (attention->tokens + attention->block - 1) / attention->block;
+  attention->parts = attention->tokens == 1 && longest > PART ? (longest + PART - 1) / PART : 1;
+  if (attention->tokens > 1) IMSM_TRY(imsm_parallel_for(context, append_task, places, attention));
+  void* memory = NULL;
+  if (attention->parts > 1) {
     const size_t counters = (places * sizeof(atomic_size_t) + 63) / 64 * 64;
-    char* memory = malloc(counters + places * call.parts * call.group * (call.size + 2) * sizeof(float));
-    if (memory == NULL) return failure("no memory for parts of attention");
-    call.finished = (atomic_size_t*)memory;
-    call.partial = (float*)(memory + counters);
-    for (size_t place = 0; place < places; place++) atomic_init(&call.finished[place], 0);
+    const size_t partial = imsm_times(imsm_times(places * attention->parts, attention->group), attention->size + 2);
+    if (partial > (SIZE_MAX - counters) / sizeof(float)) return imsm_failure("the cache is too large");
+    IMSM_TRY(imsm_allocate(counters + partial * sizeof(float), 1, &memory));
+    attention->finished = memory;
+    attention->partial = (float*)((char*)memory + counters);
+    for (size_t place = 0; place < places; place++) atomic_init(&attention->finished[place], 0);
   }
-  status = parallel_for(context, attend_task, places * call.blocks * call.parts, &call);
-  free(call.finished);
+  OrtStatus* status = imsm_parallel_for(context, attend_task, places * attention->blocks * attention->parts, attention);
+  free(memory);
   return status;
-}
-
-static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
-  (void)op, (void)ort;
-  Kernel* made = malloc(sizeof *made);
-  if (made == NULL) return failure("no memory for a kernel");
-  made->heads = (size_t)attribute(info, "num_heads", 1);
-  made->kv_heads = (size_t)attribute(info, "kv_num_heads", 1);
-  const int64_t window = attribute(info, "local_window_size", -1);
-  made->window = window > 0 ? (size_t)window : 0;
-  made->rotary = (int)attribute(info, "do_rotary", 0);
-  made->interleaved = (int)attribute(info, "rotary_interleaved", 0);
-  made->scale = float_attribute(info, "scale", 1.0f);
-  *kernel = made;
-  return NULL;
-}
-
-static const char* name(const OrtCustomOp* op) { return (void)op, "GroupQueryAttention"; }
-static size_t inputs(const OrtCustomOp* op) { return (void)op, QUERY_SEQLENS + 1; }
-static size_t outputs(const OrtCustomOp* op) { return (void)op, 3; }
-static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
-  (void)op;
-  return index == SEQLENS_K || index == TOTAL || index == QUERY_SEQLENS ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
-                                                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-}
-static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
-  (void)op;
-  return index == KEY || index == VALUE || index == COS || index == SIN ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
-}
-
-const OrtCustomOp* group_query_attention(void) {
-  static const OrtCustomOp op = OPERATOR(name, inputs, outputs, input_type, input_characteristic, create, compute);
-  return &op;
 }
