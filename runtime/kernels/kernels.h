@@ -1,4 +1,10 @@
-// What the kernels share: the context of one call, and how each is registered.
+// What the kernels share: what one reads and writes in a call, and how an operator is described.
+//
+// This folder holds what is the same for every instruction set. A folder of an instruction set, avx512/, holds its
+// operators whole, one file each, with the arithmetic that they share: what an operator accepts (sizes of heads, of
+// blocks) depends on what its arithmetic can read.
+//
+// A function that can fail returns NULL or the failure, which the caller returns or releases.
 #pragma once
 
 #include <stddef.h>
@@ -7,61 +13,78 @@
 
 #include "onnxruntime_c_api.h"
 
-// Processors that these kernels are for: x86-64 with AVX-512 and its int8 dot products (VNNI).
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c,fma")))
+// Returns from the calling function with the failure of `call`, if it fails.
+#define IMSM_TRY(call)                           \
+  do {                                           \
+    OrtStatus* const imsm_try_status = (call);   \
+    if (imsm_try_status) return imsm_try_status; \
+  } while (0)
+
+enum { IMSM_MOST_DIMENSIONS = 8, IMSM_ALIGNMENT = 64 };
+
+// An input.
+typedef struct {
+  const void* data;
+  int given;  // 0: it is left out, and the rest is zero
+  ONNXTensorElementDataType type;
+  size_t dimensions, count;  // count: of elements
+  size_t shape[IMSM_MOST_DIMENSIONS];
+} ImsmTensor;
+
+// A failure with a message in printf's format. Never NULL.
+OrtStatus* imsm_failure(const char* format, ...) __attribute__((format(printf, 1, 2), returns_nonnull));
+
+// Finds an input, which may be left out. Fails where it has more dimensions than IMSM_MOST_DIMENSIONS.
+OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
+
+// Finds an input that must be there.
+OrtStatus* imsm_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
+
+// Makes an output of float32.
+OrtStatus* imsm_output(OrtKernelContext* context, size_t index, const size_t* shape, size_t dimensions, float** values);
+
+// An attribute of a node; `otherwise` where the node has none of that name. Fails where it has another type.
+OrtStatus* imsm_int_attribute(const OrtKernelInfo* info, const char* name, int64_t otherwise, int64_t* value);
+OrtStatus* imsm_float_attribute(const OrtKernelInfo* info, const char* name, float otherwise, float* value);
+
+// a b, or SIZE_MAX where that is too large: no tensor has so many elements, and no memory so many bytes.
+static inline size_t imsm_times(size_t a, size_t b) {
+  size_t product;
+  return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
+}
+
+// Memory for `count` elements of `size` bytes, aligned to IMSM_ALIGNMENT; free() releases it.
+OrtStatus* imsm_allocate(size_t count, size_t size, void** memory);
 
 // A function that a thread of the session's pool runs for one of `total` indices.
-typedef void (*Task)(void* arguments, size_t index);
+typedef void (*ImsmTask)(void* arguments, size_t index);
 
 // Runs `task` for 0 .. total - 1 in the session's pool of threads.
-OrtStatus* parallel_for(const OrtKernelContext* context, Task task, size_t total, void* arguments);
+OrtStatus* imsm_parallel_for(const OrtKernelContext* context, ImsmTask task, size_t total, void* arguments);
 
-// The values of an input tensor, NULL for one that is left out; `count` gets the number of elements, `last` the size of
-// the last dimension.
-const void* input(const OrtKernelContext* context, size_t index, size_t* count, size_t* last);
+typedef struct {
+  ONNXTensorElementDataType type;  // UNDEFINED: float32 or float16, as the kernel checks
+  int optional;
+} ImsmInput;
 
-// Whether an input tensor is of float16.
-int is_half(const OrtKernelContext* context, size_t index);
+// An operator of domain "imsm". Its outputs are float32, and none is optional.
+typedef struct ImsmOperator ImsmOperator;
+struct ImsmOperator {
+  const char* name;
+  const ImsmInput* inputs;
+  size_t input_count, output_count;
+  // Makes a kernel of a node's attributes; free() releases it.
+  OrtStatus* (*create)(const ImsmOperator* operator, const OrtKernelInfo* info, void** kernel);
+  OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
+};
 
-// The values of an output tensor of a shape.
-float* output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t dimensions);
+// The operators for x86-64 with AVX-512 VNNI, and whether this processor has that.
+enum { IMSM_AVX512_OPERATORS = 5 };
+extern const ImsmOperator* const imsm_avx512_operators[IMSM_AVX512_OPERATORS];
+int imsm_avx512_supported(void);
 
-// The same, of the shape of an input but for its last dimension.
-float* output_like(OrtKernelContext* context, size_t index, size_t model, int64_t last);
+// Gives imsm_* the interface of the onnxruntime that has loaded the library.
+void imsm_use(const OrtApi* api);
 
-// An attribute; `otherwise` where the node has none.
-int64_t attribute(const OrtKernelInfo* info, const char* name, int64_t otherwise);
-float float_attribute(const OrtKernelInfo* info, const char* name, float otherwise);
-
-OrtStatus* failure(const char* message);
-
-const OrtCustomOp* quantized_matmul(void);
-const OrtCustomOp* quantized_matmul_low_rank(void);
-const OrtCustomOp* quantized_swiglu(void);
-const OrtCustomOp* quantized_swiglu_low_rank(void);
-const OrtCustomOp* group_query_attention(void);
-
-// What is the same for all operators.
-const char* cpu_provider(const OrtCustomOp* op);
-OrtMemType default_memory(const OrtCustomOp* op, size_t index);
-ONNXTensorElementDataType float_output(const OrtCustomOp* op, size_t index);
-OrtCustomOpInputOutputCharacteristic required(const OrtCustomOp* op, size_t index);
-int first_version(const OrtCustomOp* op);
-int last_version(const OrtCustomOp* op);
-
-#define OPERATOR(NAME, INPUTS, OUTPUTS, INPUT_TYPE, INPUT_CHARACTERISTIC, CREATE, COMPUTE) \
-  {.version = ORT_API_VERSION,                                                             \
-   .GetName = NAME,                                                                        \
-   .GetExecutionProviderType = cpu_provider,                                               \
-   .GetInputType = INPUT_TYPE,                                                             \
-   .GetInputTypeCount = INPUTS,                                                            \
-   .GetOutputType = float_output,                                                          \
-   .GetOutputTypeCount = OUTPUTS,                                                          \
-   .KernelDestroy = free,                                                                  \
-   .GetInputCharacteristic = INPUT_CHARACTERISTIC,                                         \
-   .GetOutputCharacteristic = required,                                                    \
-   .GetInputMemoryType = default_memory,                                                   \
-   .CreateKernelV2 = CREATE,                                                               \
-   .KernelComputeV2 = COMPUTE,                                                             \
-   .GetStartVersion = first_version,                                                       \
-   .GetEndVersion = last_version}
+// Puts a failure in reserve, for imsm_failure to give when there is no memory for another one.
+void imsm_reserve_failure(void);

@@ -2,133 +2,98 @@
 //
 // A graph's own functions say what these operators compute; where they are not registered, onnxruntime runs those.
 #include <pthread.h>
-#include <stdlib.h>
 
 #include "kernels.h"
 
-static const OrtApi* ort;
+typedef struct {
+  OrtCustomOp op;  // first: onnxruntime gives its address to the functions below
+  const ImsmOperator* description;
+} Registered;
 
-OrtStatus* failure(const char* message) { return ort->CreateStatus(ORT_RUNTIME_EXCEPTION, message); }
+static const ImsmOperator* description_of(const OrtCustomOp* op) { return ((const Registered*)op)->description; }
 
-OrtStatus* parallel_for(const OrtKernelContext* context, Task task, size_t total, void* arguments) {
-  return ort->KernelContext_ParallelFor(context, task, total, 0, arguments);
+static const char* name(const OrtCustomOp* op) { return description_of(op)->name; }
+static const char* cpu_provider(const OrtCustomOp* op) { return (void)op, NULL; }
+static size_t input_count(const OrtCustomOp* op) { return description_of(op)->input_count; }
+static size_t output_count(const OrtCustomOp* op) { return description_of(op)->output_count; }
+static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
+  return description_of(op)->inputs[index].type;
 }
-
-enum { MOST_DIMENSIONS = 8 };
-
-// The shape of a tensor; returns how many dimensions it has, `count` gets the number of elements.
-static size_t shape_of(const OrtValue* value, int64_t shape[MOST_DIMENSIONS], size_t* count) {
-  OrtTensorTypeAndShapeInfo* info = NULL;
-  size_t dimensions = 0;
-  ort->ReleaseStatus(ort->GetTensorTypeAndShape(value, &info));
-  ort->ReleaseStatus(ort->GetDimensionsCount(info, &dimensions));
-  if (dimensions > MOST_DIMENSIONS) dimensions = MOST_DIMENSIONS;
-  ort->ReleaseStatus(ort->GetDimensions(info, shape, dimensions));
-  ort->ReleaseStatus(ort->GetTensorShapeElementCount(info, count));
-  ort->ReleaseTensorTypeAndShapeInfo(info);
-  return dimensions;
-}
-
-const void* input(const OrtKernelContext* context, size_t index, size_t* count, size_t* last) {
-  const OrtValue* value = NULL;
-  size_t inputs = 0;
-  ort->ReleaseStatus(ort->KernelContext_GetInputCount(context, &inputs));
-  if (index >= inputs) return NULL;
-  ort->ReleaseStatus(ort->KernelContext_GetInput(context, index, &value));
-  if (value == NULL) return NULL;
-  int64_t shape[MOST_DIMENSIONS];
-  size_t elements = 0;
-  void* data = NULL;
-  const size_t dimensions = shape_of(value, shape, &elements);
-  if (last) *last = dimensions ? (size_t)shape[dimensions - 1] : 1;
-  if (count) *count = elements;
-  ort->ReleaseStatus(ort->GetTensorMutableData((OrtValue*)value, &data));
-  return data;
-}
-
-int is_half(const OrtKernelContext* context, size_t index) {
-  const OrtValue* value = NULL;
-  ort->ReleaseStatus(ort->KernelContext_GetInput(context, index, &value));
-  OrtTensorTypeAndShapeInfo* info = NULL;
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-  ort->ReleaseStatus(ort->GetTensorTypeAndShape(value, &info));
-  ort->ReleaseStatus(ort->GetTensorElementType(info, &type));
-  ort->ReleaseTensorTypeAndShapeInfo(info);
-  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-}
-
-float* output(OrtKernelContext* context, size_t index, const int64_t* shape, size_t dimensions) {
-  OrtValue* made = NULL;
-  void* data = NULL;
-  ort->ReleaseStatus(ort->KernelContext_GetOutput(context, index, shape, dimensions, &made));
-  ort->ReleaseStatus(ort->GetTensorMutableData(made, &data));
-  return data;
-}
-
-float* output_like(OrtKernelContext* context, size_t index, size_t model, int64_t last) {
-  const OrtValue* value = NULL;
-  ort->ReleaseStatus(ort->KernelContext_GetInput(context, model, &value));
-  int64_t shape[MOST_DIMENSIONS];
-  size_t elements = 0;
-  const size_t dimensions = shape_of(value, shape, &elements);
-  if (dimensions) shape[dimensions - 1] = last;
-  return output(context, index, shape, dimensions);
-}
-
-int64_t attribute(const OrtKernelInfo* info, const char* name, int64_t otherwise) {
-  int64_t found = otherwise;
-  OrtStatus* status = ort->KernelInfoGetAttribute_int64(info, name, &found);
-  if (status != NULL) {
-    ort->ReleaseStatus(status);
-    return otherwise;
-  }
-  return found;
-}
-
-float float_attribute(const OrtKernelInfo* info, const char* name, float otherwise) {
-  float found = otherwise;
-  OrtStatus* status = ort->KernelInfoGetAttribute_float(info, name, &found);
-  if (status != NULL) {
-    ort->ReleaseStatus(status);
-    return otherwise;
-  }
-  return found;
-}
-
-const char* cpu_provider(const OrtCustomOp* op) { return (void)op, NULL; }
-OrtMemType default_memory(const OrtCustomOp* op, size_t index) { return (void)op, (void)index, OrtMemTypeDefault; }
-ONNXTensorElementDataType float_output(const OrtCustomOp* op, size_t index) {
+static ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }
-OrtCustomOpInputOutputCharacteristic required(const OrtCustomOp* op, size_t index) {
+static OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp* op, size_t index) {
+  return description_of(op)->inputs[index].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+}
+static OrtCustomOpInputOutputCharacteristic output_characteristic(const OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, INPUT_OUTPUT_REQUIRED;
 }
-int first_version(const OrtCustomOp* op) { return (void)op, 1; }
-int last_version(const OrtCustomOp* op) { return (void)op, INT32_MAX; }
+static OrtMemType memory_type(const OrtCustomOp* op, size_t index) { return (void)op, (void)index, OrtMemTypeDefault; }
+static int first_version(const OrtCustomOp* op) { return (void)op, 1; }
+static int last_version(const OrtCustomOp* op) { return (void)op, INT32_MAX; }
+static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
+  (void)ort;
+  imsm_reserve_failure();
+  return description_of(op)->create(description_of(op), info, kernel);
+}
+
+static Registered registered(const ImsmOperator* description) {
+  return (Registered){.description = description,
+                      .op = {.version = ORT_API_VERSION,
+                             .GetName = name,
+                             .GetExecutionProviderType = cpu_provider,
+                             .GetInputType = input_type,
+                             .GetInputTypeCount = input_count,
+                             .GetOutputType = output_type,
+                             .GetOutputTypeCount = output_count,
+                             .KernelDestroy = free,
+                             .GetInputCharacteristic = input_characteristic,
+                             .GetOutputCharacteristic = output_characteristic,
+                             .GetInputMemoryType = memory_type,
+                             .CreateKernelV2 = create,
+                             .KernelComputeV2 = description->compute,
+                             .GetStartVersion = first_version,
+                             .GetEndVersion = last_version}};
+}
 
 // Whether there are kernels for this processor.
-__attribute__((visibility("default"))) int imsm_kernels_supported(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c");
+__attribute__((visibility("default"))) int imsm_kernels_supported(void) { return imsm_avx512_supported(); }
+
+static OrtStatus* add_operators(const OrtApi* ort, OrtCustomOpDomain* domain) {
+  static Registered all[IMSM_AVX512_OPERATORS];
+  for (size_t i = 0; i < IMSM_AVX512_OPERATORS; i++) {
+    all[i] = registered(imsm_avx512_operators[i]);
+    IMSM_TRY(ort->CustomOpDomain_Add(domain, &all[i].op));
+  }
+  return NULL;
+}
+
+// Makes the domain at the first call. It lives as long as the process: sessions share it.
+static OrtStatus* find_domain(const OrtApi* ort, OrtCustomOpDomain** found) {
+  static OrtCustomOpDomain* domain;
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  OrtStatus* status = NULL;
+  pthread_mutex_lock(&lock);
+  if (domain == NULL) {
+    OrtCustomOpDomain* made = NULL;
+    imsm_use(ort);
+    status = ort->CreateCustomOpDomain("imsm", &made);
+    if (status == NULL) status = add_operators(ort, made);
+    if (status == NULL)
+      domain = made;
+    else if (made)
+      ort->ReleaseCustomOpDomain(made);
+  }
+  *found = domain;
+  pthread_mutex_unlock(&lock);
+  return status;
 }
 
 __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                     const OrtApiBase* base) {
-  ort = base->GetApi(ORT_API_VERSION);
+  const OrtApi* ort = base->GetApi(ORT_API_VERSION);
   if (ort == NULL || !imsm_kernels_supported()) return NULL;
-  static OrtCustomOpDomain* domain;  // lives as long as the process: sessions share it
-  static pthread_mutex_t first = PTHREAD_MUTEX_INITIALIZER;
-  pthread_mutex_lock(&first);
-  OrtStatus* status = NULL;
-  if (domain == NULL) {
-    status = ort->CreateCustomOpDomain("imsm", &domain);
-    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul());
-    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_matmul_low_rank());
-    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu());
-    if (status == NULL) status = ort->CustomOpDomain_Add(domain, quantized_swiglu_low_rank());
-    if (status == NULL) status = ort->CustomOpDomain_Add(domain, group_query_attention());
-  }
-  pthread_mutex_unlock(&first);
-  return status != NULL ? status : ort->AddCustomOpDomain(options, domain);
+  OrtCustomOpDomain* domain = NULL;
+  IMSM_TRY(find_domain(ort, &domain));
+  return ort->AddCustomOpDomain(options, domain);
 }

@@ -1,8 +1,9 @@
 #include "low_rank.h"
 
-#include <immintrin.h>
 #include <sched.h>
 #include <stdlib.h>
+
+#include "target.h"
 
 enum {
   LANES = 16,
@@ -20,33 +21,54 @@ TARGET static inline __m512 load(const void* values, int half, size_t at, __mmas
 
 static __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size_t factors_index, size_t a_index,
-                          const float* x, size_t rows, size_t k, size_t n) {
-  size_t count = 0;
-  const float* factors = input(context, factors_index, &count, NULL);
-  if (factors == NULL) return NULL;
-  if (count == 0 || rows % count) return failure("low-rank change: as many factors as do not fit the rows");
-  *change =
-      (LowRank){.x = x, .k = k, .n = n, .half_a = is_half(context, a_index), .half_b = is_half(context, a_index + 1)};
-  size_t a_size = 0, b_size = 0;
-  change->a = input(context, a_index, &a_size, &change->rank);
-  change->b = input(context, a_index + 1, &b_size, NULL);
-  if (a_size != k * change->rank || b_size != change->rank * n)
-    return failure("low-rank change: factors that are not (K, rank) and (rank, N)");
+// A factor of the change, (rows, columns) of float32 or float16.
+static OrtStatus* find_factor(const OrtKernelContext* context, size_t index, size_t rows, ImsmTensor* to, int* half) {
+  IMSM_TRY(imsm_input(context, index, to));
+  *half = to->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  if (!*half && to->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+    return imsm_failure("input %zu, a factor of a low-rank change, is neither float32 nor float16", index);
+  if (to->dimensions != 2 || to->shape[0] != rows)
+    return imsm_failure("input %zu, a factor of a low-rank change, is not a matrix with %zu rows", index, rows);
+  return NULL;
+}
+
+OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* context, size_t factors_index,
+                               size_t a_index, const float* x, size_t rows, size_t k, size_t n) {
+  ImsmTensor row_factors, a, b;
+  IMSM_TRY(imsm_optional_input(context, factors_index, &row_factors));
+  if (!row_factors.given) return NULL;
+  const size_t count = row_factors.count;
+  if (count == 0 || rows % count)
+    return imsm_failure("%zu factors of a low-rank change do not divide %zu rows evenly", count, rows);
+  IMSM_TRY(find_factor(context, a_index, k, &a, &change->half_a));
+  IMSM_TRY(find_factor(context, a_index + 1, a.shape[1], &b, &change->half_b));
+  if (b.shape[1] != n)
+    return imsm_failure("the second factor of a low-rank change has %zu columns instead of %zu", b.shape[1], n);
+  change->x = x;
+  change->k = k;
+  change->n = n;
+  change->a = a.data;
+  change->b = b.data;
+  change->rank = a.shape[1];
   change->width = (change->rank + LANES - 1) / LANES * LANES;
-  change->rows = 0;
-  for (size_t row = 0; row < rows; row++) change->rows += factors[row * count / rows] != 0;
+  const float* factors = row_factors.data;
+  const size_t repeated = rows / count;
+  for (size_t row = 0; row < rows; row++) change->rows += factors[row / repeated] != 0;
   const int few = change->rows <= GROUP;
   change->parts = few ? (change->k + PART - 1) / PART : 1;
   change->groups = few ? 1 : (change->rows + GROUP - 1) / GROUP;
-  const size_t floats = ((change->parts * change->width + 1) * change->rows + 1) / 2 * 2;
-  change->low = malloc(floats * sizeof(float) + (change->rows + 1) * sizeof(size_t));
-  if (change->low == NULL) return failure("no memory for a low-rank change");
-  change->index = (size_t*)(change->low + floats);
-  change->factor = change->low + change->parts * change->width * change->rows;
+  const size_t low = imsm_times(imsm_times(change->parts, change->width), change->rows);
+  const size_t bytes_per_row = sizeof(size_t) + sizeof(float);
+  if (low > SIZE_MAX / 2 / sizeof(float))
+    return imsm_failure("a low-rank change of rank %zu is too large", change->rank);
+  void* memory;
+  IMSM_TRY(imsm_allocate(low * sizeof(float) + imsm_times(change->rows, bytes_per_row), 1, &memory));
+  change->low = memory;
+  change->index = (size_t*)(change->low + low);  // `width` is of whole registers, so that this is aligned
+  change->factor = (float*)(change->index + change->rows);
   size_t found = 0;
   for (size_t row = 0; row < rows; row++) {
-    const float factor = factors[row * count / rows];
+    const float factor = factors[row / repeated];
     if (factor == 0) continue;
     change->index[found] = row;
     change->factor[found++] = factor;
@@ -57,10 +79,10 @@ OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size
   return NULL;
 }
 
-void low_rank_end(LowRank* change) { free(change->low); }
+void imsm_low_rank_end(ImsmLowRank* change) { free(change->low); }
 
 // x A of `rows` changed rows, which is a constant where this is put in place, for ranks [r, r + 16) and k [start, end).
-TARGET static inline __attribute__((always_inline)) void multiply(const LowRank* change, size_t part, size_t first,
+TARGET static inline __attribute__((always_inline)) void multiply(const ImsmLowRank* change, size_t part, size_t first,
                                                                   const int rows, size_t r, size_t start, size_t end) {
   const __mmask16 lanes = first_lanes(change->rank - r);
   const float* x[MANY];
@@ -93,7 +115,7 @@ TARGET static inline __attribute__((always_inline)) void multiply(const LowRank*
   }
 }
 
-TARGET static void multiply_rows(const LowRank* change, size_t part, size_t first, size_t rows, size_t start,
+TARGET static void multiply_rows(const ImsmLowRank* change, size_t part, size_t first, size_t rows, size_t start,
                                  size_t end) {
   for (size_t r = 0; r < change->rank; r += LANES)
     for (size_t row = first; row < first + rows;) {
@@ -109,7 +131,7 @@ TARGET static void multiply_rows(const LowRank* change, size_t part, size_t firs
     }
 }
 
-TARGET void low_rank_wait(LowRank* change) {
+TARGET void imsm_low_rank_wait(ImsmLowRank* change) {
   const size_t all = change->parts * change->groups;
   unsigned waited = 0;
   while (!atomic_load_explicit(&change->ready, memory_order_acquire)) {
@@ -134,7 +156,7 @@ TARGET void low_rank_wait(LowRank* change) {
   }
 }
 
-TARGET void low_rank_fetch(const LowRank* change, size_t column, size_t width) {
+TARGET void imsm_low_rank_fetch(const ImsmLowRank* change, size_t column, size_t width) {
   const size_t size = change->half_b ? 2 : 4;
   for (size_t r = 0; r < change->rank; r++)
     for (size_t at = 0; at < width * size; at += 64)
@@ -142,7 +164,7 @@ TARGET void low_rank_fetch(const LowRank* change, size_t column, size_t width) {
 }
 
 // `rows` and `registers` are constants where this is put in place, so that sums stay in registers.
-TARGET static inline __attribute__((always_inline)) void add(const LowRank* change, const float* low, size_t column,
+TARGET static inline __attribute__((always_inline)) void add(const ImsmLowRank* change, const float* low, size_t column,
                                                              size_t width, float* sums, size_t stride, const int rows,
                                                              const int registers) {
   __mmask16 lanes[2];
@@ -164,7 +186,7 @@ TARGET static inline __attribute__((always_inline)) void add(const LowRank* chan
 }
 
 // The same for `rows` changed rows that follow one another.
-TARGET static void add_rows(const LowRank* change, size_t changed, size_t rows, size_t column, size_t width,
+TARGET static void add_rows(const ImsmLowRank* change, size_t changed, size_t rows, size_t column, size_t width,
                             float* sums, size_t stride) {
   for (size_t at = 0; at < width; at += 2 * LANES) {
     const size_t left = width - at;
@@ -188,8 +210,8 @@ TARGET static void add_rows(const LowRank* change, size_t changed, size_t rows, 
   }
 }
 
-TARGET void low_rank_add(const LowRank* change, size_t first, size_t rows, size_t column, size_t width, float* sums,
-                         size_t stride) {
+TARGET void imsm_low_rank_add(const ImsmLowRank* change, size_t first, size_t rows, size_t column, size_t width,
+                              float* sums, size_t stride) {
   size_t changed = 0;
   while (changed < change->rows && change->index[changed] < first) changed++;
   while (changed < change->rows && change->index[changed] < first + rows) {

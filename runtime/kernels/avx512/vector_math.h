@@ -1,12 +1,10 @@
 // Functions of registers of float32.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels.h"
+#include "target.h"
 
 // e^x, to 2 units in the last place; e^-87 below and e^88 above.
-TARGET static inline __m512 exponential(__m512 x) {
+TARGET static inline __m512 imsm_exponential(__m512 x) {
   const __m512 clamped = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped);
@@ -22,6 +20,6 @@ TARGET static inline __m512 exponential(__m512 x) {
 }
 
 // x / (1 + e^-x)
-TARGET static inline __m512 silu(__m512 x) {
-  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+TARGET static inline __m512 imsm_silu(__m512 x) {
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), imsm_exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }

@@ -3,7 +3,7 @@
 
 #include <stdatomic.h>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 typedef struct {
   const float* x;     // (all rows, k)
@@ -13,25 +13,26 @@ typedef struct {
   size_t rows;               // that are changed
   size_t* index;             // (rows) which ones those are
   float* factor;             // (rows)
-  float* low;                // (parts, rows, width): f x A, of which the first part is the sum once `ready`
+  float* low;                // (parts, rows, width): f x A, of which the first part is the sum once `ready`; NULL: none
   size_t parts, groups;      // x A is divided into parts of k, or groups of rows
   atomic_size_t claimed, done;
   atomic_int ready;
-} LowRank;
+} ImsmLowRank;
 
 // Finds the changed rows of x (rows, k): the factors are at input `factors`, as many as rows or each for as many rows
-// in turn, A at input `a`, B behind it. Does nothing where there are no factors.
-OrtStatus* low_rank_begin(LowRank* change, const OrtKernelContext* context, size_t factors, size_t a, const float* x,
-                          size_t rows, size_t k, size_t n);
-void low_rank_end(LowRank* change);
+// in turn, A at input `a`, B behind it. Does nothing where there are no factors. After a failure too, imsm_low_rank_end
+// frees what `change` holds; it must have been zero before.
+OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* context, size_t factors, size_t a,
+                               const float* x, size_t rows, size_t k, size_t n);
+void imsm_low_rank_end(ImsmLowRank* change);
 
 // Any thread that needs `low` calls this: all that do compute it together.
-void low_rank_wait(LowRank* change);
+void imsm_low_rank_wait(ImsmLowRank* change);
 
-// Fetches what `low_rank_add` reads for columns [column, column + width).
-void low_rank_fetch(const LowRank* change, size_t column, size_t width);
+// Fetches what `imsm_low_rank_add` reads for columns [column, column + width).
+void imsm_low_rank_fetch(const ImsmLowRank* change, size_t column, size_t width);
 
 // Adds the change of columns [column, column + width) to those of rows [first, first + rows) that are changed; sums
 // (rows, stride) begin at that row and column.
-void low_rank_add(const LowRank* change, size_t first, size_t rows, size_t column, size_t width, float* sums,
-                  size_t stride);
+void imsm_low_rank_add(const ImsmLowRank* change, size_t first, size_t rows, size_t column, size_t width, float* sums,
+                       size_t stride);

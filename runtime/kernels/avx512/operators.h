@@ -1,0 +1,8 @@
+// The operators, one in each file of its name. Those with a low-rank change have the inputs of the plain ones first.
+#pragma once
+
+#include "../kernels.h"
+
+extern const ImsmOperator imsm_quantized_matmul, imsm_quantized_matmul_low_rank;
+extern const ImsmOperator imsm_quantized_swiglu, imsm_quantized_swiglu_low_rank;
+extern const ImsmOperator imsm_group_query_attention;

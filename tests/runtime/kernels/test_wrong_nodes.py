@@ -1,0 +1,220 @@
+"""A node that contradicts itself is an exception that says how, whichever of the kernels has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from runtime.engine import own_kernels
+
+if own_kernels.library() is None:
+    pytest.skip(own_kernels.describe(), allow_module_level=True)
+
+K, N, RANK, ROWS = 64, 33, 4, 6
+HEADS, KV_HEADS, SIZE, TOKENS, POSITIONS, PAST = 4, 2, 16, 2, 16, 7
+WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
+OUTPUTS = {"GroupQueryAttention": 3}
+Inputs = dict[str, np.ndarray | None]
+
+
+def run(operator: str, inputs: Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
+    """Runs one node with the kernels; an input that is None is left out."""
+    given = {name: values for name, values in inputs.items() if values is not None}
+    operands = [name if name in given else "" for name in inputs]
+    while operands[-1] == "":
+        operands.pop()
+    outputs = [f"y{index}" for index in range(OUTPUTS.get(operator, 1))]
+    graph = helper.make_graph(
+        [helper.make_node(operator, operands, outputs, domain="imsm", **attributes)],
+        "g",
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values.dtype), values.shape)
+            for name, values in given.items()
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("imsm", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(own_kernels.library()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(None, given)
+    return found
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.full(shape, 0.5, np.float32)
+
+
+def matrix(name: str = "") -> Inputs:
+    return {
+        f"{name}weights": np.zeros((N, K // 32, 16), np.uint8),
+        f"{name}scales": floats(N, K // 32),
+        f"{name}zeros": np.zeros((N, 1), np.uint8),
+        f"{name}bias": floats(N),
+    }
+
+
+def factors(*names: str) -> Inputs:
+    found: Inputs = {"rows": floats(ROWS)}
+    for name in names:
+        found |= {f"{name}a": floats(K, RANK), f"{name}b": floats(RANK, N)}
+    return found
+
+
+PRODUCT = {"K": K, "N": N, "bits": 4, "block_size": 32}
+NODES: dict[str, tuple[Inputs, dict[str, Any]]] = {
+    "QuantizedMatMul": ({"x": floats(ROWS, K)} | matrix(), PRODUCT),
+    "QuantizedMatMulLowRank": ({"x": floats(ROWS, K)} | matrix() | factors(""), PRODUCT),
+    "QuantizedSwiGLU": ({"x": floats(ROWS, K)} | matrix("gate_") | matrix("up_"), PRODUCT),
+    "QuantizedSwiGLULowRank": (
+        {"x": floats(ROWS, K)} | matrix("gate_") | matrix("up_") | factors("gate_", "up_"),
+        PRODUCT,
+    ),
+    "GroupQueryAttention": (
+        {
+            "query": floats(2, TOKENS, WIDTH),
+            "key": None,
+            "value": None,
+            "past_key": floats(2, KV_HEADS, PAST, SIZE),
+            "past_value": floats(2, KV_HEADS, PAST, SIZE),
+            "seqlens_k": np.array([6, 5], np.int32),
+            "total": np.array(PAST, np.int32),
+            "cos": floats(POSITIONS, SIZE // 2),
+            "sin": floats(POSITIONS, SIZE // 2),
+            "query_seqlens": np.array([2, 2], np.int32),
+        },
+        {"num_heads": HEADS, "kv_num_heads": KV_HEADS, "scale": 0.3, "do_rotary": 1},
+    ),
+}
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+SEPARATE = {"query": floats(2, TOKENS, HEADS * SIZE), "key": floats(2, TOKENS, KV_HEADS * SIZE)}
+WRONG_INPUTS: list[tuple[str, Inputs, str]] = [
+    ("QuantizedMatMul", {"weights": np.zeros((N, 16), np.uint8)}, "528 bytes of weights, but K 64 and N 33 need 1056"),
+    ("QuantizedMatMul", {"scales": floats(N - 1, 2)}, "64 scales, but K 64 and N 33 need 66"),
+    ("QuantizedMatMul", {"scales": np.ones((N, 2), np.int32)}, "the scales are neither float32 nor float16"),
+    ("QuantizedMatMul", {"zeros": np.zeros((1, 1), np.uint8)}, "1 bytes of zero points, but K 64 and N 33 need 33"),
+    ("QuantizedMatMul", {"bias": floats(1)}, "1 biases, but K 64 and N 33 need 33"),
+    ("QuantizedMatMul", {"x": floats(ROWS, K - 1)}, "the input has 63 columns, but K is 64"),
+    ("QuantizedMatMul", {"x": np.array(1, np.float32)}, "the input has 0 columns, but K is 64"),
+    ("QuantizedMatMul", {"x": floats(*[1] * 8, K)}, "input 0 has 9 dimensions, more than 8"),
+    ("QuantizedMatMulLowRank", {"rows": floats(4)}, "4 factors of a low-rank change do not divide 6 rows evenly"),
+    ("QuantizedMatMulLowRank", {"rows": floats(0)}, "0 factors of a low-rank change do not divide 6 rows evenly"),
+    ("QuantizedMatMulLowRank", {"a": floats(K - 1, RANK)}, "is not a matrix with 64 rows"),
+    ("QuantizedMatMulLowRank", {"a": floats(K * RANK)}, "is not a matrix with 64 rows"),
+    ("QuantizedMatMulLowRank", {"b": floats(RANK + 1, N)}, "is not a matrix with 4 rows"),
+    ("QuantizedMatMulLowRank", {"b": floats(RANK, N - 1)}, "has 32 columns instead of 33"),
+    ("QuantizedMatMulLowRank", {"a": np.ones((K, RANK))}, "is neither float32 nor float16"),
+    ("QuantizedSwiGLU", {"up_weights": np.zeros((1, 2, 16), np.uint8)}, "32 bytes of weights"),
+    ("QuantizedSwiGLULowRank", {"up_b": floats(RANK, 1)}, "has 1 columns instead of 33"),
+    ("GroupQueryAttention", {"query": floats(2, TOKENS, WIDTH - 16)}, r"query is not \(2, tokens, 128\)"),
+    ("GroupQueryAttention", {"query": floats(2 * TOKENS, WIDTH)}, r"query is not \(2, tokens, 128\)"),
+    ("GroupQueryAttention", SEPARATE, "one of key and value is missing"),
+    ("GroupQueryAttention", SEPARATE | {"value": floats(2, TOKENS, 16)}, r"value is not \(2, 2, 32\)"),
+    ("GroupQueryAttention", {"past_key": floats(2, 1, PAST, SIZE)}, r"past_key is not \(rows, 2, positions, "),
+    ("GroupQueryAttention", {"past_value": floats(2, KV_HEADS, 1, SIZE)}, "past_key and past_value differ in shape"),
+    ("GroupQueryAttention", {"seqlens_k": ints(6)}, "1 seqlens_k and 2 query_seqlens for 2 rows"),
+    ("GroupQueryAttention", {"query_seqlens": ints(2)}, "2 seqlens_k and 1 query_seqlens for 2 rows"),
+    ("GroupQueryAttention", {"query_seqlens": ints(2, -1)}, "row 1 has 6 tokens, -1 of them new"),
+    ("GroupQueryAttention", {"query_seqlens": ints(3, 2)}, "3 of them new; the step has 2"),
+    ("GroupQueryAttention", {"seqlens_k": ints(-5, 5)}, "row 0 has -4 tokens"),
+    ("GroupQueryAttention", {"seqlens_k": ints(7, 5)}, "row 0 has 8 tokens.* the cache holds 7"),
+    ("GroupQueryAttention", {"seqlens_k": ints(2**31 - 1, 5)}, "row 0 has 2147483648 tokens"),
+    ("GroupQueryAttention", {"total": np.array(-1, np.int32)}, "total is -1"),
+    ("GroupQueryAttention", {"total": ints()}, "total has 0 elements instead of 1"),
+    ("GroupQueryAttention", {"cos": floats(6, 8), "sin": floats(6, 8)}, "7 tokens, but the rotary tables end at 6"),
+    ("GroupQueryAttention", {"sin": floats(1, SIZE // 2)}, "cos and sin differ in shape"),
+    ("GroupQueryAttention", {"cos": floats(16, 9), "sin": floats(16, 9)}, "at most half of the head size 16"),
+    ("GroupQueryAttention", {"cos": None, "sin": None}, "input 7 is missing"),
+]  # fmt: skip
+WRONG_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
+    ("QuantizedMatMul", {"K": 0}, "K is 0; it must be 1 to 2147483647"),
+    ("QuantizedMatMul", {"K": None}, "K is 0; it must be 1 to 2147483647"),
+    ("QuantizedMatMul", {"K": 64.0}, "attribute K has the wrong type"),
+    ("QuantizedMatMul", {"K": "64"}, "attribute K has the wrong type"),
+    ("QuantizedMatMul", {"N": -1}, "N is -1; it must be 1 to 2147483647"),
+    ("QuantizedMatMul", {"N": N - 2**63}, "it must be 1 to 2147483647"),
+    ("QuantizedMatMul", {"bits": 3}, "bits is 3; it must be 4 or 8"),
+    ("QuantizedSwiGLU", {"block_size": 16}, "block_size is 16; it must be 32, 64 or 128"),
+    ("GroupQueryAttention", {"num_heads": 0}, "num_heads is 0; it must be 1 to 2147483647"),
+    ("GroupQueryAttention", {"kv_num_heads": 0}, "kv_num_heads is 0; it must be 1 to 2147483647"),
+    ("GroupQueryAttention", {"kv_num_heads": -1}, "kv_num_heads is -1; it must be 1 to 2147483647"),
+    ("GroupQueryAttention", {"kv_num_heads": 3}, "num_heads 4 is not a multiple of kv_num_heads 3"),
+    ("GroupQueryAttention", {"num_heads": 2**40}, "num_heads is 1099511627776; it must be 1 to 2147483647"),
+    ("GroupQueryAttention", {"num_heads": 514}, "257 heads share a key; at most 256 may"),
+    ("GroupQueryAttention", {"scale": 1}, "attribute scale has the wrong type"),
+    ("GroupQueryAttention", {"do_rotary": 1.0}, "attribute do_rotary has the wrong type"),
+]
+
+
+def identifier(value: object) -> str:
+    return value if isinstance(value, str) else ",".join(value) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("operator", NODES)
+def test_the_nodes_are_right_before_something_is_changed(operator: str) -> None:
+    assert np.isfinite(run(operator, *NODES[operator])[0]).all()
+
+
+@pytest.mark.parametrize(("operator", "changed", "message"), WRONG_INPUTS, ids=identifier)
+def test_inputs_that_do_not_fit(operator: str, changed: Inputs, message: str) -> None:
+    inputs, attributes = NODES[operator]
+    with pytest.raises(Exception, match=message):
+        run(operator, inputs | changed, attributes)
+
+
+@pytest.mark.parametrize("size", [8, 72, 272])
+def test_a_head_size_without_a_kernel(size: int) -> None:
+    inputs, attributes = NODES["GroupQueryAttention"]
+    cache = floats(2, KV_HEADS, PAST, size)
+    with pytest.raises(Exception, match=f"the head size is {size}; it must be a multiple of 16 up to 256"):
+        run("GroupQueryAttention", inputs | {"past_key": cache, "past_value": cache}, attributes)
+
+
+@pytest.mark.parametrize(("operator", "changed", "message"), WRONG_ATTRIBUTES, ids=identifier)
+def test_attributes_that_contradict(operator: str, changed: dict[str, Any], message: str) -> None:
+    inputs, attributes = NODES[operator]
+    kept = {name: value for name, value in (attributes | changed).items() if value is not None}
+    with pytest.raises(Exception, match=message):
+        run(operator, inputs, kept)
+
+
+@pytest.mark.parametrize(("operator", "missing"), [(name, key) for name in NODES for key in NODES[name][0]])
+def test_an_input_that_is_left_out_is_optional_or_an_exception(operator: str, missing: str) -> None:
+    inputs, attributes = NODES[operator]
+    if missing.endswith(("zeros", "bias", "key", "value")) and not missing.startswith("past"):
+        run(operator, inputs | {missing: None}, attributes)
+        return
+    with pytest.raises(Exception, match=r"marked single|has input size|is missing"):
+        run(operator, inputs | {missing: None}, attributes)
+
+
+def test_an_output_that_no_memory_holds_is_an_exception() -> None:
+    inputs, attributes = NODES["GroupQueryAttention"]
+    heads, size = 64, 256  # 2^48 bytes a cache, more than a process can address
+    cache = floats(2, heads, PAST, size)
+    large = {"query": floats(2, TOKENS, 3 * heads * size), "past_key": cache, "past_value": cache}
+    large |= {"total": np.array(2**31 - 1, np.int32)}
+    with pytest.raises(Exception, match=r"[Aa]lloc"):
+        run("GroupQueryAttention", inputs | large, attributes | {"num_heads": heads, "kv_num_heads": heads})
+
+
+def test_caches_are_kept_where_there_is_no_new_token() -> None:
+    inputs, attributes = NODES["GroupQueryAttention"]
+    nothing = {"query": floats(2, 0, WIDTH), "query_seqlens": np.zeros(2, np.int32)}
+    y, keys, values = run("GroupQueryAttention", inputs | nothing, attributes)
+    assert y.shape == (2, 0, HEADS * SIZE)
+    np.testing.assert_array_equal(keys, inputs["past_key"])
+    np.testing.assert_array_equal(values, inputs["past_value"])
