@@ -30,7 +30,7 @@ from .attention.plan import plan_attention
 from .errors import UnsupportedError
 from .model_facts import model_facts
 from .passes import finish_quantized, run_passes
-from .passes.quantize import Quantization, Quantized
+from .passes.quantization import Quantization, Quantized
 from .passes.quantized_matmul import has_operator
 from .quantization.gptq import calibrated_weights
 from .quantization.precision import (
@@ -220,7 +220,7 @@ def export_model(
             gate = None if settings.base_only else model.gate
             step = TwoStreamStep(causal_lm, gate, plan, layout, virtual_tokens, scales)
             traced = trace(step.eval())
-            counts, quantized = run_passes(traced.model, quantization)
+            outcomes, quantized = run_passes(traced.model, quantization)
             write_graph(traced.model, draft)
         save_virtual_cache(virtual, draft)
         # 4. Verify what was written, against the weights that it has.
@@ -236,13 +236,14 @@ def export_model(
             int8_cache = settings.kv_cache == "int8"
             parity = compare(settings.tolerance, int8_cache) if settings.runs_here else ParityReport(HALF_TOLERANCE)
             if quantized is not None:  # and then its fast and small form, which is not PyTorch's to 1e-4 any more
-                counts |= finish_quantized(traced.model, own_operators=not layout.portable)
+                outcomes |= finish_quantized(traced.model, own_operators=not layout.portable)
                 with _as_traced(model, layers, settings.dtype):
                     write_graph(traced.model, draft)
                 finished = compare(settings.tolerance, rounded=True) if settings.runs_here else parity
                 parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
-        for name, count in counts.items():
-            report(f"pass      {name:22} {count:5} times")
+        for name, outcome in outcomes.items():
+            for line in outcome.lines(name):
+                report(line)
         if quantized is not None:
             report_quantized(quantized, settings, report)
         report_parity(parity, report)
@@ -265,7 +266,7 @@ def export_model(
                 "fingerprint": info.base_fingerprint,
             },
             "training": info.training,
-            "passes": counts,
+            "passes": {name: outcome.as_dict() for name, outcome in outcomes.items()},
             "parity": parity.as_dict(),
             "quality": None if quality is None else quality.as_dict(),
             "tokens": write_tokenizer(tokenizer, causal_lm, draft),

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..experts import emitting_experts
+from ..operands import trimmed
 from ..streams import StreamLayout, split_streams
 from .kv_scales import KVScales
 from .plan import AttentionPlan, KeyBias, LayerAttention, attention_by, layer_index
@@ -146,15 +147,13 @@ def _group_query_attention(
         scales = list(step.scales.of(index))
     inputs: list[Tensor | None] = [*qkv, *past, lengths.seqlens_k, lengths.total]
     inputs += [step.cos, step.sin] if fused else [None, None]
-    # position_ids: the kernel counts them from the lengths; norms of queries and keys: CUDA's kernel alone has them
+    # position_ids: the kernel counts them from the lengths; norms of queries and keys: only CUDA's kernel has them
     inputs += [None, attention_bias, sink, *scales, None, None, lengths.query_seqlens]
-    while inputs[-1] is None:
-        inputs.pop()
     rows, _, cached, size = past_key.shape
     cache = (rows, layer.kv_heads, cached + query.shape[1], size)
     output, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        inputs,
+        trimmed(inputs),
         attributes,
         dtypes=[query.dtype, past_key.dtype, past_key.dtype],
         shapes=[query.shape, cache, cache],

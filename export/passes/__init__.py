@@ -1,79 +1,110 @@
-"""Graph passes: one rewrite per file, run in one order, each returning how often it fired.
-
-A pass changes the graph in place and computes exactly what it replaces.
-"""
+"""Graph passes: one rewrite per file, run in one order, each saying how often it fired and why it did not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 
 import onnx_ir as ir
 
 from ..errors import TraceError
-from . import (
-    attention_operator,
-    clean,
-    fold_layout,
-    half_adapter,
-    low_rank,
-    name_dimensions,
-    norms,
-    pack_qkv,
-    quantized_matmul,
-    quantized_swiglu,
-    reshapes,
-    silu,
-    weight_layout,
-)
-from .quantize import Quantization, Quantized, quantize, use_int8_compute
-from .quantize_experts import finish_experts
-
-Pass = Callable[[ir.Model], int]
-
-PASSES: tuple[tuple[str, Pass], ...] = (
-    ("fuse_rms_norm", norms.fuse_rms_norm),
-    ("fuse_skip_rms_norm", norms.fuse_skip_rms_norm),
-    ("merge_reshapes", reshapes.merge_reshapes),
-    ("fold_layout", fold_layout.fold_layout),
-    ("lay_out_weights", weight_layout.lay_out_weights),
-    ("pack_low_rank", low_rank.pack_low_rank),
-    ("pack_qkv", pack_qkv.pack_qkv),
-    ("fuse_silu", silu.fuse_silu),
-    ("use_own_attention", attention_operator.use_own_attention),
-)
-CLEANING: tuple[tuple[str, Pass], ...] = (
-    ("drop_unused_inputs", clean.drop_unused_inputs),
-    ("name_dimensions", name_dimensions.name_dimensions),
-    ("strip_metadata", clean.strip_metadata),
-)
+from .attention_operator import use_own_attention
+from .clean import drop_unused_inputs, strip_metadata
+from .fold_layout import fold_layout
+from .half_adapter import store_adapter_in_half
+from .int8_compute import int8_compute
+from .low_rank import pack_low_rank
+from .name_dimensions import name_dimensions
+from .norms import fuse_rms_norm, fuse_skip_rms_norm
+from .pack_qkv import pack_qkv
+from .quantizable import head_is_quantized
+from .quantization import Quantization, Quantized
+from .quantize import Quantizer
+from .quantized_matmul import fuse_quantized_matmul
+from .quantized_swiglu import fuse_quantized_swiglu
+from .reshapes import merge_reshapes
+from .rewrite import Outcome, Pass
+from .silu import fuse_silu
+from .weight_layout import lay_out_weights, weights_are_laid_out
 
 
-def run_passes(model: ir.Model, quantization: Quantization | None = None) -> tuple[dict[str, int], Quantized | None]:
-    """Run every pass in order, and the quantizer before the cleaning; returns the counts and what was quantized.
+class Stage(Enum):
+    """When a pass runs. What comes after verification makes a quantized graph fast and small at the price of rounding;
+    own operators are functions of the graph, which not every execution provider knows."""
 
-    Raises TraceError if a weight is left in PyTorch's layout, which would make onnxruntime transpose it at every start.
+    BEFORE_QUANTIZATION = "before quantization"
+    QUANTIZATION = "quantization"
+    CLEANING = "cleaning"
+    AFTER_VERIFICATION = "after verification"
+    OWN_OPERATORS = "own operators"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass in its place. must_fire: whether firing zero times is an error. problem: what is wrong with the graph
+    after the pass, None where nothing is."""
+
+    stage: Stage
+    apply: Pass
+    must_fire: bool = False
+    problem: Callable[[ir.Model], str | None] = lambda model: None
+
+    def __call__(self, model: ir.Model) -> Outcome:
+        """Run the pass. Raises TraceError if it did not do what it must."""
+        outcome = self.apply(model)
+        problem = self.problem(model)
+        if problem is None and self.must_fire and not outcome.fired:
+            problem = f"the pass {self.apply.name} found nothing to do"
+        if problem is not None:
+            raise TraceError(problem)
+        return outcome
+
+
+def ordered_passes(quantizer: Quantizer | None = None) -> tuple[Step, ...]:
+    """Every pass, in the order in which they run; without a quantizer, those of a graph that stays in floating
+    point."""
+    steps = (
+        Step(Stage.BEFORE_QUANTIZATION, fuse_rms_norm),
+        Step(Stage.BEFORE_QUANTIZATION, fuse_skip_rms_norm),
+        Step(Stage.BEFORE_QUANTIZATION, merge_reshapes),
+        Step(Stage.BEFORE_QUANTIZATION, fold_layout),
+        Step(Stage.BEFORE_QUANTIZATION, lay_out_weights, problem=weights_are_laid_out),
+        Step(Stage.BEFORE_QUANTIZATION, pack_low_rank),
+        Step(Stage.BEFORE_QUANTIZATION, pack_qkv),
+        Step(Stage.BEFORE_QUANTIZATION, fuse_silu),
+        Step(Stage.BEFORE_QUANTIZATION, use_own_attention),
+        None if quantizer is None else Step(Stage.QUANTIZATION, quantizer, problem=head_is_quantized),
+        Step(Stage.CLEANING, drop_unused_inputs),
+        Step(Stage.CLEANING, name_dimensions),
+        Step(Stage.CLEANING, strip_metadata),
+        Step(Stage.AFTER_VERIFICATION, int8_compute, must_fire=True),
+        Step(Stage.AFTER_VERIFICATION, store_adapter_in_half),
+        Step(Stage.OWN_OPERATORS, fuse_quantized_matmul),
+        Step(Stage.OWN_OPERATORS, fuse_quantized_swiglu),
+    )
+    return tuple(step for step in steps if step is not None)
+
+
+def run_passes(
+    model: ir.Model, quantization: Quantization | None = None
+) -> tuple[dict[str, Outcome], Quantized | None]:
+    """What makes a trace the graph that is verified; returns the outcomes by the passes' names, and what was quantized.
+
+    Raises TraceError if a weight is left in PyTorch's layout or the lm_head in floating point.
     """
-    counts = {name: rewrite(model) for name, rewrite in PASSES}
-    left = [node.name for node in model.graph if weight_layout.transposes_a_weight(node)]
-    if left:
-        raise TraceError(f"{len(left)} weights are still transposed in the graph, the first by {left[0]}")
-    quantized = None if quantization is None else quantize(model, quantization)
-    if quantized is not None:
-        counts["quantize"] = quantized.matrices + quantized.embeddings + quantized.experts
-    return counts | {name: rewrite(model) for name, rewrite in CLEANING}, quantized
+    quantizer = None if quantization is None else Quantizer(quantization)
+    steps = ordered_passes(quantizer)
+    outcomes = _run(model, steps, {Stage.BEFORE_QUANTIZATION, Stage.QUANTIZATION, Stage.CLEANING})
+    return outcomes, None if quantizer is None else quantizer.done
 
 
-FINISHING: tuple[tuple[str, Pass], ...] = (
-    ("int8_compute", lambda model: use_int8_compute(model) + finish_experts(model)),
-    ("store_adapter_in_half", half_adapter.store_adapter_in_half),
-)
-OWN_OPERATORS: tuple[tuple[str, Pass], ...] = (
-    ("fuse_quantized_matmul", quantized_matmul.fuse_quantized_matmul),
-    ("fuse_quantized_swiglu", quantized_swiglu.fuse_quantized_swiglu),
-)
+def finish_quantized(model: ir.Model, own_operators: bool = True) -> dict[str, Outcome]:
+    """What comes after the verification of a quantized graph; returns the outcomes by the passes' names. own_operators:
+    whether products may become functions of the graph."""
+    stages = {Stage.AFTER_VERIFICATION} | ({Stage.OWN_OPERATORS} if own_operators else set())
+    return _run(model, ordered_passes(), stages)
 
 
-def finish_quantized(model: ir.Model, own_operators: bool = True) -> dict[str, int]:
-    """What makes a quantized graph fast and small at the price of rounding, after it was verified; returns counts.
-    own_operators: whether products may become functions of the graph, which not every execution provider knows."""
-    return {name: rewrite(model) for name, rewrite in (*FINISHING, *(OWN_OPERATORS if own_operators else ()))}
+def _run(model: ir.Model, steps: tuple[Step, ...], stages: set[Stage]) -> dict[str, Outcome]:
+    return {step.apply.name: step(model) for step in steps if step.stage in stages}

@@ -1,18 +1,20 @@
-"""Plain attention as this project's operator, whose kernel reads a cache once for all heads that share it.
-
-com.microsoft.GroupQueryAttention -> imsm.GroupQueryAttention, a function of the graph that is the same node
-
-Attention with biases, sinks, soft-capping or int8 caches stays, and the portable form.
-"""
+"""Plain attention as this project's operator, whose kernel reads a cache once for all heads that share it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
-from . import functions, weights
+from . import functions
+from .graph import add_node, nodes_of, operand, replace_value
+from .rewrite import Declined, Rewrite
 
 HEAD_SIZE_STEP, LARGEST_HEAD_SIZE = 16, 256
 NAME = "GroupQueryAttention"
+PORTABLE = Declined("the portable form has one node per stream")
+OPTIONAL = Declined("it has a bias, sinks or scales of its own")
+SOFTCAP = Declined("its scores are soft-capped")
 _INTEGERS = ("num_heads", "kv_num_heads", "do_rotary", "rotary_interleaved", "local_window_size")
 _ATTRIBUTES = (*_INTEGERS, "scale")
 _DEFAULTS = {"do_rotary": 0, "rotary_interleaved": 0, "local_window_size": -1}
@@ -29,36 +31,45 @@ _BODY = (
 )
 
 
-def use_own_attention(model: ir.Model) -> int:
-    """Returns how many attention nodes became the project's own operator."""
-    count = 0
-    for node in list(model.graph):
-        if not _fits(node):
-            continue
-        attributes = {name: node.attributes.get_int(name, _DEFAULTS.get(name)) for name in _INTEGERS}
-        operands = [node.inputs[index] for index in _TAKEN]
-        scale = node.attributes.get_float("scale")
-        own = weights.add_node(node, NAME, operands, outputs=3, domain=functions.DOMAIN, **attributes, scale=scale)
-        for old, new in zip(node.outputs, own.outputs, strict=True):
-            weights.replace_value(old, new)
-        model.graph.remove(node, safe=True)
-        count += 1
-    if count:
-        functions.define(
-            model, f"{NAME} <{', '.join(_ATTRIBUTES)}> ({_INPUTS}) => (y, present_key, present_value)", _BODY
-        )
-    return count
+def _candidates(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for node in nodes_of(model, NAME) if node.domain != functions.DOMAIN)
 
 
-def _fits(node: ir.Node) -> bool:
-    """Whether the kernel computes it: float32 caches, lengths of the new tokens, and nothing else that is optional."""
-    inputs = list(node.inputs)
-    if node.op_type != NAME or len(inputs) <= _QUERY_SEQLENS or inputs[_QUERY_SEQLENS] is None:
-        return False
-    past = inputs[_PAST_KEY]
-    if past is None or past.dtype != ir.DataType.FLOAT or past.shape is None or not isinstance(past.shape[-1], int):
-        return False
-    other = [value for index, value in enumerate(inputs) if value is not None and index not in _TAKEN]
+def _check(node: ir.Node) -> ir.Node | Declined:
+    """The kernel computes with float32 caches and lengths of the new tokens, and with nothing else that is optional."""
+    if operand(node, _QUERY_SEQLENS) is None:
+        return PORTABLE
+    past = node.inputs[_PAST_KEY]
+    assert past is not None
+    assert past.dtype is not None
+    assert past.shape is not None
+    if past.dtype != ir.DataType.FLOAT:
+        return Declined(f"its caches are {past.dtype.name.lower()}")
+    if any(value is not None and place not in _TAKEN for place, value in enumerate(node.inputs)):
+        return OPTIONAL
+    if node.attributes.get_float("softcap", 0.0) != 0.0:
+        return SOFTCAP
     size = past.shape[-1]
-    plain = not other and node.attributes.get_float("softcap", 0.0) == 0.0
-    return plain and size % HEAD_SIZE_STEP == 0 and size <= LARGEST_HEAD_SIZE
+    if not isinstance(size, int) or size % HEAD_SIZE_STEP or size > LARGEST_HEAD_SIZE:
+        return Declined(f"heads of {size} have no kernel")
+    return node
+
+
+def _rewrite(model: ir.Model, node: ir.Node) -> None:
+    attributes = {name: node.attributes.get_int(name, _DEFAULTS.get(name)) for name in _INTEGERS}
+    operands = [node.inputs[place] for place in _TAKEN]
+    scale = node.attributes.get_float("scale")
+    own = add_node(node, NAME, operands, outputs=3, domain=functions.DOMAIN, **attributes, scale=scale)
+    for old, new in zip(node.outputs, own.outputs, strict=True):
+        replace_value(old, new)
+    model.graph.remove(node, safe=True)
+    functions.define(model, NAME, _ATTRIBUTES, _INPUTS, "y, present_key, present_value", _BODY)
+
+
+use_own_attention = Rewrite(
+    "use_own_attention",
+    "com.microsoft.GroupQueryAttention -> imsm.GroupQueryAttention, a function of the graph that is the same node",
+    _candidates,
+    _check,
+    _rewrite,
+)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from .rewrite import Sweep
 
-def drop_unused_inputs(model: ir.Model) -> int:
-    """Remove dead nodes and inputs without a reader (positions, where rotation happens inside attention); returns how
-    many inputs went."""
+
+def _drop_unused_inputs(model: ir.Model) -> int:
+    """Counts inputs."""
     common_passes.RemoveUnusedNodesPass()(model)
     unused = [value for value in model.graph.inputs if not value.uses() and not value.is_graph_output()]
     for value in unused:
@@ -16,9 +17,8 @@ def drop_unused_inputs(model: ir.Model) -> int:
     return len(unused)
 
 
-def strip_metadata(model: ir.Model) -> int:
-    """Remove stack traces and doc strings, which hold paths of the exporting machine, and the shapes of intermediate
-    values, which onnxruntime infers. Returns the number of nodes cleaned."""
+def _strip_metadata(model: ir.Model) -> int:
+    """Counts nodes."""
     common_passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -29,3 +29,16 @@ def strip_metadata(model: ir.Model) -> int:
             if value not in outputs:
                 value.shape = None
     return len(nodes)
+
+
+drop_unused_inputs = Sweep(
+    "drop_unused_inputs",
+    "nodes and inputs without a reader (positions, where rotation happens inside attention) -> nothing",
+    _drop_unused_inputs,
+)
+strip_metadata = Sweep(
+    "strip_metadata",
+    "stack traces and doc strings, which hold paths of the exporting machine, and the shapes of intermediate values, "
+    "which onnxruntime infers -> nothing",
+    _strip_metadata,
+)

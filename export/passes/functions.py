@@ -3,17 +3,22 @@ runs them, and the runtime's kernels (`runtime/kernels`) take their place where 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx.parser
 import onnx_ir as ir
 
 DOMAIN = "imsm"
 
 
-def define(model: ir.Model, signature: str, body: str) -> None:
-    """Add a function to the model. signature, body: in ONNX's text syntax
-    (https://github.com/onnx/onnx/blob/main/docs/Syntax.md), `Name <attributes> (inputs) => (outputs)` and nodes."""
+def define(model: ir.Model, name: str, attributes: Sequence[str], inputs: str, outputs: str, body: str) -> None:
+    """Add a function to the model, if it does not have it yet. inputs, outputs: names with commas between. body: nodes
+    in ONNX's text syntax (https://github.com/onnx/onnx/blob/main/docs/Syntax.md)."""
+    if (DOMAIN, name, "") in model.functions:
+        return
     opset = model.opset_imports[""]
     imports = f'["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]'
+    signature = f"{name} <{', '.join(attributes)}> ({inputs}) => ({outputs})"
     text = f'<domain: "{DOMAIN}", opset_import: {imports}> {signature} {{ {body} }}'
     made = ir.from_proto(onnx.parser.parse_function(text))
     assert isinstance(made, ir.Function)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from .rewrite import Sweep
+
 _NAMED = {
     "input_ids": ("batch", "sequence"),
     "position_ids": ("batch", "sequence"),
@@ -25,8 +27,8 @@ _NAMED = {
 }
 
 
-def name_dimensions(model: ir.Model) -> int:
-    """Returns how many inputs and outputs were named."""
+def _name_dimensions(model: ir.Model) -> int:
+    """Counts inputs and outputs."""
     count = 0
     for value in (*model.graph.inputs, *model.graph.outputs):
         names = _names(str(value.name))
@@ -47,3 +49,6 @@ def _names(name: str) -> tuple[str | None, ...] | None:
     if direction == "present":
         return (rows, None, f"total_{group}", None)
     return _NAMED.get(name)
+
+
+name_dimensions = Sweep("name_dimensions", "s22, s40 -> batch, sequence", _name_dimensions)

@@ -1,19 +1,24 @@
 """Queries, keys and values from one product, which GroupQueryAttention takes packed.
 
-q, k, v, each MatMul(x, W) [+ bias] [+ MatMul(low, B)] -> one MatMul(x, [Wq Wk Wv]) [+ bias] [+ MatMul(lows, blocks)]
-
 `lows` is what `pack_low_rank` made before it split it; the Bs become the blocks of one matrix, zero elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from . import weights
+from .graph import add_node, drop_unused, new_weight, nodes_of, only_user
+from .rewrite import Declined, Rewrite
 
+READ_TWICE = Declined("a projection is read by something else too")
+OTHER_TERM = Declined("a projection is more than a product, a bias and a low-rank change")
+OTHER_INPUT = Declined("queries, keys and values are made of different inputs")
+OTHER_LOWS = Declined("the low-rank changes are not the parts of one product, in the order of attention's inputs")
 _QKV = slice(0, 3)
 
 
@@ -35,22 +40,38 @@ class Projection:
         return int(weights.matrix(self.weight).shape[1])
 
 
-def pack_qkv(model: ir.Model) -> int:
-    """Returns how many attention nodes got one packed input."""
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "GroupQueryAttention" or any(value is None for value in node.inputs[_QKV]):
-            continue
-        found = [_projection(value) for value in node.inputs[_QKV] if value is not None]
-        projections = [projection for projection in found if projection is not None]
-        if len(projections) == 3 and _fit(projections):
-            _pack(model.graph, node, projections)
-            count += 1
-    return count
+@dataclass(frozen=True)
+class _Attention:
+    node: ir.Node
+    projections: list[Projection]
 
 
-def _projection(value: ir.Value) -> Projection | None:
-    """The terms of a value that nothing else reads; None if it is anything else than a projection."""
+def _candidates(model: ir.Model) -> Iterator[ir.Node]:
+    for node in nodes_of(model, "GroupQueryAttention"):
+        if all(value is not None for value in node.inputs[_QKV]):
+            yield node
+
+
+def _check(node: ir.Node) -> _Attention | Declined:
+    """One input for all, and changes that come from one Split in the same order, or none at all."""
+    projections = []
+    for value in node.inputs[_QKV]:
+        assert value is not None
+        found = _projection(value)
+        if isinstance(found, Declined):
+            return found
+        projections.append(found)
+    if len({projection.x for projection in projections}) > 1:
+        return OTHER_INPUT
+    lows = [projection.low for projection in projections if projection.low is not None]
+    split = lows[0].producer() if lows else None
+    if lows and (len(lows) == 1 or split is None or split.op_type != "Split" or list(split.outputs) != lows):
+        return OTHER_LOWS
+    return _Attention(node, projections)
+
+
+def _projection(value: ir.Value) -> Projection | Declined:
+    """The terms of a value that nothing else reads."""
     found = Projection()
     pending = [value]
     while pending:
@@ -58,22 +79,33 @@ def _projection(value: ir.Value) -> Projection | None:
         node = term.producer()
         if _is_bias(term) and found.bias is None:
             found.bias = term
-        elif node is None or len(list(term.uses())) != 1 or term.is_graph_output():
-            return None
-        elif node.op_type == "Add":
-            found.nodes.append(node)
+            continue
+        if node is None:
+            return OTHER_TERM
+        if only_user(term) is None:
+            return READ_TWICE
+        found.nodes.append(node)
+        if node.op_type == "Add":
             pending += [part for part in node.inputs if part is not None]
-        elif node.op_type == "MatMul" and weights.constant_matrix(node.inputs[1]) and node.inputs[1] is not None:
-            found.nodes.append(node)
-            if not weights.is_adapter(node.inputs[1]) and found.weight is None:
-                found.x, found.weight = node.inputs
-            elif weights.is_adapter(node.inputs[1]) and found.factor is None:
-                found.low, found.factor = node.inputs
-            else:
-                return None
-        else:
-            return None
-    return found if found.weight is not None else None
+        elif node.op_type != "MatMul":
+            return Declined(f"{node.op_type} stands between a projection and attention")
+        elif not _take_product(found, node):
+            return OTHER_TERM
+    return found if found.weight is not None else OTHER_TERM
+
+
+def _take_product(found: Projection, node: ir.Node) -> bool:
+    """Note a product with a constant as the backbone's or the adapter's; False if there is one already."""
+    factor = node.inputs[1]
+    if factor is None or not weights.constant_matrix(factor):
+        return False
+    if weights.is_adapter(factor):
+        fits = found.factor is None
+        found.low, found.factor = node.inputs
+    else:
+        fits = found.weight is None
+        found.x, found.weight = node.inputs
+    return fits
 
 
 def _is_bias(value: ir.Value) -> bool:
@@ -86,66 +118,49 @@ def _is_bias(value: ir.Value) -> bool:
     )
 
 
-def _fit(projections: list[Projection]) -> bool:
-    """One input for all, and changes that come from one Split in the same order, or none at all."""
-    if len({id(projection.x) for projection in projections}) > 1:
-        return False
-    lows = [projection.low for projection in projections if projection.low is not None]
-    if len(lows) < 2:
-        return not lows
-    split = lows[0].producer()
-    return split is not None and split.op_type == "Split" and list(split.outputs) == lows
-
-
-def _pack(graph: ir.Graph, attention: ir.Node, projections: list[Projection]) -> None:
-    first = projections[0]
-    assert first.weight is not None
-    assert first.weight.dtype is not None
-    dtype = first.weight.dtype
+def _rewrite(model: ir.Model, found: _Attention) -> None:
+    graph, attention, projections = model.graph, found.node, found.projections
     known = [projection.weight for projection in projections if projection.weight is not None]
     widths = [projection.width for projection in projections]
-    inputs = weights.matrix(first.weight).shape[0]
-    packed = weights.new_weight(
+    assert known[0].dtype is not None
+    dtype = known[0].dtype
+    packed = new_weight(
         graph,
-        f"{first.weight.name}.qkv",
+        f"{known[0].name}.qkv",
         lambda: np.concatenate([weights.matrix(weight) for weight in known], axis=1),
-        (inputs, sum(widths)),
+        (weights.matrix(known[0]).shape[0], sum(widths)),
         dtype,
     )
     weights.note_parts(packed, [name for weight in known for name in weights.parts(weight)], widths)
-    result = weights.add_node(attention, "MatMul", [first.x, packed]).outputs[0]
-    biases = [projection.bias for projection in projections]
-    if any(bias is not None for bias in biases):
-        bias = weights.new_weight(
-            graph,
-            f"{packed.name}.bias",
-            lambda: np.concatenate(
-                [
-                    np.zeros(width, dtype.numpy()) if bias is None else weights.matrix(bias)
-                    for bias, width in zip(biases, widths, strict=True)
-                ]
-            ),
-            (sum(widths),),
-            dtype,
-        )
-        result = weights.add_node(attention, "Add", [result, bias]).outputs[0]
-    lows = [projection.low for projection in projections if projection.low is not None]
-    if lows:
-        split = lows[0].producer()
-        assert split is not None
+    result = add_node(attention, "MatMul", [projections[0].x, packed]).outputs[0]
+    if any(projection.bias is not None for projection in projections):
+        bias = _bias(graph, f"{packed.name}.bias", projections, dtype)
+        result = add_node(attention, "Add", [result, bias]).outputs[0]
+    split = next((p.low.producer() for p in projections if p.low is not None), None)
+    if split is not None:
         blocks = _blocks(graph, f"{packed.name}.adapter_b", projections, dtype)
-        change = weights.add_node(attention, "MatMul", [split.inputs[0], blocks]).outputs[0]
-        result = weights.add_node(attention, "Add", [result, change]).outputs[0]
-    attention.replace_input_with(0, result)
-    attention.replace_input_with(1, None)
-    attention.replace_input_with(2, None)
+        change = add_node(attention, "MatMul", [split.inputs[0], blocks]).outputs[0]
+        result = add_node(attention, "Add", [result, change]).outputs[0]
+    for place, value in enumerate((result, None, None)):
+        attention.replace_input_with(place, value)
     for projection in projections:
         for node in projection.nodes:
             graph.remove(node, safe=True)
-    if lows and split is not None:
+    if split is not None:
         graph.remove(split, safe=True)
-    gone = [value for p in projections for value in (p.weight, p.bias, p.factor) if value is not None]
-    weights.drop_unused(graph, gone)
+    drop_unused(graph, [value for p in projections for value in (p.weight, p.bias, p.factor) if value is not None])
+
+
+def _bias(graph: ir.Graph, name: str, projections: list[Projection], dtype: ir.DataType) -> ir.Value:
+    """(widths of all): each bias, zeros where there is none."""
+    parts = [(projection.bias, projection.width) for projection in projections]
+
+    def make() -> weights.Array:
+        return np.concatenate(
+            [np.zeros(width, dtype.numpy()) if bias is None else weights.matrix(bias) for bias, width in parts]
+        )
+
+    return new_weight(graph, name, make, (sum(width for _, width in parts),), dtype)
 
 
 def _blocks(graph: ir.Graph, name: str, projections: list[Projection], dtype: ir.DataType) -> ir.Value:
@@ -164,6 +179,16 @@ def _blocks(graph: ir.Graph, name: str, projections: list[Projection], dtype: ir
             column += width
         return blocks
 
-    value = weights.new_weight(graph, name, make, (ranks, sum(widths)), dtype)
+    value = new_weight(graph, name, make, (ranks, sum(widths)), dtype)
     weights.note_parts(value, [part for p in projections if p.factor is not None for part in weights.parts(p.factor)])
     return value
+
+
+pack_qkv = Rewrite(
+    "pack_qkv",
+    "q, k, v, each MatMul(x, W) [+ bias] [+ MatMul(low, B)] -> "
+    "one MatMul(x, [Wq Wk Wv]) [+ bias] [+ MatMul(lows, blocks)]",
+    _candidates,
+    _check,
+    _rewrite,
+)

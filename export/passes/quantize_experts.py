@@ -16,8 +16,13 @@ import onnx_ir as ir
 
 from ..quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
 from . import weights
+from .graph import add_node, drop_unused, new_constant, nodes_of, operand, replace_value
+from .rewrite import Declined
 
 INT8_COMPUTE = 4  # the accuracy_level of QMoE and of MatMulNBits
+COMPUTED = Declined("the experts' weights are computed")
+CHANGED = Declined("something else reads the experts' weights too, as an adapter does")
+HALF = Declined("the experts compute in half precision")
 _PACKED = "imsm.packed"
 _MATRICES = (2, 4)  # the places of the up and the down projections among MoE's inputs
 
@@ -33,15 +38,23 @@ class PackedExperts:
     bytes_after: int
 
 
-def quantize_experts(
-    graph: ir.Graph, node: ir.Node, bits: int, block_size: int, symmetric: bool
-) -> PackedExperts | None:
-    """Quantize the weights of a MoE node; None where the kernel does not take them, or where an adapter changes them
-    and reads them too."""
-    old = [node.inputs[place] for place in _MATRICES]
-    if not all(_fits(value, block_size) for value in old):
-        return None
-    up, down = (value for value in old if value is not None)
+def why_experts_stay(node: ir.Node, block_size: int) -> Declined | None:
+    """Why the weights (experts, out, in) of a MoE node stay; None: they do not."""
+    for value in (operand(node, place) for place in _MATRICES):
+        if value is None or value.const_value is None or not value.is_initializer():
+            return COMPUTED
+        if len(value.uses()) != 1 or not weights.is_backbone(value):
+            return CHANGED
+        if value.dtype != ir.DataType.FLOAT:
+            return HALF
+        if value.const_value.shape.numpy()[2] % block_size:
+            return Declined(f"the experts' inputs are not whole blocks of {block_size}")
+    return None
+
+
+def quantize_experts(graph: ir.Graph, node: ir.Node, bits: int, block_size: int, symmetric: bool) -> PackedExperts:
+    """Quantize the weights of a MoE node that `why_experts_stay` has nothing against."""
+    up, down = (value for value in (operand(node, place) for place in _MATRICES) if value is not None)
     packed = [_rounded(value, bits, block_size, symmetric) for value in (up, down)]
     names = (*weights.parts(up), *weights.parts(down))
     before = weights.nbytes(up) + weights.nbytes(down)
@@ -60,7 +73,7 @@ def quantize_experts(
 def finish_experts(model: ir.Model) -> int:
     """Let quantized experts round their activations to int8; returns how many nodes."""
     count = 0
-    for node in list(model.graph):
+    for node in nodes_of(model, "MoE", "QMoE"):
         if node.op_type == "QMoE":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", INT8_COMPUTE)
             count += 1
@@ -68,14 +81,6 @@ def finish_experts(model: ir.Model) -> int:
             _pack(model.graph, node, node.meta[_PACKED], INT8_COMPUTE)
             count += 1
     return count
-
-
-def _fits(value: ir.Value | None, block_size: int) -> bool:
-    """Whether a weight (experts, out, in) is the backbone's own, read by this node alone, and made of whole blocks."""
-    if value is None or value.const_value is None or not value.is_initializer() or len(value.uses()) != 1:
-        return False
-    shape = value.const_value.shape.numpy()
-    return value.dtype == ir.DataType.FLOAT and weights.is_backbone(value) and shape[2] % block_size == 0
 
 
 def _rounded(value: ir.Value, bits: int, block_size: int, symmetric: bool) -> QuantizedWeight:
@@ -96,12 +101,12 @@ def _pack(graph: ir.Graph, node: ir.Node, packed: list[QuantizedWeight], accurac
             [
                 None
                 if array is None
-                else weights.new_constant(graph, f"{value.name}.{name}", array.reshape(experts, outputs, -1))
+                else new_constant(graph, f"{value.name}.{name}", array.reshape(experts, outputs, -1))
                 for name, array in arrays.items()
             ]
         )
     (up, up_scales, up_points), (down, down_scales, down_points) = tensors
-    biases = [node.inputs[place] if place < len(node.inputs) else None for place in (3, 5)]
+    biases = [operand(node, place) for place in (3, 5)]
     operands = [*node.inputs[:2], up, up_scales, biases[0], down, down_scales, biases[1]]
     if up_points is not None:
         operands += [None, None, None, up_points, down_points]
@@ -112,8 +117,8 @@ def _pack(graph: ir.Graph, node: ir.Node, packed: list[QuantizedWeight], accurac
         accuracy_level=accuracy_level,
         weights_prepacked=0,
     )
-    fused = weights.add_node(node, "QMoE", operands, domain="com.microsoft", **attributes)
-    weights.replace_value(node.outputs[0], fused.outputs[0])
+    fused = add_node(node, "QMoE", operands, domain="com.microsoft", **attributes)
+    replace_value(node.outputs[0], fused.outputs[0])
     graph.remove(node, safe=True)
-    weights.drop_unused(graph, old)
+    drop_unused(graph, old)
     return tuple(value for part in tensors for value in part if value is not None)

@@ -1,26 +1,41 @@
-"""SiLU (swish) as one node: Mul(x, Sigmoid(x)) -> com.microsoft.QuickGelu with alpha 1, which is x * sigmoid(x)."""
+"""SiLU (swish) as one node."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
-from . import weights
+from .graph import add_node, nodes_of, only_user, replace_value
+from .rewrite import Declined, Rewrite
+
+READ_TWICE = Declined("the sigmoid is read by something else too")
 
 
-def fuse_silu(model: ir.Model) -> int:
-    """Returns how many were fused."""
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "Sigmoid":
-            continue
-        x, uses = node.inputs[0], list(node.outputs[0].uses())
-        if x is None or len(uses) != 1 or uses[0][0].op_type != "Mul" or x not in uses[0][0].inputs:
-            continue
-        product = uses[0][0]
-        fused = ir.node("QuickGelu", [x], attributes={"alpha": 1.0}, domain="com.microsoft", num_outputs=1)
-        model.graph.insert_before(product, fused)
-        weights.replace_value(product.outputs[0], fused.outputs[0])
-        model.graph.remove(product, safe=True)
-        model.graph.remove(node, safe=True)
-        count += 1
-    return count
+def _candidates(model: ir.Model) -> Iterator[ir.Node]:
+    """Sigmoids that are multiplied with their own input."""
+    for node in nodes_of(model, "Sigmoid"):
+        x, users = node.inputs[0], node.outputs[0].uses()
+        if any(user.op_type == "Mul" and x in user.inputs for user, _ in users):
+            yield node
+
+
+def _check(node: ir.Node) -> ir.Node | Declined:
+    return READ_TWICE if only_user(node.outputs[0]) is None else node
+
+
+def _rewrite(model: ir.Model, sigmoid: ir.Node) -> None:
+    product = next(iter(sigmoid.outputs[0].uses()))[0]
+    fused = add_node(product, "QuickGelu", [sigmoid.inputs[0]], domain="com.microsoft", alpha=1.0)
+    replace_value(product.outputs[0], fused.outputs[0])
+    model.graph.remove(product, safe=True)
+    model.graph.remove(sigmoid, safe=True)
+
+
+fuse_silu = Rewrite(
+    "fuse_silu",
+    "Mul(x, Sigmoid(x)) -> com.microsoft.QuickGelu(x) with alpha 1, which is x * sigmoid(x)",
+    _candidates,
+    _check,
+    _rewrite,
+)

@@ -7,29 +7,45 @@ multiplied by `FusedMatMul` with transB, so that it is stored once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import TraceError
 from . import weights
+from .graph import add_node, drop_unused, new_weight, nodes_of, replace_value
+from .rewrite import Rewrite
+
+Layout = Callable[[weights.Array], weights.Array]
 
 
-def lay_out_weights(model: ir.Model) -> int:
-    """Returns how many weights were laid out."""
-    count = 0
-    for node in list(model.graph):
-        if transposes_a_weight(node):
-            weight = node.inputs[0]
-            assert weight is not None
-            if all(transposes_a_weight(user) for user, _ in weight.uses()):
-                _transpose_in_file(model.graph, weight)
-            else:
-                _multiply_transposed(model.graph, node)
-            count += 1
-    return count
+def replace_laid_out(graph: ir.Graph, nodes: Sequence[ir.Node], weight: ir.Value, suffix: str, layout: Layout) -> None:
+    """Put a weight that is laid out in the file in the place of nodes that lay it out in the graph, which are all that
+    read it."""
+    original = weight.const_value
+    assert original is not None
+    # A view of no memory has the shape that the result will have.
+    shape = layout(np.broadcast_to(np.zeros((), np.int8), original.shape.numpy())).shape
+    value = new_weight(graph, f"{weight.name}.{suffix}", lambda: layout(original.numpy()), shape, original.dtype)
+    weights.note_parts(value, weights.parts(weight))
+    for node in nodes:
+        node.outputs[0].replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+    drop_unused(graph, [weight])
 
 
-def transposes_a_weight(node: ir.Node) -> bool:
+def weights_are_laid_out(model: ir.Model) -> str | None:
+    """What is wrong where one is left in PyTorch's layout, which would make onnxruntime transpose it at every start."""
+    left = [node.name for node in model.graph if _transposes_a_weight(node)]
+    return f"{len(left)} weights are still transposed in the graph, the first by {left[0]}" if left else None
+
+
+def _candidates(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for node in nodes_of(model, "Transpose") if _transposes_a_weight(node))
+
+
+def _transposes_a_weight(node: ir.Node) -> bool:
     """Whether the node is Transpose(weight, perm=[1, 0])."""
     weight = node.inputs[0] if node.op_type == "Transpose" else None
     if weight is None or not weight.is_initializer() or weight.const_value is None:
@@ -37,43 +53,32 @@ def transposes_a_weight(node: ir.Node) -> bool:
     return list(node.attributes.get_ints("perm", [])) in ([1, 0], []) and len(weight.const_value.shape) == 2
 
 
-def _transpose_in_file(graph: ir.Graph, weight: ir.Value) -> None:
-    original = weight.const_value
-    assert original is not None
-    rows, columns = original.shape.numpy()
-    name = f"{weight.name}.transposed"
-
-    def transposed() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(original.numpy().T), name=name)
-
-    shape = ir.Shape((columns, rows))
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(original.dtype))
-    value.const_value = ir.LazyTensor(transposed, dtype=original.dtype, shape=shape, name=name)
-    weights.note_parts(value, weights.parts(weight))
-    graph.register_initializer(value)
-    for node in [user for user, _ in weight.uses()]:
-        node.outputs[0].replace_all_uses_with(value)
-        graph.remove(node, safe=True)
-    del graph.initializers[str(weight.name)]
+def _rewrite(model: ir.Model, node: ir.Node) -> None:
+    weight = node.inputs[0]
+    assert weight is not None
+    readers = [user for user, _ in weight.uses()]
+    if all(_transposes_a_weight(reader) for reader in readers):
+        replace_laid_out(model.graph, readers, weight, "transposed", lambda array: array.T)
+    else:
+        _multiply_transposed(model.graph, node, weight)
 
 
-def _multiply_transposed(graph: ir.Graph, node: ir.Node) -> None:
+def _multiply_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
     for user, index in list(node.outputs[0].uses()):
         if user.op_type != "MatMul" or index != 1:
-            raise TraceError(f"the tied weight {node.inputs[0].name} is read by {user.op_type}, not by MatMul")  # type: ignore[union-attr]
-        fused = ir.node(
-            "FusedMatMul",
-            [user.inputs[0], node.inputs[0]],
-            attributes={"transB": 1},
-            domain="com.microsoft",
-            version=1,
-            num_outputs=1,
-        )
-        output, replaced = fused.outputs[0], user.outputs[0]
-        output.shape, output.type = replaced.shape, replaced.type
-        graph.insert_before(user, fused)
-        name = replaced.name
-        replaced.replace_all_uses_with(output, replace_graph_outputs=True)
+            raise TraceError(f"the tied weight {weight.name} is read by {user.op_type}, not by MatMul")
+        fused = add_node(user, "FusedMatMul", [user.inputs[0], weight], domain="com.microsoft", transB=1)
+        name = user.outputs[0].name
+        replace_value(user.outputs[0], fused.outputs[0])
         graph.remove(user, safe=True)
-        output.name = name
+        fused.outputs[0].name = name
     graph.remove(node, safe=True)
+
+
+lay_out_weights = Rewrite(
+    "lay_out_weights",
+    "MatMul(x, Transpose(weight)) -> MatMul(x, weight.T), or FusedMatMul(x, weight) with transB",
+    _candidates,
+    lambda node: node,
+    _rewrite,
+)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -58,58 +57,3 @@ def nbytes(value: ir.Value) -> int:
     """Bytes of a constant."""
     assert value.const_value is not None
     return int(value.const_value.nbytes)
-
-
-def new_weight(
-    graph: ir.Graph, name: str, make: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType
-) -> ir.Value:
-    """A new initializer, whose values are made when the file is written."""
-
-    def made() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(make()), name=name)
-
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    value.const_value = ir.LazyTensor(made, dtype=dtype, shape=value.shape, name=name)  # type: ignore[arg-type]
-    graph.register_initializer(value)
-    return value
-
-
-def new_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """A new initializer with values that are there already."""
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
-    value.const_value = ir.tensor(array, name=name)
-    graph.register_initializer(value)
-    return value
-
-
-def add_node(
-    before: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    outputs: int = 1,
-    domain: str = "",
-    **attributes: Any,
-) -> ir.Node:
-    """A new node in front of another one."""
-    node = ir.node(op_type, list(inputs), attributes=attributes, domain=domain, num_outputs=outputs)
-    assert before.graph is not None
-    before.graph.insert_before(before, node)
-    return node
-
-
-def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """`new` takes the place of `old` everywhere, its name as an output of the graph included."""
-    new.type, new.shape = old.type, old.shape
-    name = old.name
-    output = old.is_graph_output()
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    if output:
-        old.name = f"{name}.replaced"
-        new.name = name
-
-
-def drop_unused(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
-    """Remove initializers that nothing reads any more."""
-    for value in values:
-        if not value.uses() and str(value.name) in graph.initializers:
-            del graph.initializers[str(value.name)]

@@ -12,6 +12,7 @@ import pytest
 from onnx.external_data_helper import uses_external_data
 from tokenizers import Tokenizer
 
+from export.passes import Stage, ordered_passes
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,18 @@ def test_the_schema_document_describes_every_key_and_tensor(tiny: Exported) -> N
         if name.startswith(("past_key_values.", "present.")):
             name = name.split(".")[0] + ".{group}.{layer}.{part}"
         assert f"`{name}`" in text, f"docs/ARTIFACT.md does not describe {name}"
+
+
+def test_every_pass_says_how_often_it_fired_and_why_it_did_not(tiny: Exported) -> None:
+    passes = tiny.manifest["passes"]
+    assert [*passes] == [
+        step.apply.name for step in ordered_passes() if step.stage in (Stage.BEFORE_QUANTIZATION, Stage.CLEANING)
+    ]
+    for entry in passes.values():
+        assert entry["fired"] >= 0
+        assert set(entry) <= {"fired", "declined"}
+    assert passes["fuse_silu"] == {"fired": 2}
+    assert passes["use_own_attention"] == {"fired": 0, "declined": {"heads of 8 have no kernel": 2}}
 
 
 def test_the_tokenizer_is_the_base_models(tiny: Exported) -> None:

@@ -88,8 +88,8 @@ def product(
         {"plain" if rank else "y"} = com.microsoft.MatMulNBits<{attributes}>({operands}) {change if rank else ""} }}"""
     model = with_weights(graph(text), constants)
     if half:
-        assert store_adapter_in_half(model) == sum(constants[f"l.adapter_{name}"].size >= 1024 for name in "ab")
-    assert fuse_quantized_matmul(model) == 1
+        assert store_adapter_in_half(model).fired == sum(constants[f"l.adapter_{name}"].size >= 1024 for name in "ab")
+    assert fuse_quantized_matmul(model).fired == 1
     assert kinds(model) == ["QuantizedMatMulLowRank" if rank else "QuantizedMatMul"]
     if not rank:
         model.graph.inputs.pop(1)
@@ -179,9 +179,9 @@ def swiglu(inputs: int, outputs: int, block: int, rank: int, up_bias: bool) -> t
     lines += ["active = com.microsoft.QuickGelu<alpha=1.0>(gate)", "y = Mul(active, up)"]
     head = f"g (float[b,t,{inputs}] x, float[b,t,1] rows, {', '.join(declared)}) => (float[b,t,{outputs}] y)"
     model = with_weights(graph(f"{head} {{ {' '.join(lines)} }}"), constants)
-    assert pack_low_rank(model) == (1 if rank else 0)
-    assert fuse_quantized_matmul(model) == 2
-    assert fuse_quantized_swiglu(model) == 1
+    assert pack_low_rank(model).fired == (1 if rank else 0)
+    assert fuse_quantized_matmul(model).fired == 2
+    assert fuse_quantized_swiglu(model).fired == 1
     assert kinds(model) == ["QuantizedSwiGLULowRank" if rank else "QuantizedSwiGLU"]
     if not rank:
         model.graph.inputs.pop(1)
@@ -248,7 +248,7 @@ def attention(
     text = f"""g ({", ".join(inputs)}) => (float[b,t,{width}] y, {cache} k, {cache} v)
         {{ y, k, v = com.microsoft.GroupQueryAttention<{attributes}>({call}) }}"""
     model = with_weights(graph(text), tables)
-    assert use_own_attention(model) == 1
+    assert use_own_attention(model).fired == 1
     assert [(node.domain, node.op_type) for node in model.graph] == [("imsm", "GroupQueryAttention")]
     return model, tables
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ import pytest
 from export.artifact import write_graph
 from export.errors import TraceError
 from export.passes import run_passes, weights
-from export.passes.quantize import Quantization, quantize, use_int8_compute
+from export.passes.int8_compute import int8_compute
+from export.passes.quantizable import OTHER_BIAS, ROUTER, SMALL, TRANSPOSED_OR_SCALED
+from export.passes.quantization import Quantization, Quantized
+from export.passes.quantize import Quantizer
 from export.passes.quantize_experts import INT8_COMPUTE
+from export.passes.rewrite import Declined, Outcome
 from export.quantization.weight_format import dequantize, round_to_nearest
 from tests.graphs import declared, graph, kinds, run, with_weights
 
@@ -78,6 +83,13 @@ def rounded(model: ir.Model, names: dict[str, bool], settings: Quantization = IN
     return model
 
 
+def quantize(model: ir.Model, settings: Quantization) -> Quantized:
+    """Run the pass; what it did."""
+    quantizer = Quantizer(settings)
+    quantizer(model)
+    return quantizer.done
+
+
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * float(np.abs(expected).max()))
 
@@ -134,23 +146,31 @@ UP = WEIGHTS["model.up.weight"].nbytes
 
 
 @pytest.mark.parametrize(
-    ("lines", "head", "kept"),
+    ("lines", "head", "kept", "declined"),
     [
-        ('h = MatMul(x, "model.up.adapter_delta")', HEAD, {}),
-        ('h = MatMul(x, "gate.gate_down.weight")', HEAD, {}),
-        ('h = MatMul(x, "model.small.weight")', 'logits = MatMul(h, "model.thin_head.weight")', {}),
-        (GEMM.format(bias="").replace("Gemm", "Gemm<alpha = 2.0>"), HEAD, {"model.up.weight": UP}),
+        ('h = MatMul(x, "model.up.adapter_delta")', HEAD, {}, []),
+        ('h = MatMul(x, "gate.gate_down.weight")', HEAD, {}, []),
+        ('h = MatMul(x, "model.small.weight")', 'logits = MatMul(h, "model.thin_head.weight")', {}, [SMALL]),
+        (
+            GEMM.format(bias="").replace("Gemm", "Gemm<alpha = 2.0>"),
+            HEAD,
+            {"model.up.weight": UP},
+            [TRANSPOSED_OR_SCALED],
+        ),
+        (GEMM.format(bias=', "model.row.bias"'), HEAD, {"model.up.weight": UP}, [OTHER_BIAS]),
         (
             GEMM.format(bias="").replace("Gemm(f", "Gemm<transA = 1>(t").replace(" g =", " t = Transpose(f) g ="),
             HEAD,
             {"model.up.weight": UP},
+            [TRANSPOSED_OR_SCALED],
         ),
-        ('a = Abs("model.up.weight") h = MatMul(x, a)', HEAD, {"model.up.weight": UP}),
-        ('h = MatMul(x, "model.experts")', HEAD, {"model.experts": 2 * UP}),
+        ('a = Abs("model.up.weight") h = MatMul(x, a)', HEAD, {"model.up.weight": UP}, []),
+        ('h = MatMul(x, "model.experts")', HEAD, {"model.experts": 2 * UP}, []),
         (
             'r = MatMul(x, "model.up.weight") s = Softmax(r) h, chosen = TopK(s, all)',
             HEAD,
             {"model.up.weight": UP},
+            [ROUTER],
         ),
     ],
     ids=[
@@ -158,15 +178,20 @@ UP = WEIGHTS["model.up.weight"].nbytes
         "the gate's",
         "small",
         "scaled",
+        "of a bias in a row",
         "of a transposed input",
         "computed",
         "experts",
         "a router's",
     ],
 )
-def test_other_products_stay_and_the_backbones_are_listed(lines: str, head: str, kept: dict[str, int]) -> None:
+def test_other_products_stay_and_the_backbones_are_listed(
+    lines: str, head: str, kept: dict[str, int], declined: list[Declined]
+) -> None:
     model, before = made(lines, head), made(lines, head)
-    done = quantize(model, INT4)
+    quantizer = Quantizer(INT4)
+    assert quantizer(model) == Outcome(1, Counter(why.reason for why in declined))
+    done = quantizer.done
     assert done.matrices == 1
     assert done.kept == kept
     assert kinds(model) == [*kinds(before)[:-1], "MatMulNBits"]
@@ -227,7 +252,7 @@ def test_the_products_compute_in_int8_only_when_told_so() -> None:
     model = made(PRODUCT)
     quantize(model, INT4)
     exact = logits(model)
-    assert use_int8_compute(model) == 2
+    assert int8_compute(model) == Outcome(2)
     assert {node.attributes.get_int("accuracy_level", 0) for node in model.graph} == {INT8_COMPUTE}
     difference = np.abs(logits(model) - exact).max()
     assert 0 < difference < 0.05 * np.abs(exact).max()
@@ -267,7 +292,7 @@ def test_embeddings_of_the_adapter_stay() -> None:
 )
 def test_a_head_that_is_not_quantized_is_an_error(head: str) -> None:
     with pytest.raises(TraceError, match="lm_head was not quantized"):
-        quantize(made(PRODUCT if "MatMul" in head else "h = Abs(x)", head), INT4)
+        run_passes(made(PRODUCT if "MatMul" in head else "h = Abs(x)", head), INT4)
 
 
 def test_a_head_behind_a_scale_and_a_cap_is_found() -> None:
@@ -306,14 +331,14 @@ def test_a_packed_weight_is_quantized_by_its_parts() -> None:
 
 def test_the_quantizer_runs_after_the_other_passes() -> None:
     model = made(PRODUCT.replace("h =", "p =") + "s = Sigmoid(p) h = Mul(p, s)")
-    counts, quantized = run_passes(model, INT4)
+    outcomes, quantized = run_passes(model, INT4)
     assert quantized is not None
-    assert (counts["fuse_silu"], counts["quantize"]) == (1, 2)
+    assert (outcomes["fuse_silu"], outcomes["quantize"]) == (Outcome(1), Outcome(2))
     assert kinds(model) == ["MatMulNBits", "QuickGelu", "MatMulNBits"]
     assert {str(value.name) for value in model.graph.inputs} == {"x"}
 
 
 def test_without_settings_nothing_is_quantized() -> None:
-    counts, quantized = run_passes(made(PRODUCT))
+    outcomes, quantized = run_passes(made(PRODUCT))
     assert quantized is None
-    assert "quantize" not in counts
+    assert "quantize" not in outcomes

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from transformers import AutoConfig
 
-from export.passes.quantize_experts import INT8_COMPUTE
+from export.passes.quantization import Quantization
+from export.passes.quantize import PORTABLE_EXPERTS, Quantizer
+from export.passes.quantize_experts import CHANGED, COMPUTED, HALF, INT8_COMPUTE
+from export.passes.rewrite import Declined, Outcome
 from export.pipeline import ExportSettings
 from export.quantization.weight_format import dequantize, round_to_nearest
 from runtime import Session
 from tests.adapters import make_siamese_with
 from tests.builders import make_siamese, save_tiny_checkpoint, write_base_folder
 from tests.exported import Exported, export_existing
+from tests.graphs import graph, kinds, with_weights
 from tests.zoo import COMMON, LOCAL_EXPERTS
 
 WIDTH = COMMON["hidden_size"]
@@ -61,6 +67,12 @@ def graph_of(exported: Exported, data: bool = False) -> onnx.GraphProto:
 
 def expert_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [node for node in graph.node if node.op_type in ("MoE", "QMoE")]
+
+
+def declined(exported: Exported) -> dict[str, int]:
+    """Why the quantizer left candidates as they are."""
+    reasons: dict[str, int] = exported.manifest["passes"]["quantize"]["declined"]
+    return reasons
 
 
 def test_every_layers_experts_are_quantized_and_compute_in_int8(exported: Exported) -> None:
@@ -119,12 +131,14 @@ def test_experts_of_broken_blocks_stay(tmp_path: Path) -> None:
     assert [node.op_type for node in expert_nodes(graph_of(exported))] == ["MoE"] * COMMON["num_hidden_layers"]
     sizes = exported.manifest["quantization"]
     assert (sizes["experts"], sizes["kept_bytes"]) == (0, 4 * 2 * EXPERTS * 3 * 40 * WIDTH)
+    assert declined(exported)["the experts' inputs are not whole blocks of 16"] == COMMON["num_hidden_layers"]
 
 
 def test_the_portable_form_keeps_experts_that_older_kernels_know(tmp_path: Path) -> None:
     settings = ExportSettings(precision="int4", block_size=16, portable=True)
     exported = export_mixture(tmp_path, "mixtral", settings)
     assert [node.op_type for node in expert_nodes(graph_of(exported))] == ["MoE"] * COMMON["num_hidden_layers"]
+    assert declined(exported)[PORTABLE_EXPERTS.reason] == COMMON["num_hidden_layers"]
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's own, of its "all-linear"
@@ -132,3 +146,38 @@ def test_experts_that_the_adapter_changes_stay(tmp_path: Path) -> None:
     exported = export_mixture(tmp_path, "mixtral", ExportSettings(precision="int4", block_size=16), all_linear=True)
     assert {node.op_type for node in expert_nodes(graph_of(exported))} <= {"MoE"}
     assert exported.manifest["quantization"]["experts"] == 0
+    assert declined(exported)
+
+
+def mixture_graph(up: str = "up", more: str = "", dtype: str = "float") -> ir.Model:
+    """One node of two experts, whose weights are (2, 32, 32) each way; not to be run."""
+    text = f"""g ({dtype}[3, 32] x, {dtype}[3, 2] router, {dtype}[2, 32, 32] up, {dtype}[2, 32, 32] "up.adapter_a",
+        {dtype}[2, 32, 32] down) => ({dtype}[3, 32] y, {dtype}[2, 32, 32] z)
+        {{ z = Abs(up) {more} y = com.microsoft.MoE<k = 1>(x, router, {up}, "", down) }}"""
+    values = np.ones((2, 32, 32), np.float32 if dtype == "float" else np.float16)
+    model = with_weights(graph(text), {name: values for name in ("up", "up.adapter_a", "down")})
+    if up != "up" or more:
+        return model
+    model.graph.outputs.pop()
+    model.graph.remove(next(iter(model.graph)), safe=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, None),
+        ({"more": "w = Abs(up)"}, CHANGED),
+        ({"up": '"up.adapter_a"'}, CHANGED),
+        ({"up": "w", "more": "w = Neg(up)"}, COMPUTED),
+        ({"dtype": "float16"}, HALF),
+    ],
+    ids=["the backbone's", "read twice", "the adapter's", "computed", "half precision"],
+)
+def test_experts_say_why_they_stay(arguments: dict[str, str], reason: Declined | None) -> None:
+    model = mixture_graph(**arguments)
+    quantizer = Quantizer(Quantization(4))
+    expected = Outcome(1) if reason is None else Outcome(0, Counter({reason.reason: 1}))
+    assert quantizer(model) == expected
+    assert kinds(model)[-1] == ("QMoE" if reason is None else "MoE")
+    assert quantizer.done.experts == (reason is None)

@@ -1,0 +1,56 @@
+"""What the quantizer is told, and what it says that it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..quantization.weight_format import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """bits: 4 or 8. calibrated: weights that were quantized with data, by their layer's name in the causal LM; all
+    others are rounded to the nearest. experts: whether those are quantized, which takes a recent onnxruntime.
+    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth.
+
+    The nodes compute in floating point; `int8_compute` changes that once the file has been verified."""
+
+    bits: int
+    block_size: int = 32
+    symmetric: bool = True
+    calibrated: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    experts: bool = True
+    half_scales: bool = False
+
+
+@dataclass
+class Quantized:
+    """What happened. bytes_before, bytes_after: of the matrices that were quantized. kept: matrices of the backbone
+    that stayed in floating point, by name, with their bytes. weights: what every weight of the traced module became.
+    expert_weights: those of its weights that are of experts, all rounded to the nearest."""
+
+    matrices: int = 0
+    embeddings: int = 0
+    experts: int = 0
+    calibrated: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    expert_weights: list[str] = field(default_factory=list)
+
+    def as_dict(self, settings: Quantization) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "bits": settings.bits,
+            "block_size": settings.block_size,
+            "symmetric": settings.symmetric,
+            "matrices": self.matrices,
+            "embeddings": self.embeddings,
+            "experts": self.experts,
+            "calibrated": self.calibrated,
+            "bytes": self.bytes_after,
+            "kept_bytes": sum(self.kept.values()),
+        }
