@@ -16,15 +16,17 @@ from tests.graphs import graph
 
 
 def attention_model(
-    dtype: str = "float", size: int = 16, attributes: str = "", more: str = "", news: str = "news"
+    dtype: str = "float", size: int = 16, attributes: str = "", more: str = "", news: str = "news", heads: int = 1
 ) -> ir.Model:
     cache = f"{dtype}[b,1,p,{size}]"
-    inputs = f"{dtype}[b,t,{3 * size}] qkv, {cache} past_key, {cache} past_value, int32[b] lengths, int32 total"
+    inputs = (
+        f"{dtype}[b,t,{(heads + 2) * size}] qkv, {cache} past_key, {cache} past_value, int32[b] lengths, int32 total"
+    )
     inputs += f", int32[b] news, {dtype}[1,1,t,n] bias"
     operands = f'qkv, "", "", past_key, past_value, lengths, total, "", "", "", {more or chr(34) * 2}'
     operands += f', "", "", "", "", "", {news}' if news else ""
-    call = f"com.microsoft.GroupQueryAttention<num_heads=1, kv_num_heads=1, scale=0.25{attributes}>({operands})"
-    return graph(f"g ({inputs}) => ({dtype}[b,t,{size}] y, {cache} k, {cache} v) {{ y, k, v = {call} }}")
+    call = f"com.microsoft.GroupQueryAttention<num_heads={heads}, kv_num_heads=1, scale=0.25{attributes}>({operands})"
+    return graph(f"g ({inputs}) => ({dtype}[b,t,{heads * size}] y, {cache} k, {cache} v) {{ y, k, v = {call} }}")
 
 
 def test_plain_attention_becomes_the_projects_operator() -> None:
@@ -40,11 +42,12 @@ def test_plain_attention_becomes_the_projects_operator() -> None:
         ({"dtype": "float16"}, Declined("its caches are float16")),
         ({"size": 24}, Declined("heads of 24 have no kernel")),
         ({"size": 272}, Declined("heads of 272 have no kernel")),
+        ({"heads": 257}, Declined("257 heads that share a key have no kernel")),
         ({"attributes": ", softcap=30.0"}, SOFTCAP),
         ({"more": "bias"}, OPTIONAL),
         ({"news": ""}, PORTABLE),
     ],
-    ids=["float16", "size", "large", "soft-capping", "bias", "portable"],
+    ids=["float16", "size", "large", "sharing", "soft-capping", "bias", "portable"],
 )
 def test_other_attention_stays(arguments: dict[str, Any], reason: Declined) -> None:
     model = attention_model(**arguments)
