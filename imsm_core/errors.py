@@ -1,18 +1,37 @@
 """What can go wrong in training, as one tree.
 
-IMSMError                 a user's mistake; the command line prints its one line and exits 2
+IMSMError                 a user's mistake; the command line prints its one line and exits with `exit_code`
 ├── DataError             a data file or row that cannot be trained on
 ├── BaseModelError        a base model that cannot be loaded, or is not the one that was tuned
 ├── AdapterError          a PEFT method or adapter that cannot be used
-├── CheckpointError       a CHECKPOINT folder that is missing a part or contradicts itself
-├── SettingsError         a setting outside its range
+├── CheckpointError       a CHECKPOINT folder or a snapshot that is missing a part or contradicts itself
+├── SettingsError         a setting outside its range, or one that contradicts another
 ├── OutputError           an output folder that cannot be written
-└── OutputExistsError     the output folder exists and `force` was not given
+├── OutputExistsError     the output folder exists and `force` was not given
+├── Diverged              the loss is no longer a finite number
+└── Interrupted           Ctrl-C ended the training after a whole step
+
+A message names a setting as a placeholder, such as {gate_rank}. `str` fills in the name of the field; the command line
+fills in its own spelling, by `told`.
 """
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
 
 
 class IMSMError(Exception):
     """Base of every error that a user can cause; its message is one line."""
+
+    exit_code = 2
+
+    def told(self, spell: Callable[[str], str]) -> str:
+        """The message, with the name of every setting in it passed through `spell`."""
+        return _fill(super().__str__(), spell)
+
+    def __str__(self) -> str:
+        return self.told(str)
 
 
 class DataError(IMSMError):
@@ -28,11 +47,24 @@ class AdapterError(IMSMError):
 
 
 class CheckpointError(IMSMError):
-    """A CHECKPOINT folder that is missing a part or contradicts itself."""
+    """A CHECKPOINT folder or a snapshot that is missing a part or contradicts itself."""
 
 
 class SettingsError(IMSMError):
-    """A setting outside its range."""
+    """A setting outside its range, or one that contradicts another.
+
+    name: the field of the settings. value: what it is; None if it is not given. rule: what is wrong or must hold, with
+    other settings as placeholders.
+    """
+
+    def __init__(self, name: str, value: object, rule: str) -> None:
+        super().__init__(name, value, rule)
+        self.name = name
+        self.value = value
+        self.rule = rule
+
+    def told(self, spell: Callable[[str], str]) -> str:
+        return f"{spell(self.name)} is {shown(self.value)}; {_fill(self.rule, spell)}"
 
 
 class OutputError(IMSMError):
@@ -41,3 +73,27 @@ class OutputError(IMSMError):
 
 class OutputExistsError(IMSMError):
     """The output folder exists and `force` was not given."""
+
+
+class Diverged(IMSMError):
+    """The loss is no longer a finite number; a checkpoint of such a run would be useless."""
+
+
+class Interrupted(IMSMError):
+    """Ctrl-C ended the training after a whole step; a snapshot was written if the run has a folder for them."""
+
+    exit_code = 130
+
+
+def shown(value: object) -> str:
+    """A value in one line: text as it is, quoted if it would be invisible or break the line."""
+    if value is None:
+        return "not given"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "empty"
+    text = str(value)
+    return text if text.strip() and text.isprintable() else repr(text)
+
+
+def _fill(message: str, spell: Callable[[str], str]) -> str:
+    return re.sub(r"\{([a-z]+(?:_[a-z]+)*)\}", lambda match: spell(match[1]), message)
