@@ -56,7 +56,8 @@ def main() -> int:
 
 def export_pair(shape: dict[str, Any], rank: int, artifacts: dict[str, Path], scratch: Path) -> None:
     """Export one random model twice: with both streams, and its base stream alone."""
-    from export.pipeline import ExportSettings, export_model
+    from export.pipeline import export_model
+    from export.settings import ExportSettings
     from imsm_core.checkpoint import CheckpointInfo
 
     model, tokenizer = random_siamese(random_base(shape), rank), small_tokenizer()

@@ -118,7 +118,8 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
             raise UnsupportedError(_why_layers_are_missing(model, len(probe.layers), layer_count))
         rotary = _plan_rotary(model, probe, context)
     except UnsupportedError as error:
-        raise UnsupportedError(f"architecture {kind!r} is not supported: {error}") from error
+        message = error.args[0]  # in which settings are still placeholders
+        raise UnsupportedError(f"architecture {kind!r} is not supported: {message}") from error
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"architecture {kind!r} is not supported: its backbone does not run with another attention "

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig
 
 from export.passes.quantize_experts import INT8_COMPUTE
-from export.pipeline import ExportSettings
 from export.quantization.weight_format import dequantize, round_to_nearest
+from export.settings import ExportSettings
 from runtime import Session
 from tests.adapters import make_siamese_with
 from tests.builders import make_siamese, save_tiny_checkpoint, write_base_folder
