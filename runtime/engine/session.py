@@ -28,7 +28,6 @@ CPU_PREFILL_ROWS = 256
 core's cache (1,024 rows took 7 % longer a token at the Qwen2.5-0.5B shape)."""
 PREFILL_ROWS = 1024
 """... on other providers."""
-MOST_PADDING = 512  # tokens of a ragged chunk; the graph's rotary tables go on for as many past the context
 
 
 class Session:
@@ -122,7 +121,8 @@ class Session:
         # Once for all chunks: growing copies the caches.
         self._reserve(state, int(max(length + len(text) for length, text in zip(state.lengths, texts, strict=True))))
         if self.manifest.batched_chunks:
-            return self._read_in_chunks(state, texts, None, chunk if len(texts) == 1 else min(chunk, MOST_PADDING))
+            most = chunk if len(texts) == 1 else min(chunk, self.manifest.padding)
+            return self._read_in_chunks(state, texts, None, most)
         if not state.lengths.any() and not self.virtual and max(map(len, texts)) <= chunk:
             return self._read(state, texts, None)
         # The portable form continues a cache, or virtual tokens, by more than one token for a single row only.
@@ -246,7 +246,7 @@ class Session:
 
     def _reserve(self, state: DecodeState, length: int) -> None:
         if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
-            length = self.manifest.context_length + MOST_PADDING
+            length = self.manifest.context_length + self.manifest.padding
         moved = [cache.reserve(length) for cache in state.caches.values()]
         if any(moved):
             state.decode_binding = None
