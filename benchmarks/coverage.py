@@ -37,7 +37,8 @@ import onnx_ir as ir
 import torch
 
 from export.errors import UnsupportedError
-from export.pipeline import ExportSettings, export_model
+from export.pipeline import export_model
+from export.settings import ExportSettings
 from imsm_core.backbone import load_base_model, load_tokenizer
 from imsm_core.errors import AdapterError, BaseModelError
 from imsm_core.reference import reference_generate

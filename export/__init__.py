@@ -10,10 +10,11 @@ from typing import Any
 
 _MODULES = {
     "ExportError": "errors",
-    "ExportSettings": "pipeline",
+    "ExportSettings": "settings",
     "export_adapter": "pipeline",
     "export_checkpoint": "pipeline",
     "export_model": "pipeline",
+    "verify_against_checkpoint": "verification.against_checkpoint",
     "verify_graph": "verification.parity",
 }
 

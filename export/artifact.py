@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from imsm_core.files import sha256_of_file
 
-from .attention.plan import AttentionPlan
+from .attention.plan import MOST_PADDING, AttentionPlan
 from .errors import UnsupportedError
 from .model_facts import ModelFacts
+from .step_reads import step_reads
 from .streams import StreamLayout
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
@@ -55,11 +55,6 @@ def _share_storage(path: Path) -> None:
             graph.initializer.remove(weights[node.input[1]])
     if views:
         onnx.save(proto, str(path))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32, float16 or bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -111,7 +106,9 @@ def write_manifest(
             "inputs": [_signature(value) for value in graph.graph.inputs],
             "outputs": [_signature(value) for value in graph.graph.outputs],
             "rotary": plan.rotary.mode,
+            "padding": MOST_PADDING,
         },
+        "reads": step_reads(ir.load(folder / GRAPH)),
         **sections,
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}

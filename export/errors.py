@@ -1,10 +1,13 @@
 """What can go wrong in an export, as one branch of the tree in `imsm_core.errors`.
 
 IMSMError
+├── SettingsError             a setting outside its range, or one that contradicts another
 └── ExportError
-    ├── UnsupportedError      an architecture, PEFT variant or setting that has no two-stream form
+    ├── UnsupportedError      an architecture or PEFT variant that has no two-stream form
     ├── TraceError            the traced graph is not what the exporter relies on
     └── VerificationError     the exported graph does not compute what PyTorch computes; nothing is published
+
+A message names a setting as a placeholder, such as {context_length}: see `IMSMError.told`.
 """
 
 from imsm_core.errors import IMSMError
@@ -15,7 +18,7 @@ class ExportError(IMSMError):
 
 
 class UnsupportedError(ExportError):
-    """An architecture, PEFT variant or setting that has no two-stream form."""
+    """An architecture or PEFT variant that has no two-stream form."""
 
 
 class TraceError(ExportError):

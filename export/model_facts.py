@@ -8,12 +8,11 @@ from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
 
 from imsm_core.backbone import hidden_size
+from imsm_core.errors import SettingsError
 
 from .errors import UnsupportedError
 
-_LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # as configs spell it; not optimum's business
-
-
+_LONGEST = ("max_position_embeddings", "max_seq_len", "seq_length")  # config fields, which optimum does not normalize
 SHORTEST = 2  # a prompt's token and the one that follows
 
 
@@ -32,7 +31,8 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
     """context_length: a shorter context than the model's, which makes the rotary tables smaller. virtual_tokens: how
     many stand before the text and take positions from it.
 
-    Raises UnsupportedError if the config lacks one of the facts or the wanted context is longer than the model's.
+    Raises UnsupportedError if the config lacks one of the facts, SettingsError if the model does not allow a context of
+    that length.
     """
     config = model.config
     kind = config.model_type
@@ -47,13 +47,15 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
         raise UnsupportedError(f"the config of architecture {kind!r} does not say how many layers it has") from error
     longest = next((int(getattr(config, name)) for name in _LONGEST if getattr(config, name, None)), context_length)
     if longest is None:
-        raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with --context-length")
+        raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with {{context_length}}")
     if getattr(config, "max_position_embeddings", None):
         longest -= virtual_tokens
     wanted = longest if context_length is None else context_length
     if not SHORTEST <= wanted <= longest:
         beside = f" beside {virtual_tokens} virtual tokens" if virtual_tokens else ""
-        raise UnsupportedError(
-            f"context length {wanted} is not in {SHORTEST} .. {longest}, which the model allows{beside}"
-        )
+        if context_length is None:
+            raise UnsupportedError(
+                f"the positions of {kind!r} allow a text of {longest} tokens{beside}, which is too short"
+            )
+        raise SettingsError("context_length", context_length, f"the model allows {SHORTEST} .. {longest}{beside}")
     return ModelFacts(kind, layers, hidden_size(model), vocabulary, int(wanted))

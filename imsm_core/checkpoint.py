@@ -26,6 +26,7 @@ from .siamese import SiameseModel
 
 FORMAT_VERSION = 1
 INFO = "imsm.json"
+_RENAMED = {"quantised_backbone": "quantized_backbone"}  # fields as they were once called, which users' folders have
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     try:
-        info = CheckpointInfo(**fields)
+        info = CheckpointInfo(**{_RENAMED.get(name, name): value for name, value in fields.items()})
     except TypeError as error:
         raise CheckpointError(f"{path} has missing or unknown fields: {str(error).split('() ')[-1]}") from error
     for name, kind in get_type_hints(CheckpointInfo).items():

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ArtifactError
 
 MANIFEST, GRAPH, VIRTUAL_TOKENS = "imsm_model.json", "model.onnx", "virtual_tokens.npz"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,26 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class StepReads:
+    """Bytes of weights that a step reads. whole: in every step. rows: (bytes of a row, rows) of tables. experts: (bytes
+    of an expert, experts, how many of them each token of a stream is routed to)."""
+
+    whole: int
+    rows: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int, int], ...]
+
+    def bytes_per_step(self, tokens: int, streams: int = 1) -> int:
+        """Bytes that a step over `tokens` new tokens of all texts must read: a row of each table per token, and in each
+        of `streams` the experts of every token, all different ones in the worst case."""
+        rows = sum(size * min(tokens, count) for size, count in self.rows)
+        experts = sum(size * min(tokens * streams * top_k, count) for size, count, top_k in self.experts)
+        return self.whole + rows + experts
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact. virtual_tokens:
-    per stream, how many stand before the text."""
+    per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to."""
 
     architecture: str
     hidden_size: int
@@ -60,6 +77,8 @@ class Manifest:
     virtual_tokens: dict[str, int]
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
+    padding: int
+    reads: StepReads
     eos_token_ids: tuple[int, ...]
     special_tokens: dict[str, str | None]
     files: dict[str, FileEntry]
@@ -139,6 +158,8 @@ def _parse(document: dict[str, Any]) -> Manifest:
         virtual_tokens={stream: int(count) for stream, count in document["virtual_tokens"].items()},
         inputs=tuple(map(_signature, graph["inputs"])),
         outputs=tuple(map(_signature, graph["outputs"])),
+        padding=int(graph["padding"]),
+        reads=_step_reads(document["reads"]),
         eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),
         special_tokens={name: tokens[name] for name in ("bos_token", "eos_token", "pad_token")},
         files={name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()},
@@ -148,6 +169,14 @@ def _parse(document: dict[str, Any]) -> Manifest:
 
 def _signature(entry: dict[str, Any]) -> TensorSignature:
     return TensorSignature(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+
+def _step_reads(entry: dict[str, Any]) -> StepReads:
+    return StepReads(
+        whole=int(entry["bytes"]),
+        rows=tuple((int(table["bytes"]), int(table["rows"])) for table in entry["rows"]),
+        experts=tuple((int(part["bytes"]), int(part["experts"]), int(part["top_k"])) for part in entry["experts"]),
+    )
 
 
 def _sha256(path: Path) -> str:

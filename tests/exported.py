@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from export.pipeline import ExportSettings, export_model
+from export.pipeline import export_model
+from export.settings import ExportSettings
 from imsm_core.backbone import load_tokenizer
 from imsm_core.siamese import SiameseModel
 from tests.adapters import make_siamese_with

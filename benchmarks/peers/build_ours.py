@@ -9,7 +9,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from export.pipeline import ExportSettings, export_checkpoint
+from export.pipeline import export_checkpoint
+from export.settings import ExportSettings
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from .rotary import (
 )
 
 HEAD_SIZE_MULTIPLE = 8  # GroupQueryAttention's kernels refuse other head sizes; heads are padded with zeros up to it
-MOST_PADDING = 512  # tokens that a ragged chunk may pad a row with
+MOST_PADDING = 512  # positions past the context that a row of a ragged step may be padded to: every graph takes them
 FUSED_ROTARY_MULTIPLE = 16  # ... and with do_rotary other sizes than these
 IGNORED_ARGUMENTS = {"position_ids", "use_cache", "cache_position", "output_attentions", "layer_idx"}
 ATTENTION_LAYER_TYPES = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -118,7 +118,8 @@ def plan_attention(model: PreTrainedModel, layer_count: int, context: int) -> At
             raise UnsupportedError(_why_layers_are_missing(model, len(probe.layers), layer_count))
         rotary = _plan_rotary(model, probe, context)
     except UnsupportedError as error:
-        raise UnsupportedError(f"architecture {kind!r} is not supported: {error}") from error
+        message = error.args[0]  # in which settings are still placeholders
+        raise UnsupportedError(f"architecture {kind!r} is not supported: {message}") from error
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"architecture {kind!r} is not supported: its backbone does not run with another attention "

@@ -165,7 +165,7 @@ def _why_no_table(rotary: nn.Module) -> str:
     kind = getattr(rotary, "rope_type", "default")
     rope = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(rotary, "original_max_seq_len", None)
-    remedy = f"; a --context-length of {original} or less has one" if original else ""
+    remedy = f"; a {{context_length}} of {original} or less has one" if original else ""
     return (
         f"rotary embedding of type {kind!r} changes with the length of the text, so that cached keys would have to be "
         f"rotated anew; it has no table{remedy}"

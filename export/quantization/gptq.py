@@ -50,8 +50,8 @@ def calibrated_weights(
     model: on the CPU, float32, eval mode; its weights are the same before and after. texts: token ids; some thousands
     of tokens in all. Layers are taken in the model's order, as many at a time as HESSIAN_BYTES allows, and each group
     sees inputs that the quantized groups before it gave. A layer that no text reaches, or for which rounding to nearest
-    is the better one on these inputs, is rounded to nearest. Raises ExportError for a format that MatMulNBits lacks,
-    and if there are no texts.
+    is the better one on these inputs, is rounded to nearest. Raises ExportError if there
+    are no texts, and as `check_format`.
     """
     check_format(bits, block_size)
     if not any(len(text) for text in texts):

@@ -1,4 +1,4 @@
-"""What an artifact computes in and stores: the settings, and a PyTorch model with the weights that the file has."""
+"""A PyTorch model that computes in the type of an artifact, with the weights that the file has."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..settings import ExportSettings
 from .weight_format import QuantizedWeight, dequantize, round_to_nearest
 
-FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WEIGHT_BITS = {"int8": 8, "int4": 4}
-PRECISIONS = (*FLOATS, *WEIGHT_BITS)
 _TRACED_MODEL = "model."  # what the causal LM is called inside the traced module
+
+
+def compute_dtype(settings: ExportSettings) -> torch.dtype:
+    """What the backbone computes in."""
+    dtype: torch.dtype = getattr(torch, settings.dtype_name)
+    return dtype
 
 
 def layer_weight(model: PreTrainedModel, name: str) -> tuple[nn.Module, Tensor]:
@@ -90,7 +94,7 @@ def _converted(model: PreTrainedModel, convert: Callable[[Tensor], Tensor]) -> A
 
 @contextmanager
 def _replaced_data(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Inside the block tensors have other values, made one by one; afterwards they have the very data that they had."""
+    """Inside the block tensors have other values, made one by one; afterwards they have their own data again."""
     originals: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor, data in values:

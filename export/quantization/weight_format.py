@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits  # as its own quantizer does
 
+from ..choices import check_block_size
 from ..errors import ExportError
 
 Array = NDArray[Any]
 _ROUNDING = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
-BITS = tuple(_ROUNDING)
-SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def round_to_nearest(weight: Array, bits: int, block_size: int, symmetric: bool)
     largest magnitude (symmetric), or both of its ends and zero (asymmetric), are met.
 
     A symmetric result is a fixed point: rounding its values again gives the same codes and scales. Raises ExportError
-    for a width or a block size that MatMulNBits does not have, and for values that are not finite.
+    and SettingsError as `check_format`, and ExportError for values that are not finite.
     """
     check_format(bits, block_size)
     if not np.isfinite(weight).all():
@@ -88,11 +87,10 @@ def unpacked_zero_points(weight: QuantizedWeight) -> Array:
 
 
 def check_format(bits: int, block_size: int) -> None:
-    """Raise ExportError for what MatMulNBits does not have."""
+    """Raise ExportError for a width that MatMulNBits does not take, SettingsError for such a block size."""
     if bits not in _ROUNDING:
-        raise ExportError(f"weights of {bits} bits cannot be packed; choose {' or '.join(map(str, BITS))}")
-    if block_size < SMALLEST_BLOCK or block_size & (block_size - 1):
-        raise ExportError(f"the block size is {block_size}; it must be a power of two, at least {SMALLEST_BLOCK}")
+        raise ExportError(f"weights of {bits} bits cannot be packed; choose {' or '.join(map(str, _ROUNDING))}")
+    check_block_size(block_size)
 
 
 def _pack(codes: Array, bits: int) -> Array:

@@ -20,6 +20,7 @@ from imsm_core.data.encoding import encode_answer, encode_prompt
 from imsm_core.data.readers import rows, text_field
 from imsm_core.errors import DataError
 
+from ..choices import LARGEST_PERPLEXITY_CHANGE
 from ..errors import ExportError, VerificationError
 
 Array = NDArray[Any]
@@ -28,7 +29,6 @@ Logits = Callable[[list[int]], Array]
 
 LONGEST = 512  # tokens of a text: logits at every position of a large vocabulary fill the memory
 QUERY_TOKENS = 8
-THRESHOLD = 0.02  # of the perplexity's change
 FEW_TOKENS = 1000
 _ROWS = 128  # positions whose logits are in float64 at a time
 _LARGEST_LOSS = 700.0  # e to the power of more is no float
@@ -144,7 +144,7 @@ def measure_quality(reference: Logits, found: Logits, texts: Sequence[list[int]]
     )
 
 
-def quality_warnings(report: QualityReport, threshold: float = THRESHOLD) -> list[str]:
+def quality_warnings(report: QualityReport, threshold: float = LARGEST_PERPLEXITY_CHANGE) -> list[str]:
     """One line for each reason not to rely on the artifact: a perplexity that rose by more than `threshold`, and a
     sample that is too small to tell."""
     warnings = []

@@ -14,8 +14,6 @@ import numpy as np
 from ..engine.session import Session
 from ..engine.state import DecodeState
 from ..machine import peak_rss_mb
-from ..manifest import GRAPH
-from ..weights import read_weights
 from .settings import BenchSettings
 
 
@@ -75,8 +73,7 @@ def measure(
     """Every prompt length on a loaded session, in ascending order; and the tokens of the last run of each."""
     generator = np.random.default_rng(0)
     timer = RunTimer(session)
-    streams = len(session.manifest.streams)
-    weights = sum(weight.bytes_read(settings.batch, streams) for weight in read_weights(session.folder / GRAPH))
+    weights = session.manifest.reads.bytes_per_step(settings.batch, len(session.manifest.streams))
     found, tokens = [], []
     for length in sorted(settings.prompt_lengths):
         runs = []

@@ -25,7 +25,6 @@ from .signature import check_signature
 from .state import DecodeState
 
 Array = NDArray[Any]
-MOST_PADDING = 512  # tokens of a ragged chunk; the graph's rotary tables go on for as many past the context
 NO_GRAPH = -1
 """The `gpu_graph_id` of runs that are not captured as a CUDA graph."""
 QUERY_GATES = ("query_aware", "query_mixed")
@@ -153,7 +152,7 @@ class LoadedGraph:
     def reserve(self, state: DecodeState, length: int) -> None:
         """Make room for `length` tokens of every row."""
         if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
-            length = self.manifest.context_length + MOST_PADDING
+            length = self.manifest.context_length + self.manifest.padding
         if any([cache.reserve(length) for cache in state.caches.values()]):
             state.layout = object()
 

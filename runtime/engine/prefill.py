@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .loaded_graph import MOST_PADDING, LoadedGraph
+from .loaded_graph import LoadedGraph
 from .marks import Mark
 from .state import DecodeState, StepOutput
 
@@ -24,14 +24,15 @@ class Piece(NamedTuple):
     texts: Texts
 
 
-def plan_prefill(texts: Texts, chunk: int, batched: bool, starts_empty: bool) -> Iterator[Piece]:
+def plan_prefill(texts: Texts, chunk: int, padding: int, batched: bool, starts_empty: bool) -> Iterator[Piece]:
     """The runs that read `texts`, one text a row, at most `chunk` tokens of each at a time.
 
-    batched: whether the graph continues the caches of several rows by more than one token at once. The portable form
-    does not: there several tokens can be read together only into rows that `starts_empty`, and in one run.
+    padding: how many tokens a row may be padded with beside longer ones. batched: whether the graph continues the
+    caches of several rows by more than one token at once. The portable form does not: there several tokens can be read
+    together only into rows of which each `starts_empty`, and in one run.
     """
     if batched:
-        yield from _in_chunks(texts, chunk if len(texts) == 1 else min(chunk, MOST_PADDING), None)
+        yield from _in_chunks(texts, chunk if len(texts) == 1 else min(chunk, padding), None)
     elif starts_empty and max(map(len, texts)) <= chunk:
         yield Piece(None, texts)
     else:
@@ -49,7 +50,7 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int) -> St
     starts_empty = not state.lengths.any() and not graph.virtual
     logits: list[Array | None] = [None] * state.batch
     gates: list[Array | None] = [None] * state.batch
-    for piece in plan_prefill(texts, chunk, graph.manifest.batched_chunks, starts_empty):
+    for piece in plan_prefill(texts, chunk, graph.manifest.padding, graph.manifest.batched_chunks, starts_empty):
         output = _read_piece(graph, state, piece)
         for index, text in enumerate(piece.texts):
             if len(text):

@@ -13,7 +13,7 @@ from onnx.external_data_helper import uses_external_data
 from tokenizers import Tokenizer
 
 from export.passes import Stage, ordered_passes
-from tests.exported import Exported
+from tests.exported import Exported, export_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +50,18 @@ def test_inputs_and_outputs_are_those_of_the_manifest(tiny: Exported, proto: onn
             for value in values
         ]
         assert found == [(entry["name"], entry["shape"]) for entry in tiny.manifest["graph"][side]]
+
+
+def test_tables_of_a_rotation_inside_attention_have_rows_for_the_padding(tmp_path: Path) -> None:
+    exported = export_tiny(tmp_path, head_dim=16)
+    graph, model = exported.manifest["graph"], exported.manifest["model"]
+    assert graph["rotary"] == "fused"
+    proto = onnx.load(exported.artifact / "model.onnx", load_external_data=False)
+    sizes = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    tables = {
+        sizes[name][0] for node in proto.graph.node if node.op_type == "GroupQueryAttention" for name in node.input[7:9]
+    }
+    assert tables == {model["context_length"] + graph["padding"]}
 
 
 def test_each_layer_has_one_attention_node_for_the_rows_of_both_streams(proto: onnx.ModelProto) -> None:
@@ -102,6 +114,6 @@ def test_the_tokenizer_is_the_base_models(tiny: Exported) -> None:
 
 def test_the_manifest_is_json_with_a_format_version(tiny: Exported) -> None:
     document = json.loads((tiny.artifact / "imsm_model.json").read_text())
-    assert document["format_version"] == 3
+    assert document["format_version"] == 4
     assert document["producers"]["torch"]
     assert document["tokens"]["eos_token_ids"] == [1]

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.errors import UnsupportedError, VerificationError
-from export.pipeline import ExportSettings, export_checkpoint
+from export.errors import VerificationError
+from export.pipeline import export_checkpoint
+from export.settings import ExportSettings
 from export.trace import _kept_interrupt
 from export.verification.parity import verify_graph
 from imsm_core.checkpoint import load_checkpoint
-from imsm_core.errors import BaseModelError, OutputExistsError
+from imsm_core.errors import BaseModelError, OutputExistsError, SettingsError
 from tests.builders import make_base_folder
 from tests.exported import Exported, export_tiny
 
@@ -38,7 +39,7 @@ def test_an_existing_folder_is_kept_without_force(tiny: Exported, tmp_path: Path
 
 
 def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="unknown precision 'fp7'"):
+    with pytest.raises(SettingsError, match="precision is fp7; choose one of fp32, fp16, bf16, int8, int4"):
         ExportSettings(precision="fp7")
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.errors import UnsupportedError
-from export.pipeline import ExportSettings, check_quantized_backbone
+from export.pipeline import check_quantized_backbone
+from export.settings import ExportSettings
 from imsm_core.checkpoint import CheckpointInfo
+from imsm_core.errors import SettingsError
 from imsm_core.reference import reference_generate
 from runtime import Session
 from tests.builders import write_jsonl
@@ -93,16 +94,20 @@ def test_bf16_is_written_and_said_to_be_unverified(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "int3"}, "unknown precision 'int3'"),
-        ({"activations": "fp16"}, "activations go with int8 and int4"),
-        ({"precision": "int4", "activations": "fp8"}, "unknown activations 'fp8'"),
-        ({"calibrate": Path("x")}, "calibration goes with"),
-        ({"kv_cache": "int2"}, "unknown cache 'int2'"),
-        ({"precision": "bf16", "eval_data": Path("x")}, "the quality of bf16 cannot be measured"),
+        ({"precision": "int3"}, "precision is int3; choose one of fp32, "),
+        ({"activations": "fp16"}, "activations is fp16; it goes with int8 and int4 weights, and precision is fp32"),
+        ({"precision": "int4", "activations": "fp8"}, "activations is fp8; choose one of"),
+        ({"precision": "int4", "block_size": 24}, "block_size is 24; it must be a power of two"),
+        ({"calibrate": Path("x")}, "calibrate is x; calibration goes with"),
+        ({"kv_cache": "int2"}, "kv_cache is int2; choose one of float, int8"),
+        ({"precision": "bf16", "eval_data": Path("x")}, "eval_data is x; the quality of bf16 cannot be measured"),
+        ({"eval_texts": 0}, "eval_texts is 0; it must be at least 1"),
+        ({"max_delta_mb": -1.0}, "max_delta_mb is -1.0; it must be a number, at least 0"),
+        ({"max_delta_mb": float("nan")}, "max_delta_mb is nan; it must be a number, at least 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(SettingsError, match=message):
         ExportSettings(**settings)  # type: ignore[arg-type]
 
 
@@ -114,5 +119,5 @@ def test_an_adapter_of_a_rounded_backbone_wants_the_same_one() -> None:
     assert lines == []
     check_quantized_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
     assert "trained against a backbone of int4 in blocks of 32" in lines[0]
-    with pytest.raises(UnsupportedError, match="leave --calibrate out"):
+    with pytest.raises(SettingsError, match=r"calibrate is x; .* leave it out"):
         check_quantized_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from export.pipeline import ExportSettings
+from export.settings import ExportSettings
 from runtime import Session
 from tests.builders import VOCABULARY
 from tests.exported import Exported, export_tiny

@@ -194,6 +194,12 @@ def test_info_that_is_no_json_object_is_refused(checkpoint: Path, content: bytes
         read_info(checkpoint)
 
 
+def test_a_checkpoint_with_the_old_spelling_of_quantized_is_read(checkpoint: Path) -> None:
+    rounding = {"precision": "int4", "block_size": 16}
+    edit_info(checkpoint, quantized_backbone="REMOVED", quantised_backbone=rounding)
+    assert read_info(checkpoint).quantized_backbone == rounding
+
+
 def test_info_is_written_field_by_field(saved: Path) -> None:
     written = json.loads((saved / "imsm.json").read_text())
     assert written == asdict(CheckpointInfo(**written))

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from export.pipeline import ExportSettings, export_model
+from export.pipeline import export_model
+from export.settings import ExportSettings
 from imsm_core.backbone import load_tokenizer
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.reference import reference_generate, reference_step

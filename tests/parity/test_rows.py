@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.pipeline import ExportSettings
+from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session
 from runtime.engine.marks import RECENT
 from tests.adapters import make_siamese_with

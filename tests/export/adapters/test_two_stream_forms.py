@@ -12,13 +12,14 @@ from peft import LoraConfig, RoadConfig
 from torch import Tensor, nn
 
 from export.adapters import ADAPTER_ROWS, TwoStreamEmbedding, base_layers, replaced_layers, two_stream_layers
+from export.adapters.describe import check_delta_size, describe_adapter
 from export.adapters.fallback import SplitRows, two_stream_fallback
 from export.adapters.parameters import TwoStreamExperts
-from export.adapters.report import check_delta_size, describe_adapter, report_adapter
 from export.adapters.road import TwoStreamRoad
 from export.adapters.rows import DenseDelta, LowRank
 from export.errors import UnsupportedError
 from export.experts import every_expert
+from export.report import report_adapter
 from imsm_core.adapters.attach import adapted_layers, attach_adapter
 from imsm_core.adapters.biases import backbone_biases, original_biases
 from imsm_core.backbone import load_base_model
@@ -184,7 +185,7 @@ def test_whole_matrices_are_told_with_their_size_and_can_be_refused(base_folder:
     report_adapter(adapter, model.get_base_model(), lines.append)
     assert "0.07 MB of that are changes stored as whole matrices" in lines[1]
     check_delta_size(adapter, 0.08)
-    with pytest.raises(UnsupportedError, match=r"0\.07 MB of them .* --max-delta-mb 0\.05"):
+    with pytest.raises(UnsupportedError, match=r"0\.07 MB of them .* 0\.05 that max_delta_mb allows"):
         check_delta_size(adapter, 0.05)
 
 

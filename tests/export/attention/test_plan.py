@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from export.attention.plan import MOST_PADDING, plan_attention
 from export.errors import UnsupportedError
 from export.model_facts import model_facts
+from imsm_core.errors import SettingsError
 
 LAYERS = 2
 SHAPE: dict[str, Any] = {
@@ -141,11 +142,10 @@ def test_a_rotation_that_changes_with_the_length_has_a_table_up_to_the_length_wh
         "original_max_position_embeddings": 16,
     }
     model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=16)
-    message = (
-        "'phi3' is not supported: .* 'longrope' changes with the length .* a --context-length of 16 or less has one"
-    )
-    with pytest.raises(UnsupportedError, match=message):
+    message = "'phi3' is not supported: .* 'longrope' changes with the length .* a context_length of 16 or less has one"
+    with pytest.raises(UnsupportedError, match=message) as caught:
         plan_attention(model, LAYERS, 32)
+    assert "a --context-length of 16" in caught.value.told(lambda name: f"--{name.replace('_', '-')}")
     tables = plan_attention(model, LAYERS, 16).rotary
     assert tables.cos is not None
     assert tables.cos.shape == (16 + MOST_PADDING, 8)
@@ -170,5 +170,5 @@ def test_facts_come_from_configs_that_spell_them_differently() -> None:
 
 def test_a_longer_context_than_the_models_is_refused() -> None:
     assert model_facts(tiny("llama"), 16).context_length == 16
-    with pytest.raises(UnsupportedError, match=r"context length 33 is not in 2 \.\. 32"):
+    with pytest.raises(SettingsError, match=r"context_length is 33; the model allows 2 \.\. 32"):
         model_facts(tiny("llama"), 33)

@@ -16,8 +16,8 @@ from export.passes.quantization import Quantization
 from export.passes.quantize import PORTABLE_EXPERTS, Quantizer
 from export.passes.quantize_experts import CHANGED, COMPUTED, HALF, INT8_COMPUTE
 from export.passes.rewrite import Declined, Outcome
-from export.pipeline import ExportSettings
 from export.quantization.weight_format import dequantize, round_to_nearest
+from export.settings import ExportSettings
 from runtime import Session
 from tests.adapters import make_siamese_with
 from tests.builders import make_siamese, save_tiny_checkpoint, write_base_folder

@@ -17,6 +17,7 @@ from export.quantization.precision import rounded_weights
 from export.quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
 from export.verification.quality import measure_quality, read_eval_texts
 from imsm_core.backbone import apply_head, load_tokenizer
+from imsm_core.errors import SettingsError
 from imsm_core.siamese import SiameseModel
 from tests.builders import make_siamese, randomize
 from tests.export.quantization.test_weight_format import matmul_nbits
@@ -109,7 +110,7 @@ def test_both_streams_inputs_count(base_folder: Path) -> None:
 def test_calibration_without_a_text_is_refused(base_folder: Path) -> None:
     with pytest.raises(ExportError, match="at least one text"):
         calibrated_weights(make_siamese(base_folder), [[]], 4, 32, True)
-    with pytest.raises(ExportError, match="block size"):
+    with pytest.raises(SettingsError, match="block_size is 31"):
         calibrated_weights(make_siamese(base_folder), [[1, 2]], 4, 31, True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,25 +34,13 @@ def describe_adapter(
     }
 
 
-def report_adapter(adapter: dict[str, Any], model: nn.Module, report: Callable[[str], None]) -> None:
-    """One line, and one more where a change is stored as whole matrices: told before the long work."""
-    forms = ", ".join(f"{count} {form}" for form, count in adapter["forms"].items()) or "virtual tokens"
-    report(f"adapter   {adapter['peft_type']}: {forms}; adds {adapter['bytes'] / 1e6:.2f} MB")
-    if adapter["dense_delta_bytes"]:
-        backbone = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "base_layer" in name)
-        report(
-            f"adapter   {adapter['dense_delta_bytes'] / 1e6:.2f} MB of that are changes stored as whole matrices, for "
-            f"which there is no smaller form here (the layers themselves: {backbone / 1e6:.2f} MB)"
-        )
-
-
 def check_delta_size(adapter: dict[str, Any], limit_mb: float | None) -> None:
     """Raise UnsupportedError if whole matrices take more than `limit_mb` (10^6 bytes)."""
     found = adapter["dense_delta_bytes"] / 1e6
     if limit_mb is not None and found > limit_mb:
         raise UnsupportedError(
             f"{adapter['peft_type']} changes whole matrices: {found:.2f} MB of them would be added, more than the "
-            f"--max-delta-mb {limit_mb:g} that is allowed"
+            f"{limit_mb:g} that {{max_delta_mb}} allows"
         )
 
 

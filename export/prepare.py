@@ -1,0 +1,139 @@
+"""The first phase of an export: what the graph will be. What can be refused is refused here, before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from imsm_core.adapters import virtual_tokens as prompts
+from imsm_core.adapters.biases import original_biases
+from imsm_core.checkpoint import CheckpointInfo
+from imsm_core.siamese import SiameseModel
+
+from .adapters import base_layers, replaced_layers, two_stream_layers
+from .adapters.describe import check_delta_size, describe_adapter
+from .attention.kv_scales import KVScales, find_scales
+from .attention.plan import AttentionPlan, plan_attention
+from .errors import UnsupportedError
+from .model_facts import ModelFacts, model_facts
+from .passes.quantization import Quantization, Quantized
+from .passes.quantized_matmul import has_operator
+from .quantization.gptq import calibrated_weights
+from .quantization.precision import compute_dtype, computing_in, rounded_experts, rounded_to, rounded_weights
+from .report import Report, report_adapter
+from .settings import ExportSettings
+from .streams import StreamLayout
+from .texts import Texts, read_texts
+from .trunk import trunk_length
+from .virtual_tokens import VirtualCache, virtual_cache
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before the trace. layers: what the adapter's layers are replaced by while the model is traced,
+    by name in the causal LM. virtual: the caches of the virtual tokens. adapter: the manifest's section; None without
+    one. kv_scales: of int8 caches. quantization: None where weights stay in floating point."""
+
+    model: SiameseModel
+    tokenizer: PreTrainedTokenizerBase
+    info: CheckpointInfo
+    settings: ExportSettings
+    facts: ModelFacts
+    plan: AttentionPlan
+    layout: StreamLayout
+    layers: dict[str, nn.Module]
+    virtual_tokens: int
+    virtual: VirtualCache
+    adapter: dict[str, Any] | None
+    texts: Texts
+    kv_scales: KVScales | None
+    quantization: Quantization | None
+
+    @contextmanager
+    def as_traced(self) -> Iterator[None]:
+        """Inside the block the causal LM has its two-stream forms and computes in the artifact's type. Weights are
+        written there too: a traced graph only refers to them."""
+        with (
+            original_biases(self.model.peft_model),
+            replaced_layers(self.model.causal_lm, self.layers),
+            computing_in(self.model.causal_lm, compute_dtype(self.settings)),
+        ):
+            yield
+
+    @contextmanager
+    def with_weights_of(self, quantized: Quantized) -> Iterator[None]:
+        """Inside the block the model computes in float32 with the weights that the file has."""
+        causal_lm, settings = self.model.causal_lm, self.settings
+        format_ = (settings.bits or 0, settings.block_size, settings.symmetric)
+        with (
+            rounded_to(causal_lm, compute_dtype(settings)),
+            rounded_weights(causal_lm, quantized.weights),
+            rounded_experts(causal_lm, quantized.expert_weights, *format_),
+        ):
+            yield
+
+
+def prepare(
+    model: SiameseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    info: CheckpointInfo,
+    settings: ExportSettings,
+    report: Report,
+) -> Prepared:
+    """Plan the graph, and then find out what needs texts: the scales of int8 caches and calibrated weights.
+
+    What can be refused is refused first, before anything that takes long. Writes nothing and leaves the model as it is.
+    Raises AdapterError, DataError, ExportError, SettingsError or UnsupportedError.
+    """
+    causal_lm = model.causal_lm
+    virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
+    facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
+    if virtual_tokens and (settings.dtype_name == "bfloat16" or settings.kv_cache == "int8"):
+        raise UnsupportedError("caches that begin with virtual tokens are float32 or float16, not bf16 or int8")
+    texts = read_texts(settings, tokenizer, facts.context_length)
+    with replaced_layers(causal_lm, base_layers(model.peft_model)):
+        plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
+    model.check_forward()
+    with original_biases(model.peft_model):
+        layers = base_layers(model.peft_model) if settings.base_only else two_stream_layers(model.peft_model)
+    virtual = virtual_cache(model, plan) if virtual_tokens else {}
+    adapter = None if settings.base_only else describe_adapter(info.peft_type, layers, virtual)
+    if adapter is not None:
+        report_adapter(adapter, causal_lm, report)
+        check_delta_size(adapter, settings.max_delta_mb)
+    trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
+    layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
+    scales = find_scales(model, plan, texts.scales) if settings.kv_cache == "int8" else None
+    quantization = _plan_quantization(model, texts, layout, settings, report)
+    return Prepared(
+        model=model,
+        tokenizer=tokenizer,
+        info=info,
+        settings=settings,
+        facts=facts,
+        plan=plan,
+        layout=layout,
+        layers=layers,
+        virtual_tokens=virtual_tokens,
+        virtual=virtual,
+        adapter=adapter,
+        texts=texts,
+        kv_scales=scales,
+        quantization=quantization,
+    )
+
+
+def _plan_quantization(
+    model: SiameseModel, texts: Texts, layout: StreamLayout, settings: ExportSettings, report: Report
+) -> Quantization | None:
+    if settings.bits is None:
+        return None
+    format_ = (settings.bits, settings.block_size, settings.symmetric)
+    calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
+    own = not layout.portable and settings.dtype_name == "float32" and has_operator(*format_[:2])
+    return Quantization(*format_, calibrated, experts=not layout.portable, half_scales=own)

@@ -1,0 +1,88 @@
+"""What is told during an export: a line for each thing, which begins with the word for its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .attention.plan import AttentionPlan
+from .model_facts import ModelFacts
+from .passes.quantization import Quantized
+from .passes.rewrite import Outcome
+from .settings import ExportSettings
+from .streams import StreamLayout
+from .verification.parity import ParityReport
+from .verification.quality import QualityReport, quality_warnings
+
+Report = Callable[[str], None]
+
+
+def report_adapter(adapter: Mapping[str, Any], model: nn.Module, report: Report) -> None:
+    """One line, and one more where a change is stored as whole matrices: told before the long work."""
+    forms = ", ".join(f"{count} {form}" for form, count in adapter["forms"].items()) or "virtual tokens"
+    report(f"adapter   {adapter['peft_type']}: {forms}; adds {adapter['bytes'] / 1e6:.2f} MB")
+    if adapter["dense_delta_bytes"]:
+        backbone = sum(4 * parameter.numel() for name, parameter in model.named_parameters() if "base_layer" in name)
+        report(
+            f"adapter   {adapter['dense_delta_bytes'] / 1e6:.2f} MB of that are changes stored as whole matrices, for "
+            f"which there is no smaller form here (the layers themselves: {backbone / 1e6:.2f} MB)"
+        )
+
+
+def report_other_backbone(trained: Mapping[str, Any], report: Report) -> None:
+    """The backbone that the adapter was trained against is not the one of this export."""
+    report(
+        f"warning   the adapter was trained against a backbone of {trained['precision']} in blocks of "
+        f"{trained['block_size']}, symmetric; this export has another one"
+    )
+
+
+def report_trace(facts: ModelFacts, plan: AttentionPlan, layout: StreamLayout, report: Report) -> None:
+    """What is traced."""
+    shared = f", the first {layout.trunk} shared by both streams" if layout.trunk else ""
+    report(f"trace     {facts.architecture}, {facts.layers} layers{shared}, rotary: {plan.rotary.mode}")
+
+
+def report_passes(outcomes: Mapping[str, Outcome], report: Report) -> None:
+    """One line per graph pass, and one per reason why it left something as it is."""
+    for name, outcome in outcomes.items():
+        for line in outcome.lines(name):
+            report(line)
+
+
+def report_quantized(done: Quantized, settings: ExportSettings, report: Report) -> None:
+    """One line, and one more where large matrices of the backbone stayed in floating point."""
+    embeddings = " and the embeddings" if done.embeddings else ""
+    experts = f" and the experts of {done.experts} layers" if done.experts else ""
+    how = f", {done.calibrated} of them calibrated" if done.calibrated else ""
+    report(
+        f"quantize  {done.matrices} matrices{embeddings}{experts} to {settings.precision}, "
+        f"blocks of {settings.block_size}{how}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
+    )
+    if done.kept:
+        size = sum(done.kept.values()) / 1e6
+        report(f"quantize  {len(done.kept)} weights stay as they are ({size:.1f} MB), such as {next(iter(done.kept))}")
+
+
+def report_parity(parity: ParityReport, report: Report) -> None:
+    """One line per way of computing."""
+    if not parity.differences:
+        report("verify    not verified: onnxruntime's CPU provider has no bfloat16; run `verify` where there is one")
+        return
+    for way, differences in parity.differences.items():
+        worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        report(f"verify    {way}: largest difference from PyTorch: {worst}")
+    report(f"verify    greedy tokens equal: {parity.greedy_tokens_equal} of {parity.decode_steps}")
+
+
+def report_quality(quality: QualityReport, settings: ExportSettings, report: Report) -> None:
+    """One line, and one for each warning."""
+    report(
+        f"quality   {quality.tokens} tokens: perplexity {quality.perplexity_reference:.4g} -> {quality.perplexity:.4g} "
+        f"({quality.perplexity_change:+.2%}), argmax agreement {quality.argmax_agreement:.2%}, "
+        f"mean KL {quality.mean_kl:.2g} nats"
+    )
+    for warning in quality_warnings(quality, settings.max_perplexity_change):
+        report(f"warning   {warning}")

@@ -1,0 +1,132 @@
+"""The settings of an export, which are also the options of `export`. Imports without PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imsm_core.errors import SettingsError
+
+from .choices import FLOATS, KV_CACHES, LARGEST_PERPLEXITY_CHANGE, PRECISIONS, WEIGHT_BITS, check_block_size, one_of
+
+HALF_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) for GPTQ; None rounds to
+    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts (JSONL) to measure
+    the quality on, `eval_texts` of them; the export warns of a perplexity that rises by more than
+    `max_perplexity_change`. portable: one attention node per stream, for execution providers other than the CPU's;
+    None: where activations are not fp32. context_length: in tokens; None is the model's own. base_only: one stream
+    without adapter and gate, for comparing. max_delta_mb: the most that changes stored as whole matrices may take, in
+    10^6 bytes; None is any size.
+
+    Raises SettingsError for a value outside its range and for settings that contradict each other.
+    """
+
+    precision: str = field(
+        default="fp32",
+        metadata={
+            "help": "fp32, fp16, bf16, or int8 or int4 weights of the backbone (adapter and gate stay in floating "
+            "point)",
+            "metavar": "NAME",
+        },
+    )
+    activations: str | None = field(
+        default=None,
+        metadata={
+            "help": "what int8 and int4 models compute in: fp32 (the default), or fp16 or bf16 for a GPU",
+            "metavar": "NAME",
+        },
+    )
+    block_size: int = field(
+        default=32, metadata={"help": "weights that share a scale in int8 and int4", "metavar": "N"}
+    )
+    symmetric: bool = field(
+        default=True, metadata={"help": "a zero point for every block in int8 and int4", "option": "--asymmetric"}
+    )
+    calibrate: Path | None = field(
+        default=None,
+        metadata={"help": "quantize with GPTQ on these texts (JSONL), not by rounding", "metavar": "FILE"},
+    )
+    kv_cache: str = field(
+        default="float",
+        metadata={
+            "help": "float, or int8: caches of a quarter of the size; --calibrate gives the texts for its scales",
+            "metavar": "NAME",
+        },
+    )
+    eval_data: Path | None = field(
+        default=None,
+        metadata={"help": "measure the quality against fp32 on held-out texts (JSONL)", "metavar": "FILE"},
+    )
+    eval_texts: int = field(default=64, metadata={"help": "how many texts of --eval-data to use", "metavar": "N"})
+    max_perplexity_change: float = field(
+        default=LARGEST_PERPLEXITY_CHANGE,
+        metadata={"help": "warn if the perplexity on --eval-data rises by more than this share", "metavar": "X"},
+    )
+    portable: bool | None = field(
+        default=None,
+        metadata={
+            "help": "for onnxruntime 1.20 to 1.31 and providers other than cpu; fp16 and bf16 are always in this form"
+        },
+    )
+    context_length: int | None = field(
+        default=None, metadata={"help": "a shorter context than the model's, for smaller tables", "metavar": "N"}
+    )
+    base_only: bool = field(default=False, metadata={"help": "export the base stream alone, to compare with"})
+    max_delta_mb: float | None = field(
+        default=None,
+        metadata={
+            "help": "refuse an adapter whose changes, stored as whole matrices, would take more than this",
+            "metavar": "MB",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        one_of("precision", self.precision, PRECISIONS)
+        if self.activations is not None:
+            if self.precision in FLOATS:
+                rule = f"it goes with int8 and int4 weights, and {{precision}} is {self.precision}"
+                raise SettingsError("activations", self.activations, rule)
+            one_of("activations", self.activations, tuple(FLOATS))
+        if self.bits is not None:
+            check_block_size(self.block_size)
+        one_of("kv_cache", self.kv_cache, KV_CACHES)
+        if self.calibrate is not None and self.bits is None and self.kv_cache != "int8":
+            rule = "calibration goes with int8 or int4 weights ({precision}) and with int8 caches ({kv_cache})"
+            raise SettingsError("calibrate", self.calibrate, rule)
+        if self.eval_data is not None and not self.runs_here:
+            rule = "the quality of bf16 cannot be measured: onnxruntime's CPU provider has no bfloat16"
+            raise SettingsError("eval_data", self.eval_data, rule)
+        if self.eval_texts < 1:
+            raise SettingsError("eval_texts", self.eval_texts, "it must be at least 1")
+        if self.max_delta_mb is not None and not self.max_delta_mb >= 0:  # nor "not a number"
+            raise SettingsError("max_delta_mb", self.max_delta_mb, "it must be a number, at least 0")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the backbone's weights, where they are quantized."""
+        return WEIGHT_BITS.get(self.precision)
+
+    @property
+    def dtype_name(self) -> str:
+        """What the backbone computes in: float32, float16 or bfloat16."""
+        return FLOATS[self.precision if self.bits is None else self.activations or "fp32"]
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether onnxruntime's CPU provider, which verifies exports, can run it: it has no bfloat16."""
+        return self.dtype_name != "bfloat16"
+
+    @property
+    def tolerance(self) -> float | None:
+        """Of the comparison with PyTorch, absolute and relative to the largest value; None: float32's own."""
+        return None if self.dtype_name == "float32" else HALF_TOLERANCE
+
+    @property
+    def one_node_per_stream(self) -> bool:
+        """Whether the graph is in the portable form."""
+        return self.dtype_name != "float32" if self.portable is None else self.portable

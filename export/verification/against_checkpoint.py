@@ -1,0 +1,27 @@
+"""The parity check of an artifact that is already there, against the checkpoint that it was exported from."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from imsm_core.checkpoint import load_checkpoint
+
+from ..artifact import MANIFEST
+from ..settings import ExportSettings
+from .parity import ParityReport, verify_graph
+
+
+def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> ParityReport:
+    """Compare the graph in `artifact` with the model of `checkpoint` again. For a graph with quantized weights or
+    caches the differences are found and not judged: the checkpoint has other weights.
+
+    base_model: where the base model is now, if not where the checkpoint says. Raises CheckpointError, BaseModelError,
+    AdapterError or VerificationError.
+    """
+    manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+    model, _ = load_checkpoint(checkpoint, base_model)
+    quantized = manifest["quantization"] is not None or manifest["kv_cache"] == "int8"
+    tolerance = math.inf if quantized else ExportSettings(manifest["precision"]).tolerance
+    return verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"], tolerance)
