@@ -88,10 +88,10 @@ def test_another_adapter_of_the_folder_with_the_released_codes_gate(
     ("arguments", "message"),
     [
         (["ARTIFACT"], "give a checkpoint folder and ARTIFACT, or --adapter, --base and ARTIFACT"),
-        (["CKPT", "ARTIFACT", "--adapter", "DIR"], "give the checkpoint CKPT or --adapter DIR, not both"),
-        (["ARTIFACT", "--adapter", "DIR"], "--adapter needs --base"),
-        (["CKPT", "ARTIFACT", "--gate", "token"], "--gate goes with --adapter"),
-        (["CKPT", "--adapter-name", "x", "ARTIFACT"], "--adapter-name goes with --adapter"),
+        (["CKPT", "ARTIFACT", "--adapter", "DIR"], "--adapter is DIR; give it or the checkpoint CKPT, not both"),
+        (["ARTIFACT", "--adapter", "DIR"], "--adapter is DIR; it needs --base"),
+        (["CKPT", "ARTIFACT", "--gate", "token"], "--gate is token; it goes with --adapter"),
+        (["CKPT", "--adapter-name", "x", "ARTIFACT"], "--adapter-name is x; it goes with --adapter"),
     ],
 )
 def test_a_wrong_combination_is_one_line(
@@ -107,5 +107,5 @@ def test_an_ambiguous_adapter_and_a_gate_of_the_wrong_kind_are_one_line(
     assert export(tmp_path / "a", "--adapter", adapter_folder, "--base", base_folder) == 2
     assert "choose one of default, second" in capsys.readouterr().err
     assert export(tmp_path / "a", "--adapter", adapter_folder / "second", "--base", base_folder, "--gate", "token") == 2
-    assert "a token gate has trained weights" in capsys.readouterr().err
+    assert "the trained weights of the token gate" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
