@@ -33,19 +33,22 @@ def export(*arguments: object) -> int:
 
 def runtime_logits(artifact: Path) -> np.ndarray:
     session = Session(artifact)
-    return session.prefill(session.new_state(1), [PROMPT]).logits[0]
+    logits: np.ndarray = session.prefill(session.new_state(1), [PROMPT]).logits[0]
+    return logits
 
 
 @torch.no_grad()
 def peft_logits(base: Path, adapter: Path) -> Tensor:
     """PEFT alone, without this project's code around it."""
     model = PeftModel.from_pretrained(load_base_model(str(base)), str(adapter))
-    return model(torch.tensor([PROMPT])).logits[0, -1]
+    logits: Tensor = model(torch.tensor([PROMPT])).logits[0, -1]
+    return logits
 
 
 @torch.no_grad()
 def base_logits(base: Path) -> Tensor:
-    return load_base_model(str(base))(torch.tensor([PROMPT])).logits[0, -1]
+    logits: Tensor = load_base_model(str(base))(torch.tensor([PROMPT])).logits[0, -1]
+    return logits
 
 
 def test_an_adapter_alone_gives_the_mean_of_both_models_logits(

@@ -17,7 +17,9 @@ def model_of(name: str, **changes: Any) -> PreTrainedModel:
     config = ARCHITECTURES[name]()
     for key, value in changes.items():
         setattr(config, key, value)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.eval()
+    return model
 
 
 @pytest.mark.parametrize(

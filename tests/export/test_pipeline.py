@@ -61,7 +61,7 @@ def test_the_parity_check_notices_another_adapter(tiny: Exported) -> None:
 def test_the_parity_check_notices_another_gate(tiny: Exported) -> None:
     model, _ = load_checkpoint(tiny.checkpoint)
     with torch.no_grad():
-        model.gate.gate_up.weight[0, 0] += 0.5
+        model.gate.get_parameter("gate_up.weight")[0, 0] += 0.5
     with pytest.raises(VerificationError, match="gate in prefill is off by"):
         verify_graph(tiny.artifact, model, ("base", "adapter"), 128)
 

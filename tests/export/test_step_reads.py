@@ -77,7 +77,7 @@ def test_experts_cost_those_that_a_token_may_be_routed_to(operator: str, place: 
         weights.append(numpy_helper.from_array(np.zeros((10, 4, 5), np.float32), f"experts{layer}"))
         inputs = ["x", "router", "up", "", "", "", ""]
         inputs[place] = f"experts{layer}"
-        attributes = {"k": 2, "activation_type": "swiglu"}
+        attributes: dict[str, Any] = {"k": 2, "activation_type": "swiglu"}
         nodes.append(helper.make_node(operator, inputs, [f"y{layer}"], domain="com.microsoft", **attributes))
     found = reads(tmp_path / "experts.onnx", nodes, weights)
     assert found == {"bytes": 0, "rows": [], "experts": [{"bytes": 3 * 80, "experts": 10, "top_k": 2}]}

@@ -49,7 +49,8 @@ def rounded(x: np.ndarray) -> np.ndarray:
     largest = np.abs(blocks).max(-1, keepdims=True)
     factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
     found = np.rint(blocks * factor).astype(np.float64) * (largest / 127)
-    return found.reshape(rows, -1)[:, :width]
+    kept: np.ndarray = found.reshape(rows, -1)[:, :width]
+    return kept
 
 
 def product(
@@ -211,7 +212,7 @@ def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
     np.testing.assert_allclose(theirs[0].reshape(-1, outputs), expected, atol=0.03 * size, rtol=0)
 
 
-ATTENTION = {
+ATTENTION: dict[str, dict[str, Any]] = {
     "packed, rotated": {"heads": 14, "kv_heads": 2, "size": 64, "packed": True, "rotary": "half"},
     "apart, rotated in pairs": {"heads": 4, "kv_heads": 4, "size": 32, "packed": False, "rotary": "interleaved"},
     "part of a head rotated": {"heads": 4, "kv_heads": 2, "size": 96, "packed": True, "rotary": "half", "rotated": 32},

@@ -30,7 +30,9 @@ SHAPE: dict[str, Any] = {
 
 def tiny(kind: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SHAPE | changes))).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SHAPE | changes)))
+    model.eval()
+    return model
 
 
 def test_llama_rotates_inside_attention() -> None:

@@ -28,9 +28,8 @@ def test_a_weight_that_is_only_laid_out_anew_is_laid_out_in_the_file() -> None:
     before = run(model, x=X)
     assert fold_layout(model) == Outcome(4)
     assert kinds(model) == ["MatMul"]
-    assert [value.shape.numpy() for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT] == [
-        (2, 8, 6)
-    ]
+    floats = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
+    assert [list(value.shape or ()) for value in floats] == [[2, 8, 6]]
     np.testing.assert_array_equal(run(model, x=X)[0], before[0])
 
 

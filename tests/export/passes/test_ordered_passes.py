@@ -48,7 +48,7 @@ def test_stages_run_where_they_belong() -> None:
 
 def test_only_the_default_form_gets_operators_of_its_own() -> None:
     for own, stages in ((True, [Stage.AFTER_VERIFICATION, Stage.OWN_OPERATORS]), (False, [Stage.AFTER_VERIFICATION])):
-        constants = {"w": np.zeros((8, 1, 16), np.uint8), "s": np.ones((8, 1), np.float32)}
+        constants: dict[str, Any] = {"w": np.zeros((8, 1, 16), np.uint8), "s": np.ones((8, 1), np.float32)}
         model = graph(
             """g (float[5, 32] x, uint8[8, 1, 16] w, float[8, 1] s) => (float[5, 8] logits)
             { logits = com.microsoft.MatMulNBits<K=32, N=8, bits=4, block_size=32>(x, w, s) }"""

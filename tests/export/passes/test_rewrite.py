@@ -41,7 +41,7 @@ def test_a_candidate_is_rewritten_or_says_why_not() -> None:
 
 
 def test_matches_that_depend_on_each_other_are_known_before_the_first_rewrite() -> None:
-    seen = []
+    seen: list[ir.Node] = []
 
     def rewrite(model: ir.Model, found: Sequence[ir.Node]) -> Outcome:
         seen.extend(found)

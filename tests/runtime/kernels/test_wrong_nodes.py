@@ -19,7 +19,7 @@ K, N, RANK, ROWS = 64, 33, 4, 6
 HEADS, KV_HEADS, SIZE, TOKENS, POSITIONS, PAST = 4, 2, 16, 2, 16, 7
 WIDTH = (HEADS + 2 * KV_HEADS) * SIZE
 OUTPUTS = {"GroupQueryAttention": 3}
-Inputs = dict[str, np.ndarray | None]
+Inputs = dict[str, Any]  # arrays, or None for one that is left out
 
 
 def run(operator: str, inputs: Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
