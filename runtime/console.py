@@ -32,7 +32,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default where there is one to show."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, True) else super()._get_help_string(action)
+        unsaid = action.default is None or isinstance(action.default, bool)
+        return action.help if unsaid else super()._get_help_string(action)
 
 
 class IntermixedParser(argparse.ArgumentParser):

@@ -20,7 +20,6 @@ from runtime.console import Commands
 
 ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"(<!-- options of (\w+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
-_UNSAID = (None, False, True, argparse.SUPPRESS)  # defaults that the help text tells, if anything
 
 
 def table(parser: argparse.ArgumentParser) -> str:
@@ -34,7 +33,8 @@ def table(parser: argparse.ArgumentParser) -> str:
         if action.nargs == "+":
             value = f"{value} ..."
         words = f"{name} {value}".strip() if action.nargs != 0 else name
-        default = "" if action.default in _UNSAID or not name else f"`{action.default}`"
+        unsaid = not name or action.default is None or isinstance(action.default, bool)  # the help tells it, if any
+        default = "" if unsaid else f"`{action.default}`"
         needed = " (required)" if action.required and name else ""
         rows.append(f"| `{words}` | {default} | {str(action.help).replace('|', chr(92) + '|')}{needed} |")
     return "\n".join(rows) + "\n"

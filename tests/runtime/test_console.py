@@ -141,6 +141,23 @@ def test_imsm_finds_the_commands_of_installed_packages(
     assert capsys.readouterr().err == "warning: the commands of broken:register are left out: no module\n"
 
 
+def test_a_default_is_shown_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def register(commands: Commands) -> None:
+        parser = commands.add("act", lambda args: 0, "do something")
+        parser.add_argument("--one", type=int, default=1, help="a number")
+        parser.add_argument("--zero", type=float, default=0.0, help="another")
+        parser.add_argument("--none", help="nothing")
+        parser.add_argument("--no-spin", dest="spin", action="store_false", help="a flag")
+
+    with pytest.raises(SystemExit):
+        run_commands("program", [register], ["act", "--help"])
+    shown = capsys.readouterr().out
+    assert [line.split("(default: ")[1].rstrip(")") for line in shown.splitlines() if "(default" in line] == [
+        "1",
+        "0.0",
+    ]
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         run(lambda args: 0, "--version")
