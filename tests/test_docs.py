@@ -41,3 +41,37 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_is_short_enough_for_a_newcomer() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def drawn_files() -> set[str]:
+    """The files and folders of the tree in docs/ARCHITECTURE.md."""
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    tree = text.split("## The tree")[1].split("```")[1]
+    found, folders = set(), [""]
+    for line in tree.splitlines():
+        match = re.match(r"( *)(\S+)", line)
+        if match is None:
+            continue
+        depth = len(match[1]) // 2
+        path = folders[depth] + match[2]
+        found.add(path)
+        folders[depth + 1 :] = [path]
+    return found
+
+
+def test_the_drawn_tree_is_there() -> None:
+    drawn = drawn_files()
+    assert len(drawn) > 100
+    for name in drawn:
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("package", ["imsm_core", "export", "runtime"])
+def test_every_module_is_drawn_or_in_a_folder_of_its_kind(package: str) -> None:
+    """Folders with a file per family, pass or operator are described as a whole."""
+    drawn = drawn_files()
+    alike = ("export/adapters/", "export/passes/", "export/attention/families/", "runtime/kernels/")
+    for path in (ROOT / package).rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        if path.name != "__init__.py" and not name.startswith(alike):
+            assert name in drawn, name
