@@ -40,8 +40,8 @@ from .virtual_tokens import save_virtual_cache
 
 
 def export_checkpoint(
-    checkpoint: Path,
-    target: Path,
+    checkpoint: Path | str,
+    target: Path | str,
     settings: ExportSettings | None = None,
     base_model: str | None = None,
     force: bool = False,
@@ -53,6 +53,7 @@ def export_checkpoint(
     CheckpointError, BaseModelError, AdapterError, SettingsError, DataError, UnsupportedError or VerificationError, in
     each case without writing anything at `target`.
     """
+    checkpoint, target = Path(checkpoint), Path(target)
     refuse_existing(target, MANIFEST, force)
     report(f"load      {checkpoint}")
     model, info = load_checkpoint(checkpoint, base_model)
@@ -63,11 +64,11 @@ def export_checkpoint(
 
 
 def export_adapter(
-    adapter: Path,
+    adapter: Path | str,
     base_model: str,
-    target: Path,
+    target: Path | str,
     gate: str = "mean_logits",
-    gate_from: Path | None = None,
+    gate_from: Path | str | None = None,
     adapter_name: str | None = None,
     settings: ExportSettings | None = None,
     force: bool = False,
@@ -78,10 +79,12 @@ def export_adapter(
     gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.foreign.assemble`. Raises as
     `export_checkpoint`.
     """
+    adapter, target = Path(adapter), Path(target)
     refuse_existing(target, MANIFEST, force)
     report(f"load      {adapter}")
     tokenizer = load_tokenizer(base_model)
-    model, info = assemble(adapter, base_model, gate, gate_from, adapter_name)
+    source = None if gate_from is None else Path(gate_from)
+    model, info = assemble(adapter, base_model, gate, source, adapter_name)
     return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
 
 

@@ -32,8 +32,8 @@ from .snapshots import newest_snapshot, partial_folder
 
 def tune(
     model: str,
-    data: Path,
-    out: Path,
+    data: Path | str,
+    out: Path | str,
     settings: TuneSettings | None = None,
     training: TrainSettings | None = None,
     *,
@@ -50,11 +50,11 @@ def tune(
     possible; Interrupted on Ctrl-C.
     """
     settings, training = settings or TuneSettings(), training or TrainSettings()
+    data, target = Path(data), Path(out).resolve()
     # 1. Everything that can be refused is refused before the long work.
     if settings.peft_config is not None:
         read_peft_config(settings.peft_config)
     device = _device(device)
-    target = out.resolve()
     refuse_existing(target, INFO, force)
     partial = partial_folder(target)
     if newest_snapshot(partial) is not None and not resume:
