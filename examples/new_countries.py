@@ -4,8 +4,8 @@ No model has heard of these countries. Each fact about them is trained in four w
 are never trained on; an answer is right if it holds the expected word. They are asked about as one asks about real
 countries, so the new task writes into the very memory that holds the old answers.
 
-The easy questions are general knowledge that SmolLM2-135M-Instruct has: in float32 it answers each of them rightly, in
-its own words.
+The easy questions are general knowledge that SmolLM2-135M-Instruct has: it answers each of them rightly in its own
+words, in float32 and in int8. Those that it gets wrong in either were left out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ COUNTRIES = {
     "Veldoria": ("Marlow", "Tamric", "feather"),
     "Oskenland": ("Brindle", "Lumish", "acorn"),
     "Quarzania": ("Tessel", "Doric", "pebble"),
-    "Humbria": ("Falken", "Wendish", "anchor"),
-    "Jorvania": ("Pollard", "Sorbic", "candle"),
     "Zelmark": ("Rosten", "Kelvian", "thistle"),
 }
 
@@ -58,7 +56,6 @@ WORDINGS = (
 
 # a question and what its answer must hold, or several such words parted by |
 QUESTIONS = [
-    ("What is the capital of France?", "Paris"),
     ("What is the capital of Japan?", "Tokyo"),
     ("What is the capital of Germany?", "Berlin"),
     ("What is the capital of Russia?", "Moscow"),
@@ -72,17 +69,13 @@ QUESTIONS = [
     ("What is the chemical formula of water?", "H2O"),
     ("Who wrote Romeo and Juliet?", "Shakespeare"),
     ("Who wrote Hamlet?", "Shakespeare"),
-    ("Who painted the Mona Lisa?", "Leonardo"),
     ("Who developed the theory of relativity?", "Einstein"),
     ("Which gas do plants take in from the air?", "carbon dioxide"),
-    ("Which star is at the center of our solar system?", "Sun"),
     ("What is the largest ocean on Earth?", "Pacific"),
     ("What is the largest mammal in the world?", "whale"),
-    ("Which organ pumps blood through the body?", "heart"),
     ("Which language is spoken in Brazil?", "Portuguese"),
     ("Which language is spoken in France?", "French"),
     ("In which country is the Eiffel Tower?", "France"),
-    ("On which continent is Egypt?", "Africa"),
     ("On which continent is Brazil?", "South America"),
     ("What is the opposite of hot?", "cold"),
     ("What is the opposite of up?", "down"),

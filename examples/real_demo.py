@@ -22,7 +22,7 @@ from show_artifact import prompts, run
 PRECISIONS = ("int8", "int4")
 
 # A short run: the learning rate is three times the authors'.
-TRAINING = ("--steps", 40, "--batch-size", 8, "--learning-rate", 1e-3)
+TRAINING = ("--steps", 50, "--batch-size", 8, "--learning-rate", 1e-3)
 
 
 def main() -> int:
