@@ -9,6 +9,7 @@ Everything after the data is a command that a user can type.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,14 @@ def compare(output: Path) -> None:
         run("examples/side_by_side.py", artifact, *asked)
     run("examples/score_memories.py", output, *artifacts)
     for artifact in artifacts:
+        print(f"\n{artifact.name} differs from float32, on the new facts in held-out wordings: {difference(artifact)}")
         run("cli.py", "bench", artifact, "--prompt-lengths", "32,128", "--new-tokens", "64")
+
+
+def difference(artifact: Path) -> str:
+    """How far the artifact's predictions are from float32, as its export measured: a speed alone says too little."""
+    quality = json.loads((artifact / "imsm_model.json").read_text(encoding="utf-8"))["quality"]
+    return f"KL {quality['mean_kl']:.3f} nats a token, same likeliest token {quality['argmax_agreement']:.1%}"
 
 
 if __name__ == "__main__":
