@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from export.pipeline import ExportSettings
 from imsm_core.adapters.attach import attach_adapter
 from imsm_core.backbone import hidden_size, load_base_model
@@ -20,6 +22,7 @@ SCALES = {"lora": 0.03, "dora": 0.03, "ia3": 0.1, "prefix_tuning": 0.3}
 def export_real(folder: Path, base: Path, adapter: str, settings: ExportSettings | None = None) -> Exported:
     """Export the model in folder `base` with a random adapter of ADAPTERS and a random query-aware gate."""
     model = load_base_model(str(base))
+    torch.manual_seed(1)  # LoRA's A starts at random
     gate = make_gate("query_aware", hidden_size(model), 8)
     siamese = SiameseModel(attach_adapter(model, ADAPTERS[adapter](model)), gate)
     randomize_adapter(siamese, seed=1, scale=SCALES[adapter])
