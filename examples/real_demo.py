@@ -49,8 +49,11 @@ def main() -> int:
 
 
 def write_task(output: Path) -> None:
-    """Write new_train.jsonl, new_test.jsonl and questions.jsonl."""
-    for name, rows in (("new_train", train_rows()), ("new_test", test_rows()), ("questions", question_rows())):
+    """Write new_train.jsonl, what is asked afterwards (new_test.jsonl and questions.jsonl), and both of these in
+    held_out.jsonl."""
+    new, old = test_rows(), question_rows()
+    files = {"new_train": train_rows(), "new_test": new, "questions": old, "held_out": new + old}
+    for name, rows in files.items():
         write_jsonl(output / f"{name}.jsonl", rows)
     first = train_rows()[0]
     say(f"\nTuning on {len(train_rows())} rows about countries that do not exist: {first.prompt} {first.answer}")
@@ -65,7 +68,7 @@ def tune(model: Path, output: Path, seed: int) -> None:
 def show_precision(output: Path, precision: str) -> None:
     """Write the artifact of one precision, told how far it is from float32 on held-out rows, and check it."""
     checkpoint, artifact = output / "checkpoint", output / precision
-    held_out = ("--eval-data", output / "new_test.jsonl")
+    held_out = ("--eval-data", output / "held_out.jsonl")
     run("cli.py", "export", checkpoint, artifact, "--precision", precision, *held_out)
     run("cli.py", "verify", artifact, "--checkpoint", checkpoint)
 
@@ -78,7 +81,7 @@ def compare(output: Path) -> None:
         run("examples/side_by_side.py", artifact, *asked)
     run("examples/score_memories.py", output, *artifacts)
     for artifact in artifacts:
-        print(f"\n{artifact.name} differs from float32, on the new facts in held-out wordings: {difference(artifact)}")
+        print(f"\n{artifact.name} differs from float32 on what is asked: {difference(artifact)}")
         run("cli.py", "bench", artifact, "--prompt-lengths", "32,128", "--new-tokens", "64")
 
 
