@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from invented_world import CONTEXT, make_tokenizer, make_world, write_jsonl
+from output_folder import fresh_folder, say
 from show_artifact import show_artifact
 from tiny_base import learn, make_base
 from transformers import PreTrainedTokenizerFast
@@ -30,7 +30,6 @@ from imsm_core.evaluate import Evaluation, Stream, evaluate
 from imsm_core.siamese import SiameseModel
 from imsm_core.training.settings import TrainSettings
 
-MARKER = ".imsm-demo"  # only a folder that holds this file is ever replaced
 BASE_EPOCHS = 16
 
 
@@ -103,17 +102,6 @@ def train_phases(output: Path, seed: int) -> SiameseModel:
     return imsm
 
 
-def fresh_folder(output: Path) -> None:
-    """Make `output`, in place of an earlier demo's. Any other folder with something in it is kept: exits 2."""
-    if output.exists() and not (output / MARKER).is_file() and (not output.is_dir() or any(output.iterdir())):
-        say(f"error: {output} was not written by this demo and is kept; give another --output")
-        raise SystemExit(2)
-    if output.is_dir():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
-    (output / MARKER).touch()
-
-
 def make_data(output: Path, seed: int) -> Data:
     """Write the world as JSONL and the tokenizer into base/, and read the rows back as any user's data is read."""
     world = make_world(seed)
@@ -177,11 +165,6 @@ def print_table(scores: dict[str, Score]) -> None:
             f"{name:<12} {facts.accuracy:>9.1%} {forgotten:>9} {facts.loss:>6.3f}   "
             f"{task.accuracy:>9.1%} {task.loss:>6.3f}"
         )
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr; the answers, here the table, to stdout."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,18 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background starts us with Ctrl-C ignored
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL_MODELS = Path.home() / ".cache" / "imsm-models"  # where examples/real_model.py makes SmolLM2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real", action="store_true", help="run the tests on real models too, where those are made")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--real"):
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason="runs on a real model; scripts/test --real runs it"))
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +63,24 @@ def stories_folder() -> Path:
     folder = SHARED / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"needs the real model in {folder}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, a real trained model: Llama with tied embeddings and a chat template. Read only."""
+    folder = REAL_MODELS / "smollm2"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"needs the real model in {folder}; scripts/demo --real makes it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma3_folder() -> Path:
+    """Gemma 3 270M, a real trained model: windows in most layers, 262,144 tokens, no chat template. Read only."""
+    folder = REAL_MODELS / "gemma3"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"needs Gemma 3 270M as a Hugging Face folder in {folder}")
     return folder
 
 
