@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
@@ -29,11 +30,14 @@ Run = Callable[[argparse.Namespace], int]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show."""
+    """Shows a default where there is one to show, and breaks no word, so that what it says can be copied."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         unsaid = action.default is None or isinstance(action.default, bool)
         return action.help if unsaid else super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class IntermixedParser(argparse.ArgumentParser):
@@ -122,7 +126,7 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
 
     An exception with an `exit_code` is a user's mistake and becomes one line; any other one is a fault of the program.
     """
-    parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}", help="print the version")
     commands = Commands(parser)

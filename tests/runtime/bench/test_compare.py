@@ -179,9 +179,9 @@ def test_an_error_inside_onnxruntime_is_one_line(tiny: Exported, monkeypatch: py
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ("--prompt-lengths 4,x", SettingsError, "not numbers"),
+        ("--prompt-lengths 4,x", SettingsError, "--prompt-lengths is 4,x; they must be numbers like 32,128"),
         ("--prompt-lengths 0", SettingsError, "at least 1"),
-        ("--new-tokens 0", SettingsError, "new_tokens is 0"),
+        ("--new-tokens 0", SettingsError, "--new-tokens is 0; it must be at least 1"),
         ("--prompt-lengths 100 --new-tokens 100", SettingsError, "more than the context"),
         ("--providers cpu,quantum --prompt-lengths 4", ProviderError, "unknown execution provider 'quantum'"),
     ],
