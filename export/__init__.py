@@ -6,11 +6,15 @@ Names are imported when they are first used, so that importing an error class do
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 _MODULES = {
     "ExportError": "errors",
     "ExportSettings": "settings",
+    "TraceError": "errors",
+    "UnsupportedError": "errors",
+    "VerificationError": "errors",
     "export_adapter": "pipeline",
     "export_checkpoint": "pipeline",
     "export_model": "pipeline",
@@ -18,10 +22,12 @@ _MODULES = {
     "verify_graph": "verification.parity",
 }
 
-__all__ = sorted(_MODULES)
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("imsm-runtime")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

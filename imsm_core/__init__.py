@@ -6,6 +6,7 @@ Names are imported when they are first used, so that importing an error class do
 """
 
 import importlib
+import importlib.metadata
 import typing
 
 _HOMES = {
@@ -36,10 +37,12 @@ _HOMES = {
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_MODULES)
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> typing.Any:
+    if name == "__version__":
+        return importlib.metadata.version("imsm-runtime")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 
 import cli
-import export
-import imsm_core
-import runtime
 from tests.exported import Exported
 
 COMMANDS = ("train", "export", "verify", "inspect", "generate", "bench", "doctor")
@@ -77,9 +74,3 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in line
     assert not any("error" in before.lower() or "Traceback" in before for before in progress)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("package", [imsm_core, export, runtime])
-def test_every_public_name_is_there(package: object) -> None:
-    for name in package.__all__:  # type: ignore[attr-defined]
-        assert getattr(package, name) is not None

@@ -16,7 +16,7 @@ from imsm_core import errors
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", imsm_core.__all__)
+@pytest.mark.parametrize("name", sorted(imsm_core._MODULES))
 def test_public_name_resolves_to_what_its_home_defines(name: str) -> None:
     value = getattr(imsm_core, name)
     home = f"imsm_core.{imsm_core._MODULES[name]}"
