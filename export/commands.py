@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imsm_core.errors import SettingsError
+from imsm_core.errors import SettingsError, setting
 
 from .errors import ExportError
 from .settings import ExportSettings
@@ -80,7 +80,8 @@ def _check_source(args: argparse.Namespace) -> None:
             if getattr(args, name) is not None:
                 raise SettingsError(name, getattr(args, name), "it goes with {adapter}; a checkpoint has its own")
         if args.checkpoint is None:
-            raise ExportError("give a checkpoint folder and ARTIFACT, or {adapter}, {base} and ARTIFACT")
+            others = f"{setting('adapter')}, {setting('base')} and ARTIFACT"
+            raise ExportError(f"give a checkpoint folder and ARTIFACT, or {others}")
     elif args.checkpoint is not None:
         raise SettingsError("adapter", args.adapter, f"give it or the checkpoint {args.checkpoint}, not both")
     elif args.base is None:

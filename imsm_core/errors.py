@@ -11,8 +11,8 @@ IMSMError                 a user's mistake; the command line prints its one line
 ├── Diverged              the loss is no longer a finite number
 └── Interrupted           Ctrl-C ended the training after a whole step
 
-A message names a setting as a placeholder, such as {gate_rank}. `str` fills in the name of the field; the command line
-fills in its own spelling, by `told`.
+A message names a setting by `setting`, the rule of a SettingsError by a placeholder, such as {gate_rank}. `str` fills
+in the name of the field; the command line fills in its own spelling, by `told`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class IMSMError(Exception):
 
     def told(self, spell: Callable[[str], str]) -> str:
         """The message, with the name of every setting in it passed through `spell`."""
-        return _fill(super().__str__(), spell)
+        return re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__())
 
     def __str__(self) -> str:
         return self.told(str)
@@ -83,6 +83,11 @@ class Interrupted(IMSMError):
     """Ctrl-C ended the training after a whole step; a snapshot was written if the run has a folder for them."""
 
     exit_code = 130
+
+
+def setting(name: str) -> str:
+    """A setting's name inside a message. The marks around it are in no path that a user may give, as braces are."""
+    return f"\x02{name}\x03"
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError, OutputExistsError
+from .errors import OutputError, OutputExistsError, setting
 
 
 @contextmanager
@@ -45,12 +45,12 @@ def refuse_existing(target: Path, marker: str, force: bool) -> None:
     the long work, not after it. `force` replaces only an empty folder or one that holds the file `marker`, so that a
     mistyped name costs nobody's work."""
     if target.exists() and not force:
-        raise OutputExistsError(f"{target} exists and is kept; give another name, or {{force}} to replace it")
+        raise OutputExistsError(f"{target} exists and is kept; give another name, or {setting('force')} to replace it")
     if target.exists() and not target.is_dir():
         raise OutputExistsError(f"{target} is a file, not a folder; give another name")
     if target.exists() and any(target.iterdir()) and not (target / marker).is_file():
         raise OutputExistsError(
-            f"{target} is kept: it has no {marker}, and {{force}} replaces only what this program wrote"
+            f"{target} is kept: it has no {marker}, and {setting('force')} replaces only what this program wrote"
         )
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     if not parent.is_dir():

@@ -123,6 +123,8 @@ def _add_bench(commands: Commands) -> None:
 def _bench(args: argparse.Namespace) -> int:
     from .bench.compare import bench, format_table, named_providers
 
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise SettingsError("json", args.json, "its folder does not exist")
     try:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
     except ValueError as error:
@@ -132,9 +134,9 @@ def _bench(args: argparse.Namespace) -> int:
     document = bench(args.artifact, named_providers(args.providers), settings)
     print(format_table(document))
     text = json.dumps(document)
+    print(text)
     if args.json is not None:
         args.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
     failures = [facts for facts in document["providers"] if "error" in facts]
     for facts in failures:
         print(f"error: {facts['provider']} did not run: {facts['error']}", file=sys.stderr)

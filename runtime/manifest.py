@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(f"{path} is damaged: {type(error).__name__} at {error}") from error
 
 
@@ -158,7 +158,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         virtual_tokens={stream: int(count) for stream, count in document["virtual_tokens"].items()},
         inputs=tuple(map(_signature, graph["inputs"])),
         outputs=tuple(map(_signature, graph["outputs"])),
-        padding=int(graph["padding"]),
+        padding=_number(graph["padding"], 1),
         reads=_step_reads(document["reads"]),
         eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),
         special_tokens={name: tokens[name] for name in ("bos_token", "eos_token", "pad_token")},
@@ -171,11 +171,20 @@ def _signature(entry: dict[str, Any]) -> TensorSignature:
     return TensorSignature(entry["name"], entry["dtype"], tuple(entry["shape"]))
 
 
+def _number(value: Any, least: int = 0) -> int:
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{number}, which is below {least}")
+    return number
+
+
 def _step_reads(entry: dict[str, Any]) -> StepReads:
     return StepReads(
-        whole=int(entry["bytes"]),
-        rows=tuple((int(table["bytes"]), int(table["rows"])) for table in entry["rows"]),
-        experts=tuple((int(part["bytes"]), int(part["experts"]), int(part["top_k"])) for part in entry["experts"]),
+        whole=_number(entry["bytes"]),
+        rows=tuple((_number(table["bytes"]), _number(table["rows"])) for table in entry["rows"]),
+        experts=tuple(
+            (_number(part["bytes"]), _number(part["experts"]), _number(part["top_k"])) for part in entry["experts"]
+        ),
     )
 
 

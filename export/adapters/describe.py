@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from imsm_core.errors import setting
+
 from ..errors import UnsupportedError
 from .rows import DenseDelta, TwoStreamBias
 
@@ -40,7 +42,7 @@ def check_delta_size(adapter: dict[str, Any], limit_mb: float | None) -> None:
     if limit_mb is not None and found > limit_mb:
         raise UnsupportedError(
             f"{adapter['peft_type']} changes whole matrices: {found:.2f} MB of them would be added, more than the "
-            f"{limit_mb:g} that {{max_delta_mb}} allows"
+            f"{limit_mb:g} that {setting('max_delta_mb')} allows"
         )
 
 

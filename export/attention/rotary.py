@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from imsm_core.errors import setting
+
 from ..errors import UnsupportedError
 from ..replaced import replaced
 
@@ -165,7 +167,7 @@ def _why_no_table(rotary: nn.Module) -> str:
     kind = getattr(rotary, "rope_type", "default")
     rope = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(rotary, "original_max_seq_len", None)
-    remedy = f"; a {{context_length}} of {original} or less has one" if original else ""
+    remedy = f"; a {setting('context_length')} of {original} or less has one" if original else ""
     return (
         f"rotary embedding of type {kind!r} changes with the length of the text, so that cached keys would have to be "
         f"rotated anew; it has no table{remedy}"

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.collate import IGNORED_LABEL, collate
 from ..data.dataset import Dataset, Example
-from ..errors import AdapterError, Diverged, Interrupted
+from ..errors import AdapterError, Diverged, Interrupted, setting
 from ..siamese import SiameseModel
 from .adalora import RankAllocation, rank_allocation
 from .schedule import make_optimizer, make_schedule, micro_batches, with_learning_rate
@@ -148,7 +148,7 @@ def _step(
 
 
 def _advice(partial: Path | None) -> str:
-    return f"; {{resume}} continues from there ({partial})" if partial is not None else ""
+    return f"; {setting('resume')} continues from there ({partial})" if partial is not None else ""
 
 
 def _recent(losses: list[float]) -> float:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, SettingsError, shown
+from ..errors import CheckpointError, SettingsError, setting, shown
 from ..files import publish_folder
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -79,16 +79,18 @@ def restore_snapshot(
         if len(losses) != step:
             raise ValueError(f"{len(losses)} losses at step {step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{snapshot} is damaged ({error}); start over with {{force}}") from error
+        raise CheckpointError(f"{snapshot} is damaged ({error}); start over with {setting('force')}") from error
     for key, value in started_with.items():
         if before[key] != value:
             rule = f"the interrupted run had {shown(before[key])}, and {{resume}} needs the same; {{force}} starts over"
             raise SettingsError(key, value, rule)
     if "rng" not in tensors:
-        raise CheckpointError(f"{snapshot} is damaged (it has no rng); start over with {{force}}")
+        raise CheckpointError(f"{snapshot} is damaged (it has no rng); start over with {setting('force')}")
     found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith(_PARAMETER)}
     if found != {f"{_PARAMETER}{name}": parameter.shape for name, parameter in parameters.items()}:
-        raise CheckpointError(f"{snapshot} holds other parameters than this run trains; start over with {{force}}")
+        raise CheckpointError(
+            f"{snapshot} holds other parameters than this run trains; start over with {setting('force')}"
+        )
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"{_PARAMETER}{name}"])
         if f"step/{name}" in tensors:

@@ -19,7 +19,7 @@ from ..adapters.virtual_tokens import context_length
 from ..backbone import fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
 from ..data.dataset import load_jsonl
-from ..errors import OutputExistsError, SettingsError
+from ..errors import OutputExistsError, SettingsError, setting
 from ..files import refuse_existing, sha256_of_file
 from ..gates import make_gate
 from ..quantized_backbone import round_backbone
@@ -60,7 +60,7 @@ def tune(
     if newest_snapshot(partial) is not None and not resume:
         if not force:
             raise OutputExistsError(
-                f"{partial} holds an interrupted run; {{resume}} continues it, {{force}} discards it"
+                f"{partial} holds an interrupted run; {setting('resume')} continues it, {setting('force')} discards it"
             )
         shutil.rmtree(partial)
 

@@ -64,24 +64,28 @@ class KVCache:
 
     def reserve(self, length: int) -> bool:
         """Make room for `length` tokens of text a row; returns whether the buffers moved (bindings are then stale)."""
-        length += self.virtual_tokens
-        if length <= self.capacity:
+        if not self.is_short_of(length):
             return False
-        capacity = _in_blocks(length)
+        capacity = _in_blocks(length + self.virtual_tokens)
+        buffers: dict[str, onnxruntime.OrtValue] = {}
         for name, layer in self._named_layers():
             if self.element_type == BFLOAT16:
                 shape = (self.rows, layer.kv_heads, capacity, layer.head_size)
-                self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
+                buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
                 continue
             grown = self._zeros(layer, capacity)
             if self.capacity:
-                old = self._buffers.pop(name)  # its NumPy view does not keep it alive
+                old = self._buffers[name]  # its NumPy view does not keep it alive
                 grown[:, :, : self.capacity] = old.numpy()
             elif self.virtual:
                 grown[-self.batch :, :, : self.virtual_tokens] = self.virtual[name]
-            self._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
-        self.capacity = capacity
+            buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
+        self._buffers, self.capacity = buffers, capacity  # all at once: memory may run out on the way
         return True
+
+    def is_short_of(self, length: int) -> bool:
+        """Whether there is no room for `length` tokens of text a row."""
+        return length + self.virtual_tokens > self.capacity
 
     def take(self, texts: Sequence[int], length: int) -> KVCache:
         """A cache of its own with copies of some texts' rows, in this order, and room for `length` tokens of text."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from ..errors import SettingsError
 
+MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -29,7 +31,7 @@ class Execution:
     cuda_graph: bool = field(default=False, metadata={"help": "capture decode steps and replay them (cuda only)"})
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise SettingsError("threads", self.threads, "it must be at least 1")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise SettingsError("threads", self.threads, f"it must be 1 to {MOST_THREADS}")
         if self.cuda_graph and self.provider != "cuda":
             raise SettingsError("cuda_graph", self.cuda_graph, f"it goes with {{provider}} cuda, not {self.provider}")

@@ -49,6 +49,7 @@ class LoadedGraph:
         self.device = ON_DEVICE.get(execution.provider, "cpu") if in_use else "cpu"
         self.cuda_graph = execution.cuda_graph and in_use
         self.virtual = _read_virtual_tokens(self.folder, self.manifest)
+        self.artifact = "+".join(entry.sha256 for _, entry in sorted(self.manifest.files.items()))
         self.input_names = {signature.name for signature in self.manifest.inputs}
         self.on_run: Callable[[float], None] | None = None
 
@@ -66,7 +67,8 @@ class LoadedGraph:
         """An empty state of `batch` rows. memory_bias: one value, or one per row. Raises SettingsError."""
         if batch < 1:
             raise SettingsError("batch", batch, "it must be at least 1")
-        bias = np.array(np.broadcast_to(np.asarray(memory_bias, np.float32), (batch,)))
+        with np.errstate(over="ignore"):  # what float32 does not hold is as good as infinite
+            bias = np.array(np.broadcast_to(np.asarray(memory_bias, np.float64).astype(np.float32), (batch,)))
         if np.isnan(bias).any():
             raise SettingsError("memory_bias", "nan", "it must be a number")
         width = self.manifest.hidden_size
@@ -91,6 +93,7 @@ class LoadedGraph:
             memory_bias=bias,
             pending=[None] * batch,
             marks=[Marks() for _ in range(batch)],
+            artifact=self.artifact,
             gate_reads_query=self.manifest.gate_kind in QUERY_GATES,
         )
 
@@ -153,8 +156,18 @@ class LoadedGraph:
         """Make room for `length` tokens of every row."""
         if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
             length = self.manifest.context_length + self.manifest.padding
-        if any([cache.reserve(length) for cache in state.caches.values()]):
-            state.layout = object()
+        short = [cache for cache in state.caches.values() if cache.is_short_of(length)]
+        if short:
+            state.layout = object()  # before the first one moves: the next may not get its memory
+        for cache in short:
+            cache.reserve(length)
+
+    def check_state(self, state: DecodeState) -> None:
+        """Raise PromptError for a state of another artifact, or without rows."""
+        if state.artifact != self.artifact:
+            raise PromptError("the state is of another artifact; make one with this session's new_state")
+        if state.batch == 0:
+            raise PromptError("the state has no rows")
 
     def check_tokens(self, tokens: Array) -> None:
         """Raise PromptError for a token outside the vocabulary."""

@@ -53,9 +53,10 @@ class Session(LoadedGraph):
         join the query: a continued conversation equals a fresh run over the whole of it. chunk: the most tokens of a
         text that are read at once; None is what suits the provider (on the CPU 256 rows: 128 tokens of one text in two
         streams). Raises PromptError for an empty or too long prompt, or a token outside the vocabulary, and
-        SettingsError for the chunk. After any exception the state is as it was before.
+        SettingsError for the chunk. After an exception the state is as it was before.
         """
-        if len(prompts) != state.batch or state.batch == 0:
+        self.check_state(state)
+        if len(prompts) != state.batch:
             raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
@@ -83,9 +84,10 @@ class Session(LoadedGraph):
 
     def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
         """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end, and
-        for a row that has no prompt yet. After any exception the state is as it was before."""
+        for a row that has no prompt yet. After an exception the state is as it was before."""
         chosen = np.asarray(tokens, np.int64).reshape(-1)
-        if len(chosen) != state.batch or state.batch == 0:
+        self.check_state(state)
+        if len(chosen) != state.batch:
             raise PromptError(f"{len(chosen)} tokens for {state.batch} rows")
         self.check_tokens(chosen)
         if not state.lengths.all():
@@ -94,14 +96,12 @@ class Session(LoadedGraph):
         if longest > self.manifest.context_length:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
         self.reserve(state, longest)
-        output = self.binding_of(state).step(state, chosen)
-        state.pending = [None] * state.batch
-        return output
+        return self.binding_of(state).step(state, chosen)
 
     def binding_of(self, state: DecodeState) -> DecodeBinding:
         """The bound decode step of a state, made anew when its arrays or caches are other ones."""
         binding = self._bindings.get(state)
-        if binding is None or binding.layout is not state.layout:
+        if binding is None or not binding.fits(state):
             binding = (GraphDecodeBinding if self.cuda_graph else DecodeBinding)(self, state)
             self._bindings[state] = binding
         return binding

@@ -33,9 +33,9 @@ class DecodeState:
     lengths: (B,) tokens in the caches. query_sum (B, 2, d) and query_count (B,) make the query means of (base,
     adapter); reply_sum and reply_count hold the tokens generated since, which belong to the query as soon as the
     conversation goes on. pending: per row a token that was chosen but not fed yet. memory_bias: (B,), added to the
-    gate before its sigmoid. marks: per row, what the sums were at lengths that it can be cut back to. gate_reads_query:
-    whether the artifact's gate looks at the sums at all. layout: changes whenever arrays or caches are other ones, so
-    that whoever has bound them knows.
+    gate before its sigmoid. marks: per row, what the sums were at lengths that it can be cut back to. artifact: the
+    hashes of the one that the state belongs to. gate_reads_query: whether its gate looks at the sums at all. layout:
+    changes whenever the caches are other ones, so that whoever has bound them knows.
     """
 
     caches: dict[str, KVCache]
@@ -47,6 +47,7 @@ class DecodeState:
     memory_bias: NDArray[np.float32]
     pending: list[int | None]
     marks: list[Marks]
+    artifact: str
     gate_reads_query: bool = True
     layout: object = field(default_factory=object, repr=False)
 
@@ -75,13 +76,14 @@ class DecodeState:
             memory_bias=self.memory_bias[chosen],
             pending=[self.pending[row] for row in chosen],
             marks=[self.marks[row].copy() for row in chosen],
+            artifact=self.artifact,
             gate_reads_query=self.gate_reads_query,
         )
 
     def join(self, other: DecodeState) -> None:
         """Put copies of the other state's rows behind this one's. Raises PromptError for a state of another artifact;
         both are then unchanged."""
-        if self.caches.keys() != other.caches.keys() or self.query_sum.shape[1:] != other.query_sum.shape[1:]:
+        if self.artifact != other.artifact:
             raise PromptError("states of different artifacts cannot be joined")
         length = int(max(self.lengths.max(initial=0), other.lengths.max(initial=0)))
         caches = {group: cache.join(other.caches[group], length) for group, cache in self.caches.items()}
@@ -108,18 +110,20 @@ class DecodeState:
         length will do. Raises PromptError for a length that is longer than the row or not known; the state is then
         unchanged.
         """
-        if len(lengths) != self.batch:
-            raise PromptError(f"{len(lengths)} lengths for {self.batch} rows")
-        found: list[Mark | None] = [self._mark(row, int(length)) for row, length in enumerate(lengths)]
-        for row, (length, mark) in enumerate(zip(lengths, found, strict=True)):
-            if length == self.lengths[row]:
-                continue
-            self.lengths[row] = length
-            self.pending[row] = None
-            self.marks[row].cut(int(length))
-            if mark is not None:
-                self.query_sum[row], self.query_count[row] = mark.query_sum, mark.query_count
-                self.reply_sum[row], self.reply_count[row] = mark.reply_sum, mark.reply_count
+        wanted = _integers(lengths, "length")
+        if len(wanted) != self.batch:
+            raise PromptError(f"{len(wanted)} lengths for {self.batch} rows")
+        found: list[Mark | None] = [self._mark(row, length) for row, length in enumerate(wanted)]
+        with self.unchanged_on_error():
+            for row, (length, mark) in enumerate(zip(wanted, found, strict=True)):
+                if length == self.lengths[row]:
+                    continue
+                self.lengths[row] = length
+                self.pending[row] = None
+                self.marks[row].cut(length)
+                if mark is not None:
+                    self.query_sum[row], self.query_count[row] = mark.query_sum, mark.query_count
+                    self.reply_sum[row], self.reply_count[row] = mark.reply_sum, mark.reply_count
 
     def cut_lengths(self, row: int) -> list[int]:
         """The lengths that `trim` takes for a row, ascending."""
@@ -159,10 +163,11 @@ class DecodeState:
         self.layout = object()
 
     def _checked(self, rows: Sequence[int]) -> list[int]:
-        for row in rows:
+        chosen = _integers(rows, "row")
+        for row in chosen:
             if not 0 <= row < self.batch:
                 raise PromptError(f"row {row} is not in a state of {self.batch} rows")
-        return [int(row) for row in rows]
+        return chosen
 
     def _mark(self, row: int, length: int) -> Mark | None:
         """What the sums were when the row had `length` tokens; None where nothing reads them."""
@@ -181,3 +186,13 @@ class DecodeState:
                 f"length below is {below}"
             )
         return mark
+
+
+def _integers(values: Sequence[int], what: str) -> list[int]:
+    """Whole numbers, NumPy's too. Raises PromptError for others: a mask of booleans names no rows."""
+    found = []
+    for value in values:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise PromptError(f"{what} {value!r} is not a whole number")
+        found.append(int(value))
+    return found

@@ -62,16 +62,39 @@ class DecodeBinding:
         inputs["seqlens_k"][:] = state.lengths
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
         self.run()
-        state.lengths += 1
         logits = self.outputs["logits"][:, 0].copy()
+        gates = self.outputs["gate_mean"][:, 0].copy() if self.graph.siamese else None
+        counted: tuple[Array, ...] = (state.lengths, state.reply_sum, state.reply_count)
+        before = [array.copy() for array in counted]
+        try:
+            self._count(state)
+        except BaseException:  # Ctrl-C between two lines
+            for array, old in zip(counted, before, strict=True):
+                array[...] = old
+            for marks, length in zip(state.marks, state.lengths, strict=True):
+                marks.cut(int(length))
+            raise
+        state.pending = [None] * state.batch
+        return StepOutput(logits, gates)
+
+    def _count(self, state: DecodeState) -> None:
+        """Count the tokens in that were fed."""
+        state.lengths += 1
         if not self.graph.siamese:
-            return StepOutput(logits, None)
+            return
         state.reply_sum[:, 0] += self.outputs["hidden_base"][:, 0]
         state.reply_sum[:, 1] += self.outputs["hidden_adapter"][:, 0]
         state.reply_count += 1
         if state.gate_reads_query:
             _mark(state)
-        return StepOutput(logits, self.outputs["gate_mean"][:, 0].copy())
+
+    def fits(self, state: DecodeState) -> bool:
+        """Whether this is still the step of a state: its caches and the arrays that the graph reads are the same."""
+        names = ("past_query_sum", "past_query_count", "memory_bias")
+        arrays = (state.query_sum, state.query_count, state.memory_bias)
+        return self.layout is state.layout and all(
+            self.inputs[name] is array for name, array in zip(names, arrays, strict=True)
+        )
 
     def run(self) -> None:
         """Compute `outputs` from `inputs`."""

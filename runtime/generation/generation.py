@@ -142,7 +142,7 @@ def stream_generate(
         if token.id in model.session.manifest.eos_token_ids:
             yield Chunk(text + stream.finish(), token, "stop")
             return
-        if count == settings.max_new_tokens:
+        if count >= settings.max_new_tokens:
             yield Chunk(text + stream.finish(), token, "length")
             return
         yield Chunk(text, token, None)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from ..errors import SettingsError
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it logits that differ by anything at all differ by more than float64 holds."""
 Sampler = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
@@ -42,8 +44,8 @@ def make_sampler(
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
     """Raise SettingsError for a value outside its range."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise SettingsError("temperature", temperature, "it must be 0 (greedy) or above")
+    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+        raise SettingsError("temperature", temperature, f"it must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if top_k < 0:
         raise SettingsError("top_k", top_k, "it must be 0 (off) or above")
     if not 0 < top_p <= 1:

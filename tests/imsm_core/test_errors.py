@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imsm_core import errors
-from imsm_core.errors import AdapterError, CheckpointError, IMSMError, Interrupted, OutputExistsError, SettingsError
+from imsm_core.errors import AdapterError, IMSMError, Interrupted, OutputExistsError, SettingsError, setting
 
 
 def dashed(name: str) -> str:
@@ -45,14 +45,17 @@ def test_value_with_braces_is_not_a_placeholder() -> None:
 
 
 def test_every_error_can_name_a_setting() -> None:
-    error = OutputExistsError("out exists; {force} replaces it")
-    assert str(error) == "out exists; force replaces it"
-    assert error.told(dashed) == "out exists; --force replaces it"
-    assert str(CheckpointError("a set {'x'}, {1} and {}")) == "a set {'x'}, {1} and {}"
+    error = OutputExistsError(f"runs/{{force}} exists; {setting('force')} replaces it")
+    assert str(error) == "runs/{force} exists; force replaces it"
+    assert error.told(dashed) == "runs/{force} exists; --force replaces it"
 
 
 def test_errors_pickle_with_all_they_carry() -> None:
-    for error in (SettingsError("gate", "mode5", "choose {gate_rank}"), AdapterError("{gate}"), Interrupted("step 3")):
+    for error in (
+        SettingsError("gate", "mode5", "choose {gate_rank}"),
+        AdapterError(setting("gate")),
+        Interrupted("step 3"),
+    ):
         found = pickle.loads(pickle.dumps(error))
         assert (type(found), found.args, vars(found), str(found)) == (
             type(error),

@@ -177,7 +177,7 @@ def test_a_state_without_rows_takes_newcomers(opened: Opened) -> None:
     state = ragged(opened)
     state.drop([0, 1, 2])
     assert (state.batch, state.cache_bytes) == (0, 0)
-    with pytest.raises(PromptError, match="0 prompts for 0 rows"):
+    with pytest.raises(PromptError, match="the state has no rows"):
         opened.session.prefill(state, [])
     state.join(opened.alone(MIDDLE, REPLY))
     opened.assert_goes_on_alike(state, [opened.alone(MIDDLE, REPLY)])
@@ -249,6 +249,10 @@ def test_bad_rows_and_lengths_are_refused(opened: Opened) -> None:
         state.take([0, 3])
     with pytest.raises(PromptError, match="row -1 is not in"):
         state.drop([-1])
+    with pytest.raises(PromptError, match="row False is not a whole number"):
+        state.drop([False, False, True])
+    with pytest.raises(PromptError, match=r"length 2\.5 is not a whole number"):
+        state.trim([2.5, 1, 1])  # type: ignore[list-item]
     with pytest.raises(PromptError, match="2 lengths for 3 rows"):
         state.trim([1, 2])
     with pytest.raises(PromptError, match="row 1 has 10 tokens and cannot be cut back to 11"):

@@ -180,6 +180,7 @@ def test_an_error_inside_onnxruntime_is_one_line(tiny: Exported, monkeypatch: py
     ("options", "error", "message"),
     [
         ("--prompt-lengths 4,x", SettingsError, "--prompt-lengths is 4,x; they must be numbers like 32,128"),
+        ("--json /no/where/file.json", SettingsError, "--json is /no/where/file.json; its folder does not exist"),
         ("--prompt-lengths 0", SettingsError, "at least 1"),
         ("--new-tokens 0", SettingsError, "--new-tokens is 0; it must be at least 1"),
         ("--prompt-lengths 100 --new-tokens 100", SettingsError, "more than the context"),

@@ -58,6 +58,8 @@ def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> 
         ('"padding": ', '"most_padding": ', "damaged: KeyError at 'padding'"),
         ('"reads": {', '"weights": {', "damaged: KeyError at 'reads'"),
         ('"model": {', '"modle": {', "damaged: KeyError at 'model'"),
+        ('"padding": 512', '"padding": 0', "damaged: ValueError at 0, which is below 1"),
+        ('"padding": 512', '"padding": 1e999', "damaged: OverflowError"),
         ('"dtype": "int32"', '"dtype": "int64"', "seqlens_k is int32"),
         ('"tokenizer.json": {', '"../tokenizer.json": {', "outside the folder"),
     ],
@@ -188,6 +190,80 @@ def test_after_a_run_that_failed_the_conversation_goes_on_as_if_it_had_not_been(
     np.testing.assert_array_equal(session.decode_step(state, [3]).logits, session.decode_step(undisturbed, [3]).logits)
 
 
+@pytest.mark.parametrize("failing", [0, 1, 3])
+def test_memory_that_runs_out_while_caches_grow_leaves_the_state_as_it_was(
+    tiny: Exported, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 16)
+    session = Session(tiny.artifact, threads=1)
+    state, undisturbed = session.new_state(1), session.new_state(1)
+    for each in (state, undisturbed):
+        session.prefill(each, [PROMPT])
+        session.decode_step(each, [40])
+    zeros, left = cache.KVCache._zeros, [failing]
+
+    def failing_zeros(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return zeros(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.KVCache, "_zeros", failing_zeros)
+        with pytest.raises(MemoryError):
+            session.prefill(state, [[7] * 40])
+    for token in (3, 4):
+        np.testing.assert_array_equal(
+            session.decode_step(state, [token]).logits, session.decode_step(undisturbed, [token]).logits
+        )
+    more = [session.prefill(each, [[7] * 40]).logits for each in (state, undisturbed)]
+    np.testing.assert_array_equal(more[0], more[1])
+
+
+def test_a_decode_step_that_is_interrupted_while_it_counts_has_not_been(
+    tiny: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tiny.artifact, threads=1)
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    session.decode_step(state, [40])
+    state.pending[0] = 41
+    before = (list(state.lengths), state.reply_sum.copy(), list(state.reply_count), state.cut_lengths(0))
+
+    def interrupted(state: DecodeState) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.engine.step._mark", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.decode_step(state, [41])
+    assert (list(state.lengths), list(state.reply_count), state.cut_lengths(0)) == (before[0], before[2], before[3])
+    np.testing.assert_array_equal(state.reply_sum, before[1])
+    assert state.pending == [41]
+
+
+def test_a_state_of_another_artifact_is_refused(tiny: Exported, tmp_path: Path) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    files = {name: entry | {"sha256": "0" * 64} for name, entry in tiny.manifest["files"].items()}
+    edit_manifest(artifact, files=files)
+    one, other = Session(tiny.artifact, threads=1), Session(artifact, threads=1)
+    state = other.new_state(1)
+    with pytest.raises(PromptError, match="of another artifact"):
+        one.prefill(state, [PROMPT])
+    with pytest.raises(PromptError, match="different artifacts"):
+        one.new_state(1).join(state)
+
+
+def test_another_memory_bias_is_used_from_the_next_step_on(session: Session) -> None:
+    state = session.new_state(1)
+    session.prefill(state, [PROMPT])
+    session.decode_step(state, [40])
+    state.memory_bias = np.array([1e4], np.float32)
+    output = session.decode_step(state, [41])
+    assert output.gate_mean is not None
+    assert output.gate_mean[0] == 1
+
+
 def test_a_state_that_nobody_needs_is_freed_at_once(session: Session) -> None:
     state = session.new_state(1)
     session.prefill(state, [PROMPT])
@@ -211,7 +287,7 @@ def test_decoding_before_a_prompt_is_refused(session: Session) -> None:
 def test_settings_that_execution_does_not_have_are_errors(tiny: Exported) -> None:
     with pytest.raises(TypeError, match="thread"):
         Session(tiny.artifact, thread=1)
-    with pytest.raises(SettingsError, match="threads is 0; it must be at least 1"):
+    with pytest.raises(SettingsError, match="threads is 0; it must be 1 to 1024"):
         Session(tiny.artifact, Execution(threads=0))
     with pytest.raises(SettingsError, match="cuda_graph is True; it goes with provider cuda, not cpu"):
         Session(tiny.artifact, cuda_graph=True)

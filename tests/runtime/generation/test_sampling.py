@@ -61,7 +61,15 @@ def test_rows_of_a_batch_are_drawn_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("min_p", 1)]
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("temperature", 1e-320),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("min_p", 1),
+    ],
 )
 def test_a_setting_outside_its_range_is_named(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=f"{name} is"):
