@@ -47,7 +47,7 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
         raise UnsupportedError(f"the config of architecture {kind!r} does not say how many layers it has") from error
     longest = next((int(getattr(config, name)) for name in _LONGEST if getattr(config, name, None)), context_length)
     if longest is None:
-        raise UnsupportedError(f"the config of {kind!r} names no longest text; give one with {{context_length}}")
+        raise UnsupportedError(f"the config of {kind!r} states no maximum length; give one with {{context_length}}")
     if getattr(config, "max_position_embeddings", None):
         longest -= virtual_tokens
     wanted = longest if context_length is None else context_length
