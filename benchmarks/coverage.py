@@ -61,7 +61,7 @@ COLUMNS = (
 PROMPTS = ([0, 80, 104, 77, TOKENS[0], 102, 114, TOKENS[1], 118, 90, 61], [77, TOKENS[2], 102, 114], [TOKENS[1]])
 STEPS = 24
 TOLERANCE = 1e-4  # absolute, and relative to the largest logit
-BATCH = 60  # cells before the processes are started anew
+BATCH = 60  # cells before the processes are restarted
 NOTICEABLE = 512  # bytes of a weight
 FORCED = 1e4  # a memory bias that closes the gate on one side
 
@@ -150,7 +150,7 @@ def _compare(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def run_cells(cells: Sequence[tuple[str, str]], jobs: int, note: Callable[[Cell], None]) -> dict[tuple[str, str], Cell]:
-    """Run cells in `jobs` processes, which are started anew now and then to give their memory back. Raises
+    """Run cells in `jobs` processes, which are restarted now and then to free their memory. Raises
     BrokenProcessPool if one of them dies."""
     done: dict[tuple[str, str], Cell] = {}
     spawn = multiprocessing.get_context("spawn")
@@ -268,7 +268,7 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path) -> None:
 
 
 def refusals() -> list[str]:
-    """What the exporter says of every architecture of the zoo that it refuses."""
+    """The exporter's message for every architecture of the zoo that it refuses."""
     cells = run_cells([(name, "lora") for name in REFUSED], 1, lambda cell: None)
     for cell in cells.values():
         if not cell.refused:

@@ -2,10 +2,10 @@
 
     python benchmarks/growth.py ARTIFACT [--contexts 128,256,512,1024,2048,4096] [--batches 1,2,4,8] [--picture FILE]
 
-All states stay in memory and take turns, a block of steps each, so that a slow minute hits all of them alike; medians.
-Contexts are filled with random tokens. Prints both tables, a plot, and the least-squares line of the time against the
-context with each point's distance from it; `--picture` also draws it with matplotlib, if that is installed. The last
-line of stdout is one JSON document.
+All states stay in memory and take turns, a block of steps each, so that a slow minute hits all of them equally;
+medians. Contexts are filled with random tokens. Prints both tables, a plot, and the least-squares line of the time
+against the context with each point's distance from it; `--picture` also draws it with matplotlib, if that is installed.
+The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations

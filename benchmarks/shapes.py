@@ -51,8 +51,8 @@ GATE, GATE_RANK = "query_aware", 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides how many bytes a decode step reads. layer_weights: every layer's projections; adapter_weights: both
-    factors of a LoRA of the given rank on each of the seven projections."""
+    """What determines how many bytes a decode step reads. layer_weights: every layer's projections; adapter_weights:
+    both factors of a LoRA of the given rank on each of the seven projections."""
 
     layer_weights: int
     head_weights: int

@@ -14,7 +14,7 @@ PRECISIONS = (*FLOATS, *WEIGHT_BITS)
 KV_CACHES = ("float", "int8")
 SMALLEST_BLOCK = 16
 LARGEST_PERPLEXITY_CHANGE = 0.02
-"""A rise of the perplexity, as a share, beyond which an export warns when nothing else is asked for."""
+"""A rise of the perplexity, as a share, beyond which an export warns by default."""
 
 
 def check_block_size(block_size: int) -> None:

@@ -19,7 +19,7 @@ EXTRA = "export"
 
 
 def register(commands: Any) -> None:
-    """Add `export` to a command line, whose runner hands in `commands`. Heavy imports happen when it runs."""
+    """Add `export` to a command line, whose runner passes `commands`. Heavy imports happen when it runs."""
     commands.provide("check_parity", _check_parity, needs=NEEDS, extra=EXTRA)
     text = "write a checkpoint, or with --adapter any PEFT adapter, as one ONNX graph that runs without PyTorch"
     parser = commands.add("export", partial(_export, commands), text, needs=NEEDS, extra=EXTRA)
@@ -51,7 +51,7 @@ def register(commands: Any) -> None:
 def _export(commands: Any, args: argparse.Namespace) -> int:
     settings = commands.read_options(ExportSettings, args)
     _check_source(args)
-    from .pipeline import export_adapter, export_checkpoint  # after the checks, so that a mistake is told at once
+    from .pipeline import export_adapter, export_checkpoint  # after the checks, so that a mistake is reported at once
 
     if args.adapter is None:
         manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)
@@ -78,7 +78,7 @@ def _check_source(args: argparse.Namespace) -> None:
     if args.adapter is None:
         for name in ("adapter_name", "gate", "gate_from"):
             if getattr(args, name) is not None:
-                raise SettingsError(name, getattr(args, name), "it goes with {adapter}; a checkpoint has its own")
+                raise SettingsError(name, getattr(args, name), "it needs {adapter}; a checkpoint has its own")
         if args.checkpoint is None:
             others = f"{setting('adapter')}, {setting('base')} and ARTIFACT"
             raise ExportError(f"give a checkpoint folder and ARTIFACT, or {others}")
@@ -89,7 +89,7 @@ def _check_source(args: argparse.Namespace) -> None:
 
 
 def _check_parity(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
-    """The new parity report, as the manifest has it."""
+    """The new parity report, as in the manifest."""
     from .report import report_parity
     from .verification.against_checkpoint import verify_against_checkpoint
 

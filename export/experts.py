@@ -3,7 +3,8 @@
 transformers' experts interface lets a function stand in for the experts of every architecture that uses it. The node
 is chosen by what it costs on a real model: gathering each token's experts would copy gigabytes of weights in a prefill
 of 512 tokens, and computing every expert for every token is num_experts / top_k times the arithmetic. Experts whose
-activation the node lacks are computed that dear way, one after the other, so that the memory stays that of one expert.
+activation the node lacks are computed that expensive way, one after the other, so that only one expert's memory is
+needed.
 
 The node routes by itself, with a softmax over the top k of its router input. It gets the logarithms of the model's own
 routing weights, so that this softmax returns them divided by their sum, and its output is multiplied by that sum.
@@ -69,7 +70,7 @@ _laid: dict[nn.Module, _Weights] = {}  # of one traced step: two streams that la
 
 
 def plan_experts(model: PreTrainedModel) -> ExpertsPlan:
-    """What the experts of every layer compute, found by values before the trace, in which there are none."""
+    """What the experts of every layer compute, found from values before the trace, which has none."""
     return {module: _recognized(module) for module in model.modules() if hasattr(module, "has_post_expert_norm")}
 
 
@@ -184,7 +185,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, change: tuple[Tenso
 
 
 def _recognized(experts: Any) -> SwiGLU | None:
-    """The SwiGLU that the experts' gating computes, found by its values; None: not one."""
+    """The SwiGLU that the experts' gating computes, found from its values; None: it is not one."""
     if not experts.has_gate or experts.has_post_expert_norm:
         return None
     sample = torch.linspace(-20, 20, 2 * 64).view(2, -1)[:, torch.randperm(64, generator=torch.manual_seed(0))]

@@ -48,7 +48,7 @@ def model_facts(model: PreTrainedModel, context_length: int | None = None, virtu
     longest = next((int(getattr(config, name)) for name in _LONGEST if getattr(config, name, None)), context_length)
     if longest is None:
         raise UnsupportedError(
-            f"the config of {kind!r} names no longest text; give one with {setting('context_length')}"
+            f"the config of {kind!r} states no maximum length; give one with {setting('context_length')}"
         )
     if getattr(config, "max_position_embeddings", None):
         longest -= virtual_tokens

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def trimmed(inputs: Sequence[T | None]) -> list[T | None]:
-    """The inputs without those at the end that are left out."""
+    """The inputs without those left out at the end."""
     given = list(inputs)
     while given and given[-1] is None:
         given.pop()

@@ -110,7 +110,7 @@ def export_model(
 
 def check_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:
     """An adapter that was trained against a quantized backbone needs the same one. Raises SettingsError where
-    calibration would make another one of it; a warning says where other settings do."""
+    calibration would change it; warns where other settings do."""
     trained = info.quantized_backbone
     if not trained:
         return
@@ -162,7 +162,7 @@ def write(prepared: Prepared, folder: Path, report: Report) -> Written:
 
 
 def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -> Verified:
-    """Compare the graph in `folder` with PyTorch, which has the weights of the file for it. A quantized graph then gets
+    """Compare the graph in `folder` with PyTorch, which gets the file's weights for it. A quantized graph then gets
     its fast and small form, which rounds activations, and is compared again; what is left in `folder` is what is
     published. Measures the quality against the original weights. Raises VerificationError."""
     settings, passes = prepared.settings, dict(written.passes)

@@ -85,7 +85,7 @@ def prepare(
     settings: ExportSettings,
     report: Report,
 ) -> Prepared:
-    """Plan the graph, and then find out what needs texts: the scales of int8 caches and calibrated weights.
+    """Plan the graph, then compute what needs texts: the scales of int8 caches and calibrated weights.
 
     What can be refused is refused first, before anything that takes long. Writes nothing and leaves the model as it is.
     Raises AdapterError, DataError, ExportError, SettingsError or UnsupportedError.

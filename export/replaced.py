@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside the block, and what it was after it."""
+    """`owner.name` is `value` inside the block, and its old value afterwards."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:

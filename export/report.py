@@ -1,4 +1,4 @@
-"""What is told during an export: a line for each thing, which begins with the word for its step."""
+"""What an export reports: a line for each thing, beginning with the name of its step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Report = Callable[[str], None]
 
 
 def report_adapter(adapter: Mapping[str, Any], model: nn.Module, report: Report) -> None:
-    """One line, and one more where a change is stored as whole matrices: told before the long work."""
+    """One line, and one more where a change is stored as whole matrices: reported before the long work."""
     forms = ", ".join(f"{count} {form}" for form, count in adapter["forms"].items()) or "virtual tokens"
     report(f"adapter   {adapter['peft_type']}: {forms}; adds {adapter['bytes'] / 1e6:.2f} MB")
     if adapter["dense_delta_bytes"]:
@@ -35,7 +35,7 @@ def report_other_backbone(trained: Mapping[str, Any], report: Report) -> None:
     """The backbone that the adapter was trained against is not the one of this export."""
     report(
         f"warning   the adapter was trained against a backbone of {trained['precision']} in blocks of "
-        f"{trained['block_size']}, symmetric; this export has another one"
+        f"{trained['block_size']}, symmetric; this export has a different one"
     )
 
 

@@ -89,14 +89,14 @@ class ExportSettings:
         one_of("precision", self.precision, PRECISIONS)
         if self.activations is not None:
             if self.precision in FLOATS:
-                rule = f"it goes with int8 and int4 weights, and {{precision}} is {self.precision}"
+                rule = f"it needs int8 or int4 weights, and {{precision}} is {self.precision}"
                 raise SettingsError("activations", self.activations, rule)
             one_of("activations", self.activations, tuple(FLOATS))
         if self.bits is not None:
             check_block_size(self.block_size)
         one_of("kv_cache", self.kv_cache, KV_CACHES)
         if self.calibrate is not None and self.bits is None and self.kv_cache != "int8":
-            rule = "calibration goes with int8 or int4 weights ({precision}) and with int8 caches ({kv_cache})"
+            rule = "calibration needs int8 or int4 weights ({precision}) or int8 caches ({kv_cache})"
             raise SettingsError("calibrate", self.calibrate, rule)
         if self.eval_data is not None and not self.runs_here:
             rule = "the quality of bf16 cannot be measured: onnxruntime's CPU provider has no bfloat16"

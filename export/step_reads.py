@@ -1,7 +1,7 @@
 """How many bytes of weights a step reads, by the number of its tokens: the manifest's `reads` section.
 
 Most weights are read whole. Of a table (embeddings, rotations by position) a step reads a row per token; of experts it
-reads those that its tokens are routed to. Knows a written graph, no values.
+reads those that its tokens are routed to. Knows a written graph but no values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXPERTS: dict[str, tuple[int, ...]] = {"MoE": (2, 3, 4, 5), "QMoE": (2, 3, 4, 5
 def step_reads(model: ir.Model) -> dict[str, Any]:
     """model: as `onnx_ir.load` reads the file, so that two names of the same bytes of the data file count once.
 
-    bytes: read in every step. rows: tables, alike ones together: `bytes` of a row and how many `rows`. experts: the
+    bytes: read in every step. rows: tables, equal ones together: `bytes` of a row and how many `rows`. experts: the
     same, `bytes` of one expert, how many `experts`, and the `top_k` that each token is routed to in each stream.
     """
     whole = 0

@@ -16,7 +16,7 @@ class StreamLayout:
     are computed once, for both streams. portable: one attention node per stream, as onnxruntime below 1.32 and
     execution providers other than the CPU's take it, instead of one for the rows of both.
 
-    A group is a set of rows with a cache of its own: "base", "adapter", "both" (base rows first) or "shared" (the
+    A group is a set of rows with its own cache: "base", "adapter", "both" (base rows first) or "shared" (the
     trunk's, which belong to both streams).
     """
 

@@ -1,4 +1,4 @@
-"""The texts that an export finds things out on, as token ids."""
+"""The texts that an export calibrates and measures on, as token ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, con
         return [] if path is None else read_eval_texts(path, tokenizer, context_length, limit)
 
     given = read(settings.calibrate, CALIBRATION_TEXTS)
-    # The scales of int8 caches fit random tokens too: what is past a scale is cut off, and anything may be asked.
+    # The scales of int8 caches fit random tokens too: what exceeds a scale is clipped, and a prompt may be anything.
     generator = np.random.default_rng(0)
     length = min(context_length, RANDOM_TOKENS)
     wild = [generator.integers(0, len(tokenizer), length).tolist() for _ in range(RANDOM_TEXTS)]

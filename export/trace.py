@@ -78,7 +78,7 @@ def _should_fold(node: ir.Node) -> bool | None:
 
 def _why(cause: BaseException) -> str:
     name = type(cause).__name__
-    if "DataDependent" in name:  # PyTorch has a class of its own for each place where it finds out
+    if "DataDependent" in name:  # PyTorch has a separate class for each place where it finds out
         return "which of its operations run depends on values, which a graph cannot express"
     return f"PyTorch cannot trace it ({name}: {first_line(cause)})"
 
@@ -156,7 +156,7 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
 
 @contextmanager
 def _kept_interrupt() -> Iterator[None]:
-    """Tracing runs callbacks in which Python drops any exception, Ctrl-C's too; then it is raised at the end."""
+    """Tracing runs callbacks in which Python drops any exception, even Ctrl-C's; it is then raised at the end."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield

@@ -138,9 +138,7 @@ class TwoStreamStep(nn.Module):
         assert self.gate is not None
         wanted = [state.float() for state in wanted]  # the gate computes in float32 whatever the backbone does
         query = inputs.query_mask[:, None]  # (B, 1, S)
-        asked = (
-            inputs.query_mask[..., None] > 0
-        )  # what attention leaves at padding may be no number, and 0 * nan is nan
+        asked = inputs.query_mask[..., None] > 0  # what attention leaves at padding may be nan, and 0 * nan is nan
         sums = torch.cat([query @ torch.where(asked, state.float(), 0.0) for state in states], dim=1)  # (B, 2, d)
         query_sum = inputs.past_query_sum + sums
         query_count = inputs.past_query_count + inputs.query_mask.sum(-1)

@@ -29,7 +29,7 @@ VirtualCache = dict[str, NDArray[np.float32]]
 def virtual_cache(model: SiameseModel, plan: AttentionPlan) -> VirtualCache:
     """The keys and values of the virtual tokens, heads padded as the graph wants them; empty without virtual tokens.
 
-    Raises UnsupportedError if the model caches something else than one key and one value a layer.
+    Raises UnsupportedError if the model caches something other than one key and one value a layer.
     """
     cache, count = prompt_cache(model.peft_model), virtual_tokens(model.peft_model)
     if cache and len(cache) != len(plan.layers):

@@ -4,7 +4,7 @@ import runtime                     # `imsm_runtime` when installed from the whee
 model = runtime.load("ARTIFACT")
 print(runtime.generate(model, "Once upon a time", max_new_tokens=64).text)
 
-Names are imported when they are first used, so that the command line can say what is missing where onnxruntime is not
+Names are imported when they are first used, so that the command line can report what is missing when onnxruntime is not
 installed.
 """
 

@@ -67,7 +67,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands: Commands) -> None:
-    parser = commands.add("inspect", _inspect, "say what an artifact is")
+    parser = commands.add("inspect", _inspect, "describe an artifact")
     _add_artifact(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -84,7 +84,7 @@ def _add_verify(commands: Commands) -> None:
     def verify(args: argparse.Namespace) -> int:
         return _verify(args, commands)
 
-    parser = commands.add("verify", verify, "check that an artifact is whole and unchanged", **NEEDS)
+    parser = commands.add("verify", verify, "check that an artifact is complete and unchanged", **NEEDS)
     _add_artifact(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="also compare with this checkpoint in PyTorch")
     parser.add_argument("--base", metavar="DIR_OR_HUB_ID", help="where the checkpoint's base model is now")
@@ -95,7 +95,7 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
     from .manifest import check_files, read_manifest
 
     if args.base is not None and args.checkpoint is None:
-        raise SettingsError("base", args.base, "it goes with {checkpoint}")
+        raise SettingsError("base", args.base, "it needs {checkpoint}")
     manifest = read_manifest(args.artifact)
     check_files(args.artifact, manifest, hashes=True)
     print(f"files    {len(manifest.files)} files have the sizes and sha256 of the manifest")
@@ -112,7 +112,7 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
 def _add_bench(commands: Commands) -> None:
     parser = commands.add("bench", _bench, "measure an artifact; the last line of stdout is JSON", **NEEDS)
     _add_artifact(parser)
-    text = "execution providers to compare, or all that start; if one cannot run the others do, and the exit code is 1"
+    text = "execution providers to compare, or all that start; if one cannot run, the others still do; exit code 1"
     parser.add_argument("--providers", default="cpu", metavar="A,B", help=text)
     parser.add_argument("--prompt-lengths", default="32,128", metavar="N,N", help="prompt lengths in tokens")
     commands.add_options(parser, BenchSettings)
@@ -144,7 +144,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: Commands) -> None:
-    parser = commands.add("doctor", _doctor, "say what this machine can run", **NEEDS)
+    parser = commands.add("doctor", _doctor, "show what this machine can run", **NEEDS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

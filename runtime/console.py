@@ -1,7 +1,8 @@
 """The command line's runner: finds the commands, runs one, and turns what goes wrong into one line and an exit code.
 
 A package adds its commands by a function `register(commands)`; installed packages name theirs in the entry-point group
-`imsm.commands`. Nothing heavy is imported before a command runs, so that `imsm` shows all of them whatever is there.
+`imsm.commands`. Nothing heavy is imported before a command runs, so that `imsm` shows all of them whatever is
+installed.
 
 Answers go to stdout, everything else to stderr.
 """
@@ -23,7 +24,7 @@ from .options import add_options, read_options, spelt_option
 GROUP = "imsm.commands"
 DISTRIBUTION = "imsm-runtime"
 DESCRIPTION = "Tune, export and run siamese language models (IMSM)."
-INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell has them
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports them
 Settings = TypeVar("Settings")
 Register = Callable[["Commands"], None]
 Run = Callable[[argparse.Namespace], int]
@@ -41,7 +42,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class IntermixedParser(argparse.ArgumentParser):
-    """Takes options anywhere between the positional arguments, of which the first may be left out."""
+    """Allows options anywhere between the positional arguments; the first of those may be left out."""
 
     _splitting = False
 
@@ -59,7 +60,7 @@ class IntermixedParser(argparse.ArgumentParser):
 
 
 class Commands:
-    """What a package's `register` is handed: adds commands, and options from settings; and lets packages that do not
+    """What a package's `register` receives: adds commands, and options from settings; and lets packages that do not
     know each other offer functions to each other's commands. parsers: of the commands so far, by name."""
 
     add_options = staticmethod(add_options)
@@ -110,21 +111,21 @@ class Commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `imsm`: the commands of every installed package that has some."""
+    """The command `imsm`: the commands of every installed package that has any."""
     registers = []
     for entry in entry_points(group=GROUP):
         try:
             registers.append(entry.load())
-        except Exception as error:  # a package of someone else's; the others' commands are still there
+        except Exception as error:  # someone else's package; the other commands still work
             print(f"warning: the commands of {entry.value} are left out: {error}", file=sys.stderr)
     return run_commands("imsm", registers, argv)
 
 
 def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] | None = None) -> int:
-    """Parse and run a command of a program called `name`; returns its exit code: 0, 1 (not what was asked for), 2 (a
+    """Parse and run a command of a program called `name`; returns its exit code: 0, 1 (a check failed), 2 (a
     user's mistake), 130 (Ctrl-C), 141 (the reader of stdout went away).
 
-    An exception with an `exit_code` is a user's mistake and becomes one line; any other one is a fault of the program.
+    An exception with an `exit_code` is a user's mistake and becomes one line; any other is a bug.
     """
     parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -154,7 +155,7 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
 
 
 def message(error: Exception) -> str:
-    """An error's line, in which settings are called as their options are."""
+    """An error's line, with settings named as their options."""
     told = getattr(error, "told", None)
     return str(error) if told is None else str(told(spelt_option))
 

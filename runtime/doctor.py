@@ -27,7 +27,7 @@ _FORMS = (
 
 
 def examine() -> dict[str, Any]:
-    """The facts, and under `problems` one line for each thing to mend."""
+    """The facts, and under `problems` one line for each thing to fix."""
     builds = installed_builds()
     providers = usable_providers()
     problems = []

@@ -1,5 +1,5 @@
-"""The machine: cores that this process may use, memory, and the process's peak. Linux first; other systems get the
-answers that Python has."""
+"""The machine: cores that this process may use, memory, and the process's peak. Linux first; other systems get what
+Python knows."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
-    """Processors' worth of time that this process may use, by cgroup version 2 or 1; None without a limit. The
-    tightest limit of the process's own group and of all above it, as far as they can be seen from here."""
+    """Processors' worth of time that this process may use, by cgroup version 2 or 1; None without a limit. The tightest
+    limit of the process's own group and of those above it that are visible from here."""
     limits = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, group = line.split(":", 2)
@@ -54,7 +54,7 @@ def peak_rss_mb() -> float:
 
 
 def memory_mb() -> dict[str, float]:
-    """total and available memory in MiB; empty where the system does not tell in /proc."""
+    """total and available memory in MiB; empty where /proc does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

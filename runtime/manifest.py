@@ -122,9 +122,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
-    """Every file that the manifest names is there and has its size, and with `hashes` its sha256.
+    """Every file that the manifest names exists and has the right size and, with `hashes`, the right sha256.
 
-    Raises ArtifactError naming the first file that is not so.
+    Raises ArtifactError naming the first file that does not.
     """
     if GRAPH not in manifest.files:
         raise ArtifactError(f"{folder / MANIFEST} names no {GRAPH}")
@@ -138,7 +138,7 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
         if size != entry.bytes:
             raise ArtifactError(f"{path} has {size} bytes, not {entry.bytes}: it is truncated or was replaced")
         if hashes and _sha256(path) != entry.sha256:
-            raise ArtifactError(f"{path} was changed: its sha256 is not the manifest's")
+            raise ArtifactError(f"{path} was changed: its sha256 differs from the manifest's")
 
 
 def _parse(document: dict[str, Any]) -> Manifest:

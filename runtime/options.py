@@ -24,7 +24,7 @@ def spelt_option(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type[Any], leave_out: Collection[str] = ()) -> None:
-    """Add an option for every field that has a help text, but for those in `leave_out`."""
+    """Add an option for every field that has a help text, except those in `leave_out`."""
     kinds = typing.get_type_hints(settings)
     for entry in fields(settings):
         if "help" in entry.metadata and entry.name not in leave_out:
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any], leave_out:
 
 
 def read_options(settings: type[Settings], args: argparse.Namespace, **given: Any) -> Settings:
-    """The settings that the options say; `given`: fields that are no options, or that have a value of their own."""
+    """The settings from the options; `given`: fields that are not options, or whose value is given separately."""
     names = [entry.name for entry in fields(settings) if hasattr(args, entry.name)]  # type: ignore[arg-type]
     return settings(**{name: getattr(args, name) for name in names} | given)
 

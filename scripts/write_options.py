@@ -1,8 +1,8 @@
-"""Bring the tables of options in docs/ up to date: a command's own --help is the source.
+"""Update the tables of options in docs/: a command's own --help is the source.
 
     .venv/bin/python scripts/write_options.py [--check]
 
-A table stands between <!-- options of NAME --> and <!-- end of options -->. With --check nothing is written, and the
+A table is between <!-- options of NAME --> and <!-- end of options -->. With --check nothing is written, and the
 exit code is 1 if a table is out of date.
 """
 
@@ -60,7 +60,7 @@ def main() -> int:
                 path.write_text(fresh, encoding="utf-8")
     missing = sorted(tables.keys() - found)
     for path in stale:
-        print(f"{path.relative_to(ROOT)} {'is out of date' if args.check else 'was brought up to date'}")
+        print(f"{path.relative_to(ROOT)} {'is out of date' if args.check else 'was updated'}")
     for name in missing:
         print(f"no page of docs/ has the options of {name}")
     return 1 if missing or (args.check and stale) else 0

@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers --shape qwen2.5-0.5b llama-3.2-1b --precision int4 fp32 --out docs/BENCHMARKS.md
 
-Makes what it needs under --work, and uses again what is there: an environment per peer, the backbone with random
+Makes what it needs under --work, and reuses what exists: an environment per peer, the backbone with random
 weights, and every peer's model of it. Tables go to --out with a picture beside it, progress to stderr, a narrow table
 to stdout, whose last line is one JSON document. --from puts earlier runs' documents into the page without measuring.
 Needs Linux, some 25 GB of disk for both large shapes, and a machine that does nothing else.
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fresh-runs", type=int, default=DEFAULTS.fresh_runs, help="whole generations per peer")
     parser.add_argument("--new-tokens", type=int, default=DEFAULTS.fresh_tokens, help="of a whole generation")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA on every projection")
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "imsm-peers", help="kept and used again")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "imsm-peers", help="kept and reused")
     parser.add_argument("--out", type=Path, help="Markdown file to write; the picture gets its name with .png")
     parser.add_argument("--build-only", action="store_true", help="environments and models, no measuring")
     parser.add_argument("--from", nargs="+", type=Path, default=[], dest="earlier", help="earlier runs' stdout")
@@ -131,7 +131,7 @@ def measure_group(
 
 
 def write(document: dict[str, Any], out: Path, work: Path) -> None:
-    """The page, and its picture where matplotlib can be had."""
+    """The page, and its picture if matplotlib can be installed."""
     picture = out.with_suffix(".png")
     try:
         draw(document, picture, work)

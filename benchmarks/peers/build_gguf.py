@@ -1,6 +1,6 @@
 """llama.cpp's files from the shared backbone: base.gguf with every matrix in Q4_0, and lora.gguf in float16.
 
-Runs in llama.cpp's environment. llama-cpp-python ships no converter, so that the files are written with `gguf`, as
+Runs in llama.cpp's environment. llama-cpp-python ships no converter, so the files are written with `gguf`, as
 llama.cpp's own converter writes them.
 """
 
@@ -101,7 +101,8 @@ def tensor_names(config: dict[str, Any]) -> gguf.TensorNameMap:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Array]]:
-    """Every float32 tensor of the safetensors files in `folder`, read without the library, which is not here."""
+    """Every float32 tensor of the safetensors files in `folder`, read without the library, which is not installed
+    here."""
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

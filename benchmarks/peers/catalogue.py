@@ -27,9 +27,9 @@ class Model:
 class Peer:
     """One row of the tables.
 
-    stored: what of the model's folder it needs. passes, heads: how often a step reads the layers' and the lm_head's
-    weights. streams: caches that a step reads. Bytes are per weight and per cached value; adapter_bytes None: no
-    adapter. slow: too slow for long contexts and many steps. apart: in a process of its own, where its memory differs.
+    stored: which part of the model's folder it needs. passes, heads: how often a step reads the layers' and the
+    lm_head's weights. streams: caches that a step reads. Bytes are per weight and per cached value; adapter_bytes None:
+    no adapter. slow: too slow for long contexts and many steps. apart: in a separate process, where its memory differs.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Peer:
         """What one decode step must read: weights, adapter, caches."""
         weights = (self.passes * sizes.layer_weights + self.heads * sizes.head_weights) * self.weight_bytes
         adapter = 0.0 if self.adapter_bytes is None else sizes.adapter_weights * self.adapter_bytes
-        if self.adapter_bytes is not None and (folder / "imsm_model.json").is_file():  # the artifact says it itself
+        if self.adapter_bytes is not None and (folder / "imsm_model.json").is_file():  # the artifact says so itself
             adapter = json.loads((folder / "imsm_model.json").read_text(encoding="utf-8"))["adapter"]["bytes"]
         return weights + adapter + self.streams * sizes.cache_values_per_token * context * self.cache_bytes
 

@@ -14,8 +14,8 @@ class Unavailable(Exception):
 
 
 def python_of(environment: str, work: Path) -> Path:
-    """The interpreter of one environment: of this process for "own", else of WORK/environment, made if it is not
-    there. Raises Unavailable."""
+    """The interpreter of one environment: of this process for "own", else of WORK/environment, made if missing. Raises
+    Unavailable."""
     if environment == "own":
         return Path(sys.executable)
     folder = work / environment
@@ -27,7 +27,7 @@ def python_of(environment: str, work: Path) -> Path:
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             run([*install, "--requirement", str(REQUIREMENTS / f"{environment}.txt")])
         except Unavailable:
-            python.unlink()  # the next call begins anew
+            python.unlink()  # the next call starts over
             raise
     return python
 

@@ -1,4 +1,4 @@
-"""Measuring the peers of one shape and precision in turns: neighbours' noise then meets all of them alike."""
+"""Measuring the peers of one shape and precision in turns, so that neighbours' noise affects all of them equally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.peers.client import Process, RunnerError
 from runtime.machine import memory_mb
 
 PAUSE_S = 0.05  # between blocks, so that a peer's threads have stopped spinning
-DROPPED = 2  # first steps of a block: caches of the processor are another peer's then
+DROPPED = 2  # first steps of a block: the processor's caches still hold another peer's data
 SLOW_ROUNDS, SLOW_STEPS = 3, 3
 MEMORY_SHARE = 0.8
 
@@ -39,7 +39,7 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class Ready:
-    """A peer whose environment and model are there."""
+    """A peer whose environment and model exist."""
 
     peer: Peer
     python: Path
@@ -74,7 +74,7 @@ def measure(peers: dict[str, Ready], settings: MeasureSettings, reference: str) 
 
 
 def fresh_run(ready: Ready, settings: MeasureSettings) -> dict[str, Any]:
-    """One whole generation in a process of its own: peak memory, and what stands before the first token."""
+    """One whole generation in its own process: peak memory, and what comes before the first token."""
     steps = SLOW_STEPS if ready.peer.slow else settings.fresh_tokens
     context = settings.fresh_prompt + settings.fresh_tokens
     with ready.process([ready.peer.mode], settings.threads, context) as process:
@@ -147,13 +147,13 @@ def _round(process: Process, peer: Peer, settings: MeasureSettings, number: int,
 
 
 def _turn(names: list[str], number: int) -> list[str]:
-    """Forwards and backwards by turns, so that nobody always follows the same peer."""
+    """Forwards and backwards by turns, so that no peer always follows the same one."""
     return names if number % 2 == 0 else names[::-1]
 
 
 @contextmanager
 def left_out_if_it_fails(result: dict[str, Any]) -> Iterator[None]:
-    """A peer's failure is its own: noted, and the others go on."""
+    """A peer's failure is recorded, and the others continue."""
     try:
         yield
     except RunnerError as error:

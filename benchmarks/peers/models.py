@@ -1,4 +1,4 @@
-"""Every peer's model of one shape, built from the same saved backbone; what is there already is used again."""
+"""Every peer's model of one shape, built from the same saved backbone; existing ones are reused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SOURCES = ("export", "imsm_core")
 
 
 def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
-    """WORK/models/SHAPE/name, built if it is not there: whole or not at all. Raises Unavailable."""
+    """WORK/models/SHAPE/name, built if missing: whole or not at all. Raises Unavailable."""
     folder, model = work / "models" / shape / name, MODELS[name]
     if folder.is_dir():
         if model.script == "build_ours.py" and folder.stat().st_mtime < newest_source():
-            print(f"note: {folder} is older than export/; remove it to have it built anew", file=sys.stderr)
+            print(f"note: {folder} is older than export/; remove it to rebuild it", file=sys.stderr)
         return folder
     if name == BACKBONE:
         options = ["--shape", shape, "--rank", str(rank)]
@@ -41,5 +41,5 @@ def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
 
 
 def newest_source() -> float:
-    """When what writes artifacts last changed, in seconds of the epoch."""
+    """When the code that writes artifacts last changed, in seconds of the epoch."""
     return max(path.stat().st_mtime for name in SOURCES for path in (HERE.parents[1] / name).rglob("*.py"))

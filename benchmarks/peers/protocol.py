@@ -112,7 +112,7 @@ def _ms(start: float, end: float) -> float:
 
 
 def _claim_stdout() -> Any:
-    """The real stdout for answers alone: whatever libraries print goes to stderr."""
+    """The real stdout, for answers only: whatever libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

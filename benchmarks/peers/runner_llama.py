@@ -56,7 +56,7 @@ class Contexts:
 
 
 class Text:
-    """A step of decoding; gives its context back when it is forgotten."""
+    """A step of decoding; gives its context back when it is dropped."""
 
     def __init__(self, free: list[Context], context: Context, prompt: list[int]) -> None:
         self.free, self.context, self.length = free, context, len(prompt)

@@ -1,7 +1,7 @@
 """The backbone's own biases where an adapter trained them (PEFT's bias="all" and bias="..._only").
 
-A bias is added last, in linear layers and in norms alike, so that its change is one more sum on the adapter's rows. Any
-other module that has one, a router say, gets a copy with the trained bias for the adapter's rows.
+A bias is added last, in both linear layers and norms, so that its change is one more sum on the adapter's rows. Any
+other module that has one, such as a router, gets a copy with the trained bias for the adapter's rows.
 """
 
 from __future__ import annotations

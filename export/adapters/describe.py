@@ -19,8 +19,8 @@ from .rows import DenseDelta, TwoStreamBias
 def describe_adapter(
     peft_type: str, layers: Mapping[str, nn.Module], virtual: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, Any]:
-    """The manifest's `adapter` section: the layers, how many have which form, and bytes (float32) of all that the
-    adapter adds and of the changes stored as whole matrices."""
+    """The manifest's `adapter` section: the layers, how many have which form, and bytes (float32) of everything that
+    the adapter adds and of the changes stored as whole matrices."""
     sizes: dict[int, int] = {}
     for layer in layers.values():
         for parameter in _own_parameters(layer):

@@ -1,8 +1,9 @@
-"""The two-stream form of any other tuner layer, found out by running it.
+"""The two-stream form of any other tuner layer, found by running it.
 
-Most PEFT methods change a linear layer to another one. The layer is run on the unit vectors to see which: a change of
-low rank becomes two factors, any other one matrix. A layer that is not linear, a norm say, runs on the adapter's rows
-by itself, beside the frozen one on the base's; it reads a shared weight twice, and the file still holds it once.
+Most PEFT methods turn a linear layer into another one. The layer is run on the unit vectors to see which: a change of
+low rank becomes two factors, any other change one matrix. A layer that is not linear, such as a norm, runs on the
+adapter's rows by itself, beside the frozen one on the base's; it reads a shared weight twice, and the file still holds
+it once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SplitRows(nn.Module):
 
 
 class SplitEmbedding(TwoStreamEmbedding):
-    """Each stream has an embedding of its own."""
+    """Each stream has its own embedding."""
 
     def __init__(self, base_layer: nn.Module, adapter_layer: nn.Module) -> None:
         super().__init__()
@@ -56,12 +57,12 @@ class SplitEmbedding(TwoStreamEmbedding):
 
 
 def no_form(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
-    """A family without a form of its own."""
+    """A family without its own form."""
     return None
 
 
 def split_form(layer: nn.Module, frozen: nn.Module, reads_tokens: bool) -> nn.Module:
-    """Each stream runs a layer of its own. reads_tokens: the layer is the one that turns token ids into embeddings."""
+    """Each stream runs its own layer. reads_tokens: the layer turns token ids into embeddings."""
     return SplitEmbedding(frozen, layer) if reads_tokens else SplitRows(frozen, layer)
 
 
@@ -75,7 +76,7 @@ def two_stream_fallback(name: str, layer: nn.Module, frozen: nn.Module, reads_to
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
             found = _linear_change(layer, frozen, weight.shape[1])
-    except Exception as error:  # a layer that wants more than its input may fail in any way
+    except Exception as error:  # a layer that needs more than its input may fail in any way
         raise UnsupportedError(
             f"{name} is a {type(layer).__name__} that needs more than its input to run "
             f"({type(error).__name__}: {first_line(error)}); it has no two-stream form"
@@ -112,7 +113,7 @@ def _linear_change(layer: nn.Module, frozen: nn.Module, width: int) -> tuple[Ten
 def _factors(delta: Tensor, weight_scale: float) -> tuple[Tensor, Tensor] | None:
     """(a (r, in), b (out, r)) with b a = delta up to rounding, or None if delta itself is smaller.
 
-    delta is a difference of float32 outputs, so that values below the rounding of those are nothing.
+    delta is a difference of float32 outputs, so values below their rounding count as zero.
     """
     rows, columns = delta.shape
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)

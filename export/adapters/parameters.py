@@ -36,8 +36,8 @@ class TwoStreamExperts(nn.Module):
 
 
 def two_stream_parameters(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module:
-    """The two-stream form of LoRA on parameters of a module that is no linear layer. Raises UnsupportedError for
-    parameters of three dimensions of anything but experts."""
+    """The two-stream form of LoRA on parameters of a module that is not a linear layer. Raises UnsupportedError for
+    three-dimensional parameters of anything but experts."""
     wrappers: list[PeftLayer] = []
     while isinstance(layer, ParamWrapper):
         wrappers.append(layer)
@@ -46,8 +46,8 @@ def two_stream_parameters(name: str, layer: PeftLayer, frozen: nn.Module, adapte
         return SplitRows(frozen, _merged(frozen, wrappers, adapter))
     if not hasattr(frozen, "is_transposed"):
         raise UnsupportedError(
-            f"{name} has LoRA on parameters of a {type(frozen).__name__} (target_parameters), which is no mixture of "
-            "experts that goes through transformers' experts interface; it has no two-stream form"
+            f"{name} has LoRA on parameters of a {type(frozen).__name__} (target_parameters), which is not a "
+            "mixture of experts that uses transformers' experts interface; it has no two-stream form"
         )
     return TwoStreamExperts(frozen, {wrapper.parameter_name: _factors(wrapper, adapter) for wrapper in wrappers})
 

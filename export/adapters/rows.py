@@ -16,11 +16,11 @@ PeftLayer = Any
 
 TwoStreamForm = Callable[[str, PeftLayer, nn.Module, str], nn.Module | None]
 """(name of the layer, PEFT's tuner layer, the frozen layer in it, name of the active adapter) -> its two-stream form,
-or None where the family has no form of its own for such a layer; raises UnsupportedError."""
+or None where the family has no form for such a layer; raises UnsupportedError."""
 
 
 class AdapterRows:
-    """Which rows of a stacked input belong to the adapter stream; set anew for every traced step."""
+    """Which rows of a stacked input belong to the adapter stream; set for every traced step."""
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Trained rows of the embedding, as a method of its own and beside another one.
+"""Trained rows of the embedding, as a separate method or beside another one.
 
 Only the trained rows are stored; the table stays shared. A token that has one is found by comparing its id.
 """

@@ -54,7 +54,7 @@ def two_stream_vera(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str
 
 
 def _shared(whole: Tensor, rows: int, columns: int) -> nn.Parameter:
-    """The upper left corner of `whole`, as one and the same weight for every layer that asks for it."""
+    """The upper left corner of `whole`, as the same weight for every layer that asks for it."""
     key = (whole.data_ptr(), rows, columns)
     if key not in _SHARED:
         corner = constant(whole[:rows, :columns])

@@ -36,7 +36,7 @@ class KVScales:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What tells GroupQueryAttention of them."""
+        """GroupQueryAttention's attributes for them."""
         return {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class KVScales:
 def find_scales(model: SiameseModel, plan: AttentionPlan, texts: Sequence[Sequence[int]]) -> KVScales:
     """Scales that fit the keys and values of both streams on `texts` (token ids).
 
-    Raises UnsupportedError if the model caches something else than one key and one value a layer.
+    Raises UnsupportedError if the model caches something other than one key and one value a layer.
     """
     found = [[torch.zeros(layer.kv_heads, layer.cached_head_size) for _ in range(2)] for layer in plan.layers]
     for text in texts:
@@ -71,8 +71,8 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 def _caches(model: SiameseModel, input_ids: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
-    """What transformers caches over a text: of the base stream and of the adapter stream, by layer. Caches of their own
-    accord keep no more than a window of the text; these keep it all."""
+    """What transformers caches over a text: of the base stream and of the adapter stream, by layer. By default caches
+    keep no more than a window of the text; these keep all of it."""
     peft_model, caches = model.peft_model, []
     with known_warnings_ignored(), peft_model.disable_adapter(), original_biases(peft_model):
         caches.append(model.causal_lm(input_ids=input_ids, past_key_values=DynamicCache()).past_key_values)

@@ -20,7 +20,7 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def causal_window(rule: MaskRule, context: int) -> int | None:
     """How many tokens, itself included, a query looks back at in texts of up to `context` tokens; None: all of them.
 
-    Raises UnsupportedError if the rule is not "the last so many tokens": GroupQueryAttention knows no other.
+    Raises UnsupportedError if the rule is not "the last N tokens": GroupQueryAttention has no other.
     """
     last = context - 1
     window = int(_allowed(rule, [last], context).sum())

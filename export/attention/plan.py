@@ -1,4 +1,4 @@
-"""What the attention of every layer asks for, found out by one eager forward pass.
+"""What the attention of every layer asks for, found by one eager forward pass.
 
 transformers' attention interface lets a function stand in for attention in every architecture that uses it. The probe
 registered here records what each layer asks for and computes nothing; `attention_nodes` writes it into the graph.
@@ -242,7 +242,7 @@ def _window(
 
 
 def _record_mask(batch_size: int, q_length: int, kv_length: int, mask_function: MaskRule, **settings: Any) -> Tensor:
-    """The probe's mask: a causal one, that the layer which gets it is known to follow `mask_function`."""
+    """The probe's mask: a causal one; noted, since the layer that gets it follows `mask_function`."""
     assert _probe is not None
     mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool).tril()
     _probe.masks.append((mask, mask_function))

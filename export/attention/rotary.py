@@ -5,7 +5,7 @@ trace it is replaced, if a numerical probe shows which of the known rotations it
 
     fused    the rotation happens inside GroupQueryAttention (`do_rotary`); q and k pass through untouched
     node     one com.microsoft.RotaryEmbedding node each for q and k
-    traced   not recognized: the function stays and is traced as it is, so that the graph is right if not short
+    traced   not recognized: the function stays and is traced as it is, so that the graph is correct, if not short
 
 Rotation: Su et al., RoFormer (arXiv 2104.09864), equation 34; "half" pairs element i with i + D/2, "interleaved"
 pairs 2i with 2i + 1.
@@ -105,7 +105,7 @@ def recognize(function: Callable[..., Any], result: Any, *args: Any, **kwargs: A
 
 
 def tables(model: PreTrainedModel, context: int, interleaved: bool) -> tuple[Tensor, Tensor] | None:
-    """cos and sin for positions 0 .. context - 1, each (context, D/2) float32; None if the backbone has not one
+    """cos and sin for positions 0 .. context - 1, each (context, D/2) float32; None if the backbone does not have one
     rotary module for all layers."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     if not isinstance(rotary, nn.Module) or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
@@ -170,7 +170,7 @@ def _why_no_table(rotary: nn.Module) -> str:
     remedy = f"; a {setting('context_length')} of {original} or less has one" if original else ""
     return (
         f"rotary embedding of type {kind!r} changes with the length of the text, so that cached keys would have to be "
-        f"rotated anew; it has no table{remedy}"
+        f"rotated again; it has no table{remedy}"
     )
 
 

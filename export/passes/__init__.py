@@ -89,7 +89,7 @@ def ordered_passes(quantizer: Quantizer | None = None) -> tuple[Step, ...]:
 def run_passes(
     model: ir.Model, quantization: Quantization | None = None
 ) -> tuple[dict[str, Outcome], Quantized | None]:
-    """What makes a trace the graph that is verified; returns the outcomes by the passes' names, and what was quantized.
+    """Turn a trace into the graph that is verified; returns the outcomes by the passes' names, and what was quantized.
 
     Raises TraceError if a weight is left in PyTorch's layout or the lm_head in floating point.
     """
@@ -100,8 +100,8 @@ def run_passes(
 
 
 def finish_quantized(model: ir.Model, own_operators: bool = True) -> dict[str, Outcome]:
-    """What comes after the verification of a quantized graph; returns the outcomes by the passes' names. own_operators:
-    whether products may become functions of the graph."""
+    """Run what comes after the verification of a quantized graph; returns the outcomes by the passes' names.
+    own_operators: whether products may become functions of the graph."""
     stages = {Stage.AFTER_VERIFICATION} | ({Stage.OWN_OPERATORS} if own_operators else set())
     return _run(model, ordered_passes(), stages)
 

@@ -1,4 +1,4 @@
-"""Weights that the graph only lays out anew, such as the interleaved rows of experts, laid out in the file.
+"""Weights that the graph only rearranges, such as the interleaved rows of experts, rearranged in the file.
 
 onnxruntime would copy gigabytes at every start or step; constant folding copies them here, and stops at a size. The
 copy is made while the file is written, one weight at a time. Matrices are `lay_out_weights`' business.

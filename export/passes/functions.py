@@ -1,5 +1,5 @@
 """Operators of this project as functions of the graph: their own nodes say what they compute, so that any onnxruntime
-runs them, and the runtime's kernels (`runtime/kernels`) take their place where there are some for the processor."""
+runs them, and the runtime's kernels (`runtime/kernels`) replace them where the processor has some."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .weights import Array
 
 
 def nodes_of(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
-    """The nodes of these kinds, in the graph's order, those left out that are removed on the way."""
+    """The nodes of these kinds, in the graph's order, without those removed on the way."""
     for node in list(model.graph):
         if node.graph is model.graph and node.op_type in op_types:
             yield node
@@ -25,7 +25,7 @@ def operand(node: ir.Node, place: int) -> ir.Value | None:
 
 
 def only_user(value: ir.Value, op_type: str = "") -> ir.Node | None:
-    """The node that reads a value, of that kind, where nothing else does."""
+    """The node of that kind that reads a value, if nothing else does."""
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None
@@ -48,7 +48,7 @@ def new_weight(
 
 
 def new_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """A new initializer with values that are there already."""
+    """A new initializer with existing values."""
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
     value.const_value = ir.tensor(array, name=name)
     graph.register_initializer(value)
@@ -71,7 +71,7 @@ def add_node(
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """`new` takes the place of `old` everywhere, its name as an output of the graph included."""
+    """`new` takes the place of `old` everywhere, including its name as an output of the graph."""
     new.type, new.shape = old.type, old.shape
     name = old.name
     output = old.is_graph_output()

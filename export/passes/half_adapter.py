@@ -18,7 +18,7 @@ from .rewrite import Declined, Rewrite
 SMALLEST = 1024  # elements
 LARGEST = 6e4  # of float16, with some room
 SMALL = Declined(f"the matrix has fewer than {SMALLEST} elements")
-TOO_LARGE = Declined("float16 does not reach its values")
+TOO_LARGE = Declined("its values are too large for float16")
 
 
 def store_in_half(graph: ir.Graph, value: ir.Value) -> None:

@@ -1,4 +1,4 @@
-"""Products with quantized weights round their activations to int8, which is what processors are fast at."""
+"""Products with quantized weights round their activations to int8, which processors are fast at."""
 
 from __future__ import annotations
 

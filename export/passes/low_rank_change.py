@@ -1,4 +1,4 @@
-"""The adapter's low-rank change of a product: where it is, and why an operator cannot take it in.
+"""The adapter's low-rank change of a product: where it is, and why an operator cannot absorb it.
 
 Add(product, MatMul(Mul(MatMul(x, A), rows), B)), where a Split may have cut the columns of one A out of several.
 """
@@ -118,7 +118,7 @@ def _second(add: ir.Node, product: ir.Value) -> ir.Node | None:
 
 
 def _before_split(low: ir.Value) -> tuple[ir.Value, ir.Node | None, tuple[int, int] | None]:
-    """What a Split makes a value of, the Split, and the columns that the value is; just the value without a Split."""
+    """What a value was split from, the Split, and which columns the value is; just the value without a Split."""
     split = low.producer()
     if split is None or split.op_type != "Split":
         return low, None, None

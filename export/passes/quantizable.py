@@ -9,10 +9,10 @@ from .graph import operand
 from .rewrite import Declined
 
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MoE", "QMoE", "GroupQueryAttention")
-SMALLEST = 1024  # elements; smaller matrices are not worth a node of their own kind
+SMALLEST = 1024  # elements; smaller matrices are not worth a quantized node
 SMALL = Declined(f"the weight has fewer than {SMALLEST} elements")
 TRANSPOSED_OR_SCALED = Declined("the product is scaled, or its input is transposed")
-OTHER_BIAS = Declined("the bias is not one number an output")
+OTHER_BIAS = Declined("the bias is not one number per output")
 ROUTER = Declined("it chooses experts")
 
 
@@ -79,8 +79,8 @@ def is_table(value: ir.Value) -> bool:
 
 
 def head_is_quantized(model: ir.Model) -> str | None:
-    """What is wrong where no MatMulNBits node is behind the logits, past scales and caps: a quantizer that passes over
-    the lm_head leaves most of a small model's bytes."""
+    """What is wrong where no MatMulNBits node is behind the logits, past scales and caps: a quantizer that skips the
+    lm_head leaves most of a small model's bytes."""
     pending = [value for value in model.graph.outputs if value.name == "logits"]
     while pending:
         node = pending.pop().producer()

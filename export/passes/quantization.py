@@ -1,4 +1,4 @@
-"""What the quantizer is told, and what it says that it did."""
+"""The quantizer's settings, and what it reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..quantization.weight_format import QuantizedWeight
 @dataclass(frozen=True)
 class Quantization:
     """bits: 4 or 8. calibrated: weights that were quantized with data, by their layer's name in the causal LM; all
-    others are rounded to the nearest. experts: whether those are quantized, which takes a recent onnxruntime.
+    others are rounded to the nearest. experts: whether those are quantized, which needs a recent onnxruntime.
     half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth.
 
     The nodes compute in floating point; `int8_compute` changes that once the file has been verified."""

@@ -1,6 +1,6 @@
 """Weight-only quantization of experts: MoE -> QMoE, which routes in the same way and reads a fraction of the bytes.
 
-The kernel for int8 rounds activations to int8 whatever it is told. So that every graph can first be verified in
+The kernel for int8 rounds activations to int8 whatever its settings. So that every graph can first be verified in
 floating point, int8 experts stay MoE nodes with the rounded values until `finish_experts` packs them.
 
 QMoE: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -21,7 +21,7 @@ from .rewrite import Declined
 
 INT8_COMPUTE = 4  # the accuracy_level of QMoE and of MatMulNBits
 COMPUTED = Declined("the experts' weights are computed")
-CHANGED = Declined("something else reads the experts' weights too, as an adapter does")
+CHANGED = Declined("something else reads the experts' weights too, such as an adapter")
 HALF = Declined("the experts compute in half precision")
 _PACKED = "imsm.packed"
 _MATRICES = (2, 4)  # the places of the up and the down projections among MoE's inputs
@@ -53,7 +53,7 @@ def why_experts_stay(node: ir.Node, block_size: int) -> Declined | None:
 
 
 def quantize_experts(graph: ir.Graph, node: ir.Node, bits: int, block_size: int, symmetric: bool) -> PackedExperts:
-    """Quantize the weights of a MoE node that `why_experts_stay` has nothing against."""
+    """Quantize the weights of a MoE node that `why_experts_stay` does not object to."""
     up, down = (value for value in (operand(node, place) for place in _MATRICES) if value is not None)
     packed = [_rounded(value, bits, block_size, symmetric) for value in (up, down)]
     names = (*weights.parts(up), *weights.parts(down))

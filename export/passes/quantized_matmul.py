@@ -25,7 +25,7 @@ ATTRIBUTES = ("K", "N", "bits", "block_size")
 PLAIN, LOW_RANK = "QuantizedMatMul", "QuantizedMatMulLowRank"
 FLOAT_COMPUTE = Declined("it computes in floating point")
 FLOAT_ZERO_POINTS = Declined("its zero points are not integers")
-GROUPS = Declined("its blocks have an order of their own")
+GROUPS = Declined("its blocks have their own order")
 _SCALES, _ZERO_POINTS, _GROUPS, _BIAS = 2, 3, 4, 5  # inputs of MatMulNBits
 _WIDE_SCALES = "wide_scales = Cast <to: int = 1> (scales)"
 _PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
@@ -50,7 +50,7 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True)
 class _Product:
-    """A product that becomes an operator. change: what it can take in, or why it stays apart; None: there is none."""
+    """A product that becomes an operator. change: what it can absorb, or why it stays apart; None: there is none."""
 
     node: ir.Node
     change: Change | Declined | None

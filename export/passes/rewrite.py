@@ -85,7 +85,7 @@ class Rewrite(Generic[Candidate, Match]):
 @dataclass(frozen=True)
 class JointRewrite(Generic[Candidate, Match]):
     """A pass that knows all matches before it changes anything, because several become one or depend on each other.
-    rewrite: gets all matches; returns how often it fired, and why matches stay that do not fit the others."""
+    rewrite: gets all matches; returns how often it fired, and why those that do not fit the others stay."""
 
     name: str
     pattern: str

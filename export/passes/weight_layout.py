@@ -21,8 +21,8 @@ Layout = Callable[[weights.Array], weights.Array]
 
 
 def replace_laid_out(graph: ir.Graph, nodes: Sequence[ir.Node], weight: ir.Value, suffix: str, layout: Layout) -> None:
-    """Put a weight that is laid out in the file in the place of nodes that lay it out in the graph, which are all that
-    read it."""
+    """Put a weight that is laid out in the file in the place of nodes that lay it out in the graph, its only
+    readers."""
     original = weight.const_value
     assert original is not None
     # A view of no memory has the shape that the result will have.
@@ -36,7 +36,7 @@ def replace_laid_out(graph: ir.Graph, nodes: Sequence[ir.Node], weight: ir.Value
 
 
 def weights_are_laid_out(model: ir.Model) -> str | None:
-    """What is wrong where one is left in PyTorch's layout, which would make onnxruntime transpose it at every start."""
+    """What is wrong if one is left in PyTorch's layout, which would make onnxruntime transpose it at every start."""
     left = [node.name for node in model.graph if _transposes_a_weight(node)]
     return f"{len(left)} weights are still transposed in the graph, the first by {left[0]}" if left else None
 

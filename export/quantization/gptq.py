@@ -50,8 +50,7 @@ def calibrated_weights(
     model: on the CPU, float32, eval mode; its weights are the same before and after. texts: token ids; some thousands
     of tokens in all. Layers are taken in the model's order, as many at a time as HESSIAN_BYTES allows, and each group
     sees inputs that the quantized groups before it gave. A layer that no text reaches, or for which rounding to nearest
-    is the better one on these inputs, is rounded to nearest. Raises ExportError if there
-    are no texts, and as `check_format`.
+    is better on these inputs, is rounded to nearest. Raises ExportError if there are no texts, and as `check_format`.
     """
     check_format(bits, block_size)
     if not any(len(text) for text in texts):
@@ -112,8 +111,9 @@ def _groups(layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 def _hessians(
     model: SiameseModel, layers: dict[str, nn.Module], texts: Sequence[Sequence[int]]
 ) -> dict[str, Array | None]:
-    """By name (K, K) float32: sum of x x^T over all that each layer reads in both streams; None if that is nothing. An
-    adapter that multiplies by a changed weight without the layer, as BOFT does, leaves the base stream's rows alone."""
+    """By name (K, K) float32: sum of x x^T over everything that each layer reads in both streams; None if it reads
+    nothing. With an adapter that multiplies by a changed weight without the layer, as BOFT does, only the base stream's
+    rows count."""
     sums: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -181,7 +181,7 @@ def _inverse_factor(hessian: Array) -> Tensor:
     moments = torch.from_numpy(hessian).double()
     diagonal = moments.diagonal()
     mean = diagonal.mean()
-    diagonal[diagonal == 0] = mean  # an input that is never there in these texts: rounded to nearest
+    diagonal[diagonal == 0] = mean  # an input that is always 0 in these texts: rounded to nearest
     diagonal += _DAMPING * mean
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)

@@ -25,7 +25,7 @@ class QuantizedWeight:
     """N output channels, and ceil(K / block_size) blocks of inputs.
 
     packed: (N, blocks, block_size * bits / 8) uint8; of int4 two codes a byte, the earlier one in the low half.
-    scales: (N, blocks) float32; negative ones are as good. zero_points: (N, ceil(blocks * bits / 8)) uint8, packed in
+    scales: (N, blocks) float32; they may be negative. zero_points: (N, ceil(blocks * bits / 8)) uint8, packed in
     the same way; None is 2 ** (bits - 1) everywhere.
     """
 
@@ -62,8 +62,8 @@ def round_to_nearest(weight: Array, bits: int, block_size: int, symmetric: bool)
 
 
 def pack(codes: Array, scales: Array, zero_points: Array | None, bits: int) -> QuantizedWeight:
-    """codes: (N, blocks, block_size) integers of 0 .. 2 ** bits - 1; scales: (N, blocks); zero_points: as scales,
-    integers alike; None if they are all 2 ** (bits - 1). Keeps the scales as they are given."""
+    """codes: (N, blocks, block_size) integers of 0 .. 2 ** bits - 1; scales: (N, blocks); zero_points: like the scales,
+    integers; None if they are all 2 ** (bits - 1). Keeps the scales as they are given."""
     channels, blocks, _ = codes.shape
     packed_points = None
     if zero_points is not None:

@@ -1,4 +1,4 @@
-"""The parity check of an artifact that is already there, against the checkpoint that it was exported from."""
+"""The parity check of an existing artifact against the checkpoint that it was exported from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .parity import ParityReport, verify_graph
 
 def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> ParityReport:
     """Compare the graph in `artifact` with the model of `checkpoint` again. For a graph with quantized weights or
-    caches the differences are found and not judged: the checkpoint has other weights.
+    caches the differences are measured but not judged: the checkpoint has other weights.
 
     base_model: where the base model is now, if not where the checkpoint says. Raises CheckpointError, BaseModelError,
     AdapterError or VerificationError.

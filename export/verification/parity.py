@@ -37,7 +37,7 @@ ROUNDING_FACTOR = 4  # of PyTorch's own distance from float64
 LIMIT_OF_ROUNDING = 0.5
 """Of a position's root mean square: how much of it int8 arithmetic or caches may change at the middle one of all
 positions. Single positions may be far off, where attention is sharp or another expert is chosen; a wrong tensor changes
-all of them, and values that have nothing to do with the expected ones are further off than all of their size."""
+all of them, and unrelated values are off by more than the size of the expected ones."""
 
 
 class Failure(NamedTuple):
@@ -111,7 +111,7 @@ def verify_graph(
 ) -> ParityReport:
     """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode, the weights that the file has).
 
-    tolerance: None is float32's. rounded: as `ParityReport` has it. Raises VerificationError.
+    tolerance: None is float32's. rounded: as in `ParityReport`. Raises VerificationError.
     """
     virtual = load_virtual_cache(folder)
     cached = CachedGraph(folder / GRAPH, virtual)
@@ -121,13 +121,13 @@ def verify_graph(
     report = ParityReport(tolerance, rounded)
     vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
     generator = np.random.default_rng(0)
-    # Texts as long as the context allows, and no longer than needed to meet ragged rows and chunks.
+    # Texts as long as the context allows, and no longer than needed to cover ragged rows and chunks.
     steps = min(DECODE_STEPS, max(1, context_length // 2))
     long = max(2, min(12, context_length - steps))
     lengths = (long, max(1, long * 7 // 12))
     prompts = [[int(token) for token in generator.integers(0, vocabulary, length)] for length in lengths]
     for place, token in enumerate(_trained_tokens(model.peft_model)[: long // 2]):
-        prompts[0][2 * place] = token  # random text hardly ever meets them
+        prompts[0][2 * place] = token  # random text hardly ever contains them
 
     # 1. The graph: prefill of the ragged batch, then greedy decode steps.
     prefill = cached.prefill(prompts)
@@ -172,7 +172,7 @@ def _judge_failures(
     expected: list[dict[str, Array]],
 ) -> None:
     """Raise VerificationError, unless PyTorch's own float32 is as far from float64 as the graph is from PyTorch: an
-    ill-conditioned model, whose rounding another order of sums does not share."""
+    ill-conditioned model, whose rounding depends on the order of sums."""
     with contextlib.suppress(RuntimeError, TypeError), _in_float64(model):  # code that insists on float32
         for text, length, rounded in zip(texts, lengths, expected, strict=True):
             for name, exact in expected_outputs(model, text, length, streams).items():
@@ -188,7 +188,7 @@ def _judge_failures(
 
 @contextlib.contextmanager
 def _in_float64(model: SiameseModel) -> Iterator[None]:
-    """Inside the block both streams compute in float64, the gate in float32 as ever; the values are the same before,
+    """Inside the block both streams compute in float64, the gate in float32 as always; the values are the same before,
     inside and after."""
     try:
         model.peft_model.double()

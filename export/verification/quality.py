@@ -31,7 +31,7 @@ LONGEST = 512  # tokens of a text: logits at every position of a large vocabular
 QUERY_TOKENS = 8
 FEW_TOKENS = 1000
 _ROWS = 128  # positions whose logits are in float64 at a time
-_LARGEST_LOSS = 700.0  # e to the power of more is no float
+_LARGEST_LOSS = 700.0  # e to a higher power overflows
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class QualityReport:
 
 
 def query_length(text: Sequence[int]) -> int:
-    """How many of a text's first tokens are the gate's query, on both sides: as in a prompt that is gone on with, what
-    is predicted lies behind it, so that no prediction has seen its own answer through the query."""
+    """How many of a text's first tokens are the gate's query, on both sides: as when a prompt is continued, what is
+    predicted comes after it, so that no prediction sees its own answer through the query."""
     return min(QUERY_TOKENS, len(text) - 1)
 
 
@@ -68,9 +68,9 @@ def read_eval_texts(
 ) -> list[list[int]]:
     """Token ids of the first `limit` rows of a JSONL file, each cut to the context and to LONGEST.
 
-    A row holds "text", or a prompt and an answer, which are encoded as for training; all rows as the first one. Raises
-    DataError with the line number for a row that is not so or has fewer than two tokens, and for a file without rows;
-    ExportError for a limit or a context that leaves nothing.
+    A row holds "text", or a prompt and an answer, which are encoded as for training; all rows like the first one.
+    Raises DataError with the line number for a row in another form or with fewer than two tokens, and for a file
+    without rows; ExportError for a limit or a context that leaves nothing.
     """
     if limit < 1:
         raise ExportError(f"the number of texts to evaluate is {limit}; it must be at least 1")
@@ -101,7 +101,7 @@ def read_eval_texts(
 
 
 def measure_quality(reference: Logits, found: Logits, texts: Sequence[list[int]]) -> QualityReport:
-    """Compare the two sides' predictions of every token behind `query_length` of each text, in float64.
+    """Compare the two sides' predictions of every token after `query_length` of each text, in float64.
 
     reference: the siamese model in float32. found: the artifact. Both take the text's first `query_length` tokens as
     the query, and no later ones; one text is in memory at a time. Raises VerificationError if their logits differ in

@@ -15,9 +15,9 @@ MEBIBYTES, PASSES = 512, 6
 def read_gb_per_s(threads: int, mebibytes: int = MEBIBYTES) -> float:
     """The best of several passes over an array far larger than a cache, in 10^9 bytes per second.
 
-    Each thread takes the maximum of a slice of its own: NumPy does that without the interpreter's lock, with vector
-    instructions, and without the threads that its matrix products start. The array takes at most a quarter of the
-    memory that is free.
+    Each thread takes the maximum of its own slice: NumPy does that without the interpreter's lock, with vector
+    instructions, and without the threads that its matrix products start. The array takes at most a quarter of the free
+    memory.
     """
     available = memory_mb().get("available", 4.0 * mebibytes)
     data = np.ones(max(1, min(mebibytes, int(available / 4))) << 18, np.float32)

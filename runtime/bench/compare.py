@@ -30,7 +30,7 @@ COMPARED = ("ttft_ms", "ms_per_token")
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a provider's process sends back. tokens: (B, new tokens) by prompt length. spin: what the session has."""
+    """What a provider's process sends back. tokens: (B, new tokens) by prompt length. spin: the session's setting."""
 
     results: list[BenchResult]
     tokens: list[list[list[int]]]
@@ -41,7 +41,7 @@ class _Measured:
 
 def named_providers(text: str) -> list[str]:
     """The providers of a comma-separated list, or with "all" every usable one, the CPU's first. Raises ProviderError
-    for a name that is none."""
+    for an unknown name."""
     if text.strip() == "all":
         usable = [name for name, state in usable_providers().items() if state == "usable"]
         return sorted(usable, key=lambda name: name != "cpu")
@@ -53,10 +53,11 @@ def named_providers(text: str) -> list[str]:
 
 
 def bench(folder: Path, providers: Sequence[str], settings: BenchSettings) -> dict[str, Any]:
-    """Measure every provider in a process of its own; returns the document that `bench` prints.
+    """Measure every provider in its own process; returns the document that `bench` prints.
 
-    A provider that cannot run has an `error` in the document's `providers` and no results, and the others have theirs.
-    Ratios are against the first provider that ran. Raises IMSMRuntimeError with the providers' messages if none did.
+    A provider that cannot run has an `error` in the document's `providers` and no results; the others are still
+    measured. Ratios are against the first provider that ran. Raises IMSMRuntimeError with the providers' messages if
+    none did.
     """
     manifest = read_manifest(folder)
     longest = max(settings.prompt_lengths) + settings.new_tokens
@@ -146,7 +147,7 @@ def _line(facts: dict[str, Any]) -> str:
     if facts["fallback_ops"]:
         text += "; fell back: " + ", ".join(f"{operator} {count}" for operator, count in facts["fallback_ops"].items())
     if facts["same_tokens_percent"] is not None:
-        text += f"; {facts['same_tokens_percent']:.0f} % of the greedy tokens are the first's"
+        text += f"; {facts['same_tokens_percent']:.0f} % of the greedy tokens match the first's"
     return text
 
 
@@ -257,7 +258,7 @@ def _measure_alone(folder: Path, execution: Execution, settings: BenchSettings) 
 
 
 def _spins(options: onnxruntime.SessionOptions) -> bool:
-    """Whether idle threads busy-wait, which onnxruntime's do unless told not to."""
+    """Whether idle threads busy-wait; onnxruntime's do by default."""
     try:
         return bool(options.get_session_config_entry("session.intra_op.allow_spinning") != "0")
     except RuntimeError:  # the entry was never set

@@ -24,7 +24,7 @@ class BenchResult:
     providers: those in use. tokens_per_s counts every row. overhead_percent: share of a decode step's time spent
     outside onnxruntime, choosing the token included; None where there are no steps.
     weight_bytes_read, cache_bytes_read: what a decode step must read, the caches at half of the new tokens; gb_per_s:
-    both, divided by the time. peak_rss_mb is of the process so far (prompt lengths run in ascending order).
+    both, divided by the time. peak_rss_mb covers the process so far (prompt lengths run in ascending order).
     """
 
     provider: str
@@ -46,7 +46,7 @@ class BenchResult:
 
 
 class RunTimer:
-    """Adds up the time that runs of a session's graph take."""
+    """Adds up the time that a session spends running its graph."""
 
     def __init__(self, session: Session) -> None:
         self.seconds = 0.0
@@ -125,6 +125,6 @@ def _run(session: Session, timer: RunTimer, prompts: list[list[int]], new_tokens
 
 
 def _cache_bytes_read(state: DecodeState, length: float) -> int:
-    """Bytes of the keys and values of `length` tokens of text a row: windows of attention are not subtracted."""
+    """Bytes of the keys and values of `length` tokens of text per row; attention windows are not subtracted."""
     caches = state.caches.values()
     return round(sum(cache.nbytes / cache.capacity * (length + cache.virtual_tokens) for cache in caches))

@@ -22,7 +22,7 @@ from ..engine.session import Session
 @dataclass(frozen=True)
 class Placement:
     """Nodes of one decode step. nodes_by_provider: as onnxruntime names them; fallback_ops: the operators that did not
-    run on the provider that was asked for, and how many of each. A provider that fuses nodes counts them as one."""
+    run on the requested provider, and how many of each. A provider that fuses nodes counts them as one."""
 
     nodes_by_provider: dict[str, int]
     fallback_ops: dict[str, int]
@@ -39,8 +39,8 @@ class Placement:
 
 
 def place_nodes(folder: Path, execution: Execution, prompts: list[list[int]]) -> Placement:
-    """Open the artifact with the profiler on, and run a prefill and a decode step. Slow: never while timing. Whoever
-    has another session of it open has its weights in memory twice."""
+    """Open the artifact with the profiler on, and run a prefill and a decode step. Slow: never while timing. With
+    another session of it open, its weights are in memory twice."""
     with tempfile.TemporaryDirectory() as profiles:
         session = Session(folder, execution, profile=Path(profiles) / "profile")
         state = session.new_state(len(prompts))

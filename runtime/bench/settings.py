@@ -10,9 +10,9 @@ from ..errors import SettingsError
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, of which the
-    medians are taken, after one that is not counted. execution: how every provider that is measured runs; the one that
-    it names itself does not count. Raises SettingsError for values outside their range."""
+    """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, after one that is
+    not counted; results are their medians. execution: how every measured provider runs; its own `provider` is ignored.
+    Raises SettingsError for values outside their range."""
 
     prompt_lengths: tuple[int, ...] = (32, 128)
     new_tokens: int = field(default=64, metadata={"help": "tokens to generate", "metavar": "N"})

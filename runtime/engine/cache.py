@@ -27,8 +27,8 @@ class KVCache:
 
     layers: geometry by the layer's index. batch: texts. streams: rows that each text has here, 1 or 2. virtual: what
     the last stream's rows begin with, before their text: layer.part -> (kv_heads, V, head_size); the other rows have
-    room there that they do not use. NumPy has no bfloat16, so that caches in it cannot be copied: whoever makes one
-    reserves all at once, and `take` and `join` raise PromptError.
+    room there that they do not use. NumPy has no bfloat16, so such caches cannot be copied: reserve all of the room at
+    once; `take` and `join` raise PromptError.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class KVCache:
         return length + self.virtual_tokens > self.capacity
 
     def take(self, texts: Sequence[int], length: int) -> KVCache:
-        """A cache of its own with copies of some texts' rows, in this order, and room for `length` tokens of text."""
+        """A separate cache with copies of some texts' rows, in this order, and room for `length` tokens of text."""
         return self._copied(length, [(self, texts)])
 
     def join(self, other: KVCache, length: int) -> KVCache:
         """A cache with the texts of both, the other's last, and room for `length` tokens of text. Raises PromptError
-        if the other is of another model's form."""
+        if the other's geometry is different."""
         if self._form() != other._form():
             raise PromptError("states of different artifacts, or on different devices, cannot be joined")
         return self._copied(length, [(self, range(self.batch)), (other, range(other.batch))])

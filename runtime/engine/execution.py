@@ -12,8 +12,8 @@ MOST_THREADS = 1024
 @dataclass(frozen=True)
 class Execution:
     """provider: a key of `providers.PROVIDERS`. threads: None is the usable physical cores. spin: whether idle threads
-    busy-wait, which is faster and uses the processor. allow_fallback: whether onnxruntime may go on without the
-    provider. kernels: whether the CPU provider runs this project's kernels where it has them. cuda_graph: whether
+    busy-wait, which is faster and uses the processor. allow_fallback: whether onnxruntime may continue without the
+    provider. kernels: whether the CPU provider runs this project's kernels where there are any. cuda_graph: whether
     decode steps are captured once and replayed, with the CUDA provider.
 
     Raises SettingsError for values outside their range.
@@ -26,7 +26,7 @@ class Execution:
         default=None, metadata={"help": "threads; without it the usable physical cores", "metavar": "N"}
     )
     spin: bool = field(default=True, metadata={"help": "let idle threads sleep: slower, kinder to others"})
-    allow_fallback: bool = field(default=False, metadata={"help": "go on if the provider does not start"})
+    allow_fallback: bool = field(default=False, metadata={"help": "continue if the provider does not start"})
     kernels: bool = field(default=True, metadata={"help": "run onnxruntime's own kernels only: slower"})
     cuda_graph: bool = field(default=False, metadata={"help": "capture decode steps and replay them (cuda only)"})
 
@@ -34,4 +34,4 @@ class Execution:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise SettingsError("threads", self.threads, f"it must be 1 to {MOST_THREADS}")
         if self.cuda_graph and self.provider != "cuda":
-            raise SettingsError("cuda_graph", self.cuda_graph, f"it goes with {{provider}} cuda, not {self.provider}")
+            raise SettingsError("cuda_graph", self.cuda_graph, f"it needs {{provider}} cuda, not {self.provider}")

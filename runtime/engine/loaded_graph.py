@@ -31,14 +31,14 @@ QUERY_GATES = ("query_aware", "query_mixed")
 
 
 class LoadedGraph:
-    """A graph that is open.
+    """An open graph.
 
     onnx: the onnxruntime session. device: where the caches live, as onnxruntime calls it. on_run: called with the
     seconds of every run of the graph, for whoever measures; None costs nothing.
     """
 
     def __init__(self, folder: Path | str, execution: Execution, profile: Path | None = None) -> None:
-        """Open the artifact in `folder`. profile: as `open_session` has it. Raises ArtifactError or ProviderError."""
+        """Open the artifact in `folder`. profile: as in `open_session`. Raises ArtifactError or ProviderError."""
         self.folder = Path(folder)
         self.execution = execution
         self.manifest = read_manifest(self.folder)
@@ -145,7 +145,7 @@ class LoadedGraph:
         return dict(zip(names, _last_outputs(binding, len(names)), strict=True))
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None = None) -> None:
-        """past and present are the same buffer: attention writes new keys behind the old ones."""
+        """past and present are the same buffer: attention appends new keys to the old ones."""
         for group, cache in state.caches.items():
             for name, shape, address in cache.bindings(row):
                 place = (self.device, 0, cache.element_type, shape, address)
@@ -176,7 +176,7 @@ class LoadedGraph:
             raise PromptError(f"token id {outside[0]} is outside the vocabulary of {self.manifest.vocab_size}")
 
     def check_lengths(self, state: DecodeState, texts: Sequence[Sequence[int]]) -> None:
-        """Raise PromptError for a text that does not fit into the context behind its row."""
+        """Raise PromptError for a text that does not fit into the context after its row."""
         for length, text in zip(state.lengths, texts, strict=True):
             if length + len(text) > self.manifest.context_length:
                 raise PromptError(

@@ -1,7 +1,7 @@
 """Where a row can be cut back to: what the gate's query was at some of its earlier lengths.
 
-The query is a sum over the prompt's tokens, so that it cannot be taken apart again: it is noted where a prefill's chunk
-ends, and at the last tokens that were decoded.
+The query is a sum over the prompt's tokens, so it cannot be taken apart again: it is recorded at the end of each
+prefill chunk and at the last decoded tokens.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Marks:
         return next((mark for mark in (*self.read, *self.decoded) if mark.length == length), None)
 
     def cut(self, length: int) -> None:
-        """Forget what is behind `length`."""
+        """Forget what is beyond `length`."""
         self.read = [mark for mark in self.read if mark.length <= length]
         self.decoded = deque((mark for mark in self.decoded if mark.length <= length), maxlen=RECENT)
 
     def copy(self) -> Marks:
-        """Marks of a row that goes its own way; the sums themselves are never changed."""
+        """Marks for a copy of the row; the sums themselves are never changed."""
         made = Marks()
         made.read, made.decoded = list(self.read), self.decoded.copy()
         return made

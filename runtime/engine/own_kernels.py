@@ -27,13 +27,13 @@ def describe() -> str:
     """One line on whether they are in use, and why not."""
     found = _built()
     if found is None:
-        return "none: they were not built, which needs GCC or Clang at installation; onnxruntime's own run, slower"
+        return "none: they were not built (that needs GCC or Clang at installation); onnxruntime's slower ones run"
     try:
         if _supported(found):
             return "for products with int4 and int8 weights, and attention (AVX-512 VNNI)"
     except OSError as error:
         return f"none: {found} cannot be loaded: {error}"
-    return "none for this processor: they need x86-64 with AVX-512 VNNI; onnxruntime's own run, slower"
+    return "none for this processor: they need x86-64 with AVX-512 VNNI; onnxruntime's slower ones run"
 
 
 def _built() -> Path | None:

@@ -29,7 +29,7 @@ def plan_prefill(texts: Texts, chunk: int, padding: int, batched: bool, starts_e
 
     padding: how many tokens a row may be padded with beside longer ones. batched: whether the graph continues the
     caches of several rows by more than one token at once. The portable form does not: there several tokens can be read
-    together only into rows of which each `starts_empty`, and in one run.
+    together only if all rows start empty (`starts_empty`), and in one run.
     """
     if batched:
         yield from _in_chunks(texts, chunk if len(texts) == 1 else min(chunk, padding), None)

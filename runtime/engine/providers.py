@@ -1,4 +1,4 @@
-"""Execution providers: short names, and sessions that really use what was asked for."""
+"""Execution providers: short names, and sessions that really use the requested one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ PROVIDERS = {
     "xnnpack": "XnnpackExecutionProvider",
 }
 ON_DEVICE = {"cuda": "cuda"}
-"""Providers whose caches live on a device of their own, and what onnxruntime calls that device."""
+"""Providers whose caches live on their own device, and what onnxruntime calls that device."""
 THREAD_OPTIONS = {"openvino": "num_of_threads"}
-"""Providers that have threads of their own, and the option that sets their number."""
+"""Providers with their own threads, and the option that sets their number."""
 OLDEST_VERSION = (1, 20)
-"""Below it, attention on the CPU continues a cache by several tokens wrongly and without an error (seen in 1.19.2)."""
+"""Below this version, attention on the CPU continues a cache by several tokens wrongly and without an error (seen in
+1.19.2)."""
 DEFAULT_FORM_VERSION = (1, 32)
 """The first onnxruntime that runs the default form of an artifact, and not only the portable one."""
 
@@ -63,7 +64,7 @@ def open_session(
         session = onnxruntime.InferenceSession(
             source, options, providers=names, provider_options=[own if name == wanted else {} for name in names]
         )
-    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise ArtifactError(
             f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_form_advice(error)}"
         ) from error
@@ -107,7 +108,7 @@ def installed_version() -> tuple[int, int]:
 
 
 def spelt(number: tuple[int, int]) -> str:
-    """A version as it is written."""
+    """A version as text."""
     return ".".join(map(str, number))
 
 

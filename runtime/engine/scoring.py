@@ -17,8 +17,8 @@ Array = NDArray[Any]
 def score_continuation(
     graph: LoadedGraph, state: DecodeState, first_logits: Array, continuation: Sequence[int], chunk: int
 ) -> Array:
-    """Log-probabilities (nats) of each token of `continuation`, (len(continuation),) float64, behind a state of one row
-    whose prompt gave `first_logits` (1, vocab). The continuation is no part of the query. chunk: tokens read at once.
+    """Log-probabilities (nats) of each token of `continuation`, (len(continuation),) float64, after a state of one row
+    whose prompt gave `first_logits` (1, vocab). The continuation is not part of the query. chunk: tokens read at once.
     """
     logits = [first_logits]
     for start in range(0, len(continuation) - 1, chunk):

@@ -38,9 +38,9 @@ class Session(LoadedGraph):
         profile: Path | None = None,
         **changes: Any,
     ) -> None:
-        """Load the artifact in `folder`. execution: how it runs; `changes` are fields of it, such as `threads=1`, that
-        differ from it or from the defaults. profile: the beginning of the path that onnxruntime's profile is written
-        to. Raises ArtifactError, ProviderError or SettingsError."""
+        """Load the artifact in `folder`. execution: how it runs; `changes` override its fields or the defaults, such as
+        `threads=1`. profile: the prefix of the path that onnxruntime's profile is written to. Raises ArtifactError,
+        ProviderError or SettingsError."""
         execution = replace(execution or Execution(), **changes)
         super().__init__(folder, execution, profile)
         self.prefill_rows = CPU_PREFILL_ROWS if execution.provider == "cpu" else PREFILL_ROWS
@@ -51,7 +51,7 @@ class Session(LoadedGraph):
 
         prompts: B sequences of token ids, of any lengths. Generated tokens since the last prefill, and a pending one,
         join the query: a continued conversation equals a fresh run over the whole of it. chunk: the most tokens of a
-        text that are read at once; None is what suits the provider (on the CPU 256 rows: 128 tokens of one text in two
+        text that are read at once; None: what suits the provider (on the CPU 256 rows: 128 tokens of one text in two
         streams). Raises PromptError for an empty or too long prompt, or a token outside the vocabulary, and
         SettingsError for the chunk. After an exception the state is as it was before.
         """
@@ -99,7 +99,7 @@ class Session(LoadedGraph):
         return self.binding_of(state).step(state, chosen)
 
     def binding_of(self, state: DecodeState) -> DecodeBinding:
-        """The bound decode step of a state, made anew when its arrays or caches are other ones."""
+        """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""
         binding = self._bindings.get(state)
         if binding is None or not binding.fits(state):
             binding = (GraphDecodeBinding if self.cuda_graph else DecodeBinding)(self, state)

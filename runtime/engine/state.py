@@ -32,10 +32,10 @@ class DecodeState:
 
     lengths: (B,) tokens in the caches. query_sum (B, 2, d) and query_count (B,) make the query means of (base,
     adapter); reply_sum and reply_count hold the tokens generated since, which belong to the query as soon as the
-    conversation goes on. pending: per row a token that was chosen but not fed yet. memory_bias: (B,), added to the
+    conversation continues. pending: per row a token that was chosen but not fed yet. memory_bias: (B,), added to the
     gate before its sigmoid. marks: per row, what the sums were at lengths that it can be cut back to. artifact: the
     hashes of the one that the state belongs to. gate_reads_query: whether its gate looks at the sums at all. layout:
-    changes whenever the caches are other ones, so that whoever has bound them knows.
+    changes whenever the caches are replaced, so that bindings to them can tell.
     """
 
     caches: dict[str, KVCache]
@@ -62,8 +62,8 @@ class DecodeState:
         return sum(cache.nbytes for cache in self.caches.values())
 
     def take(self, rows: Sequence[int]) -> DecodeState:
-        """A state of its own with copies of these rows, in this order; a row may come twice. Raises PromptError for a
-        row that is not there."""
+        """A separate state with copies of these rows, in this order; a row may come twice. Raises PromptError for a row
+        that does not exist."""
         chosen = self._checked(rows)
         length = int(self.lengths[chosen].max(initial=0))
         return DecodeState(
@@ -81,7 +81,7 @@ class DecodeState:
         )
 
     def join(self, other: DecodeState) -> None:
-        """Put copies of the other state's rows behind this one's. Raises PromptError for a state of another artifact;
+        """Append copies of the other state's rows to this one's. Raises PromptError for a state of another artifact;
         both are then unchanged."""
         if self.artifact != other.artifact:
             raise PromptError("states of different artifacts cannot be joined")
@@ -97,7 +97,7 @@ class DecodeState:
 
     def drop(self, rows: Sequence[int]) -> None:
         """Remove these rows; the others move up, and the caches become as small as the longest of them allows. Raises
-        PromptError for a row that is not there."""
+        PromptError for a row that does not exist."""
         gone = set(self._checked(rows))
         kept = self.take([row for row in range(self.batch) if row not in gone])
         self._become(kept.caches, kept._arrays(), kept.pending, kept.marks)
@@ -107,7 +107,7 @@ class DecodeState:
 
         The gate's query is a sum over the prompt, which is known where a prefill's chunk ended and at the last
         `marks.RECENT` tokens that were decoded: `cut_lengths` says where. Where the gate does not read the query, any
-        length will do. Raises PromptError for a length that is longer than the row or not known; the state is then
+        length works. Raises PromptError for a length that is longer than the row or not known; the state is then
         unchanged.
         """
         wanted = _integers(lengths, "length")

@@ -1,4 +1,4 @@
-"""The bound form of one decode step, and the one that a CUDA graph can replay."""
+"""The bound form of one decode step, and the form that a CUDA graph can replay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _graph_ids = count(1)
 class DecodeBinding:
     """One decode step, bound once: small inputs and outputs are written in place, nothing is allocated per step.
 
-    It refers to the state's arrays and caches and not to the state, so that a state that nobody needs is freed at once.
+    It refers to the state's arrays and caches and not to the state, so that an unused state is freed at once.
     layout: the state's when it was bound; with another one the binding is stale.
     """
 
@@ -102,10 +102,10 @@ class DecodeBinding:
 
 
 class GraphDecodeBinding(DecodeBinding):
-    """The same step with everything at fixed places of the device, for a CUDA graph, which onnxruntime captures when it
+    """The same step with everything in fixed places on the device, for a CUDA graph, which onnxruntime captures when it
     first runs (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#cuda-graph).
 
-    What is on the host is baked into the graph, so that the total length is the caches' room; attention goes by each
+    What is on the host is baked into the graph, so the total length is the caches' capacity; attention goes by each
     row's own length.
     """
 
@@ -143,7 +143,7 @@ class GraphDecodeBinding(DecodeBinding):
 
 
 def _mark(state: DecodeState) -> None:
-    """Note the sums of every row, so that the state can be cut back to here."""
+    """Record the sums of every row, so that the state can be cut back to here."""
     sums, counts = state.reply_sum.copy(), state.reply_count.copy()
     for row, marks in enumerate(state.marks):
         query = marks.read[-1]

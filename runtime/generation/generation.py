@@ -1,7 +1,7 @@
-"""From a prompt to tokens, to text, to a result: three layers, each made of the one below.
+"""From a prompt to tokens, to text, to a result: three layers, each built on the one before.
 
 generate_step       tokens
-stream_generate     text as it is complete, with timings
+stream_generate     text as it is completed, with timings
 generate            one result
 """
 
@@ -36,7 +36,7 @@ class Model:
 
 
 def load(folder: Path | str, execution: Execution | None = None, **changes: Any) -> Model:
-    """Load an ARTIFACT folder. execution, changes: as `Session` has them, such as `load(folder, threads=2)`.
+    """Load an ARTIFACT folder. execution, changes: as in `Session`, such as `load(folder, threads=2)`.
 
     Raises ArtifactError, ProviderError or SettingsError.
     """
@@ -94,13 +94,13 @@ def generate_step(
 ) -> Iterator[Token]:
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
-    state: a state of one row to go on with (a conversation); a token that was yielded last time and not yet fed is
+    state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
     fed first. memory_bias applies to a new state. Raises PromptError before the first token.
     """
     if state is None:
         state = session.new_state(1, memory_bias)
     elif state.batch != 1:
-        raise PromptError(f"generation goes on with a state of one row; this one has {state.batch}")
+        raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
     output = session.prefill(state, [prompt_ids])
     while True:
         token = int(sampler(output.logits)[0])
@@ -120,9 +120,9 @@ def stream_generate(
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Iterator[Chunk]:
-    """Text as it is complete. prompt: text (a user's turn, or as it is with `raw`), or token ids. settings: `changes`
-    are fields of it, such as `max_new_tokens=8`, that differ from it or from the defaults. sampler: instead of the one
-    that the settings describe. state: as `generate_step` has it.
+    """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), or token ids. settings: `changes`
+    override its fields or the defaults, such as `max_new_tokens=8`. sampler: replaces the one that the settings
+    describe. state: as in `generate_step`.
 
     Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). Raises PromptError or
     SettingsError before the first chunk.

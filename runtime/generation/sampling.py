@@ -17,7 +17,7 @@ Sampler = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def greedy(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The most likely token of each row; the first of equal ones."""
+    """The most likely token of each row; the first on a tie."""
     return np.asarray(logits.argmax(-1), np.int64)
 
 
@@ -68,7 +68,7 @@ def _sample_row(
     if top_p < 1:
         order = np.argsort(-probabilities, kind="stable")
         before = np.cumsum(probabilities[order]) - probabilities[order]
-        order = order[before < top_p]  # the token that crosses p is kept, so that one always is
+        order = order[before < top_p]  # the token that crosses p is kept, so at least one is
         kept, probabilities = kept[order], probabilities[order]
     if min_p > 0:
         likely = probabilities >= min_p * probabilities.max()

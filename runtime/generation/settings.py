@@ -1,4 +1,4 @@
-"""What a caller may say about generation: one dataclass for the library and the command line."""
+"""What a caller can set for generation: one dataclass for the library and the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .sampling import Sampler, check_sampling, make_sampler
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """max_new_tokens: where generation stops at the latest. raw: whether a prompt's text is sent as it is, without the
+    """max_new_tokens: generation stops here at the latest. raw: whether a prompt's text is sent as it is, without the
     chat template. memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
-    temperature, top_k, top_p, min_p, seed: as `make_sampler` has them; the defaults are greedy.
+    temperature, top_k, top_p, min_p, seed: as in `make_sampler`; the defaults are greedy.
 
     Raises SettingsError for values outside their range.
     """
 
-    max_new_tokens: int = field(default=256, metadata={"help": "stop after so many tokens", "metavar": "N"})
+    max_new_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "metavar": "N"})
     raw: bool = field(default=False, metadata={"help": "send the text as it is, without the chat template"})
     memory_bias: float = field(
         default=0.0, metadata={"help": "above 0 towards the base memory, below 0 away", "metavar": "X"}

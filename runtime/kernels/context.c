@@ -97,8 +97,8 @@ static OrtStatus* read_string(const OrtKernelInfo* info, const char* name) {
   return ort->KernelInfoGetAttribute_string(info, name, NULL, &length);
 }
 
-// Takes the failure to read an attribute. Returns NULL if the node lacks it. onnxruntime gives ORT_FAIL for that and
-// for an attribute of another type alike, so it is read as every other type too.
+// Takes the failure to read an attribute. Returns NULL if the node lacks it. onnxruntime gives ORT_FAIL both for that
+// and for an attribute of another type, so it is read as every other type too.
 static OrtStatus* unless_absent(const OrtKernelInfo* info, const char* name, OrtStatus* status) {
   OrtStatus* (*const read[])(const OrtKernelInfo*, const char*) = {read_integer, read_float, read_string};
   for (size_t i = 0; ort->GetErrorCode(status) == ORT_FAIL; i++) {

@@ -1,8 +1,8 @@
 // What the kernels share: what one reads and writes in a call, and how an operator is described.
 //
-// This folder holds what is the same for every instruction set. A folder of an instruction set, avx512/, holds its
-// operators whole, one file each, with the arithmetic that they share: what an operator accepts (sizes of heads, of
-// blocks) depends on what its arithmetic can read.
+// This folder holds what is the same for every instruction set. The folder of an instruction set, avx512/, holds whole
+// operators, one file each, with the arithmetic that they share: what an operator accepts (sizes of heads, of blocks)
+// depends on what its arithmetic can read.
 //
 // A function that can fail returns NULL or the failure, which the caller returns or releases.
 #pragma once
@@ -34,10 +34,10 @@ typedef struct {
 // A failure with a message in printf's format. Never NULL.
 OrtStatus* imsm_failure(const char* format, ...) __attribute__((format(printf, 1, 2), returns_nonnull));
 
-// Finds an input, which may be left out. Fails where it has more dimensions than IMSM_MOST_DIMENSIONS.
+// Finds an optional input. Fails where it has more dimensions than IMSM_MOST_DIMENSIONS.
 OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
 
-// Finds an input that must be there.
+// Finds a required input.
 OrtStatus* imsm_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
 
 // Makes an output of float32.
@@ -53,7 +53,7 @@ static inline size_t imsm_times(size_t a, size_t b) {
   return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
 }
 
-// Memory for `count` elements of `size` bytes, aligned to IMSM_ALIGNMENT; free() releases it.
+// Memory for `count` elements of `size` bytes, aligned to IMSM_ALIGNMENT; release it with free().
 OrtStatus* imsm_allocate(size_t count, size_t size, void** memory);
 
 // A function that a thread of the session's pool runs for one of `total` indices.
@@ -86,5 +86,5 @@ int imsm_avx512_supported(void);
 // Gives imsm_* the interface of the onnxruntime that has loaded the library.
 void imsm_use(const OrtApi* api);
 
-// Puts a failure in reserve, for imsm_failure to give when there is no memory for another one.
+// Keeps a failure in reserve, for imsm_failure to return when there is no memory for another one.
 void imsm_reserve_failure(void);

@@ -93,8 +93,8 @@ def test_another_adapter_of_the_folder_with_the_released_codes_gate(
         (["ARTIFACT"], "give a checkpoint folder and ARTIFACT, or --adapter, --base and ARTIFACT"),
         (["CKPT", "ARTIFACT", "--adapter", "DIR"], "--adapter is DIR; give it or the checkpoint CKPT, not both"),
         (["ARTIFACT", "--adapter", "DIR"], "--adapter is DIR; it needs --base"),
-        (["CKPT", "ARTIFACT", "--gate", "token"], "--gate is token; it goes with --adapter"),
-        (["CKPT", "--adapter-name", "x", "ARTIFACT"], "--adapter-name is x; it goes with --adapter"),
+        (["CKPT", "ARTIFACT", "--gate", "token"], "--gate is token; it needs --adapter"),
+        (["CKPT", "--adapter-name", "x", "ARTIFACT"], "--adapter-name is x; it needs --adapter"),
     ],
 )
 def test_a_wrong_combination_is_one_line(

@@ -1,4 +1,4 @@
-"""The `export` command by itself: what it takes, and what it refuses before anything heavy is imported."""
+"""The `export` command by itself: what it accepts, and what it refuses before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def test_the_options_are_the_settings_and_verify_gets_its_check() -> None:
     [
         (["C", "A", "--adapter", "P"], SettingsError, "--adapter is P; give it or the checkpoint C, not both"),
         (["A", "--adapter", "P"], SettingsError, "--adapter is P; it needs --base, the model that it was trained on"),
-        (["C", "A", "--gate", "token"], SettingsError, "--gate is token; it goes with --adapter; .*"),
+        (["C", "A", "--gate", "token"], SettingsError, "--gate is token; it needs --adapter; .*"),
         (["A"], ExportError, "give a checkpoint folder and ARTIFACT, or --adapter, --base and ARTIFACT"),
     ],
 )
-def test_sources_that_contradict_each_other_are_told(words: list[str], kind: type[IMSMError], told: str) -> None:
+def test_sources_that_contradict_each_other_are_refused(words: list[str], kind: type[IMSMError], told: str) -> None:
     with pytest.raises(kind) as caught:
         run(*words)
     message = caught.value.told(lambda name: f"--{name}")
     assert message == told or message.startswith(told.removesuffix(".*")), message
 
 
-def test_a_checkpoint_that_is_not_there_is_one_error(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(IMSMError, match="the folder does not exist"):
         run(str(tmp_path / "none"), str(tmp_path / "artifact"))

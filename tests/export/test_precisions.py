@@ -84,7 +84,7 @@ def test_int8_caches_take_a_quarter_and_stay_close(int8_caches: Exported, tiny: 
     assert int8_caches.manifest["quality"]["argmax_agreement"] > 0.7
 
 
-def test_bf16_is_written_and_said_to_be_unverified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bf16_is_written_and_reported_as_unverified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="bf16"))
     assert exported.manifest["parity"]["max_abs_difference"] == {}
     inputs = {value["name"]: value["dtype"] for value in exported.manifest["graph"]["inputs"]}
@@ -95,10 +95,10 @@ def test_bf16_is_written_and_said_to_be_unverified(tmp_path: Path, capsys: pytes
     ("settings", "message"),
     [
         ({"precision": "int3"}, "precision is int3; choose one of fp32, "),
-        ({"activations": "fp16"}, "activations is fp16; it goes with int8 and int4 weights, and precision is fp32"),
+        ({"activations": "fp16"}, "activations is fp16; it needs int8 or int4 weights, and precision is fp32"),
         ({"precision": "int4", "activations": "fp8"}, "activations is fp8; choose one of"),
         ({"precision": "int4", "block_size": 24}, "block_size is 24; it must be a power of two"),
-        ({"calibrate": Path("x")}, "calibrate is x; calibration goes with"),
+        ({"calibrate": Path("x")}, "calibrate is x; calibration needs"),
         ({"kv_cache": "int2"}, "kv_cache is int2; choose one of float, int8"),
         ({"precision": "bf16", "eval_data": Path("x")}, "eval_data is x; the quality of bf16 cannot be measured"),
         ({"eval_texts": 0}, "eval_texts is 0; it must be at least 1"),
@@ -111,7 +111,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
         ExportSettings(**settings)  # type: ignore[arg-type]
 
 
-def test_an_adapter_of_a_rounded_backbone_wants_the_same_one() -> None:
+def test_an_adapter_of_a_rounded_backbone_needs_the_same_one() -> None:
     trained = {"precision": "int4", "block_size": 32}
     info = CheckpointInfo("m", None, "f", "query_aware", 8, "LORA", quantized_backbone=trained)
     lines: list[str] = []

@@ -179,7 +179,7 @@ def test_the_blended_steps_are_the_scores_of_the_same_text(exported: Exported) -
     assert max(differences) < AT_MOST
 
 
-def test_the_portable_form_has_no_operators_of_its_own(tmp_path: Path) -> None:
+def test_the_portable_form_has_none_of_the_projects_operators(tmp_path: Path) -> None:
     exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True))
     model = onnx.load(str(exported.artifact / "model.onnx"), load_external_data=False)
     assert not model.functions

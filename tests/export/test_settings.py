@@ -1,4 +1,4 @@
-"""The export's settings: importable without PyTorch, checked at once, and told in the command line's words."""
+"""The export's settings: importable without PyTorch, checked at once, and reported in the command line's words."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def test_what_follows_from_a_precision(
     assert settings.runs_here == (dtype_name != "bfloat16")
 
 
-def test_an_error_names_settings_as_it_is_told_to() -> None:
+def test_an_error_names_settings_as_its_caller_spells_them() -> None:
     with pytest.raises(SettingsError) as caught:
         ExportSettings(activations="fp16")
     error = caught.value
     assert error.told(lambda name: f"--{name}") == (
-        "--activations is fp16; it goes with int8 and int4 weights, and --precision is fp32"
+        "--activations is fp16; it needs int8 or int4 weights, and --precision is fp32"
     )
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

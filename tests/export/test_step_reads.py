@@ -29,7 +29,7 @@ def test_every_weight_of_an_artifact_is_counted(tiny: Exported) -> None:
     read = manifest.reads.bytes_per_step(3)
     table = 259 * 32 * 4  # of the untied embedding three rows are read
     assert read <= total - table + 3 * 32 * 4
-    assert read >= total - table - 2 * 640 * 4 * 4  # and rows of the rotary tables, if there are some
+    assert read >= total - table - 2 * 640 * 4 * 4  # and rows of the rotary tables, if there are any
 
 
 def test_a_table_costs_its_rows_unless_it_is_multiplied_too(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_trained_biases_of_the_first_layer_end_the_trunk(gpt2_folder: Path) -> N
         assert trunk_length(model.causal_lm, LAYERS, two_stream_layers(model.peft_model)) == 0
 
 
-def test_layers_are_found_under_other_names_and_experts_are_none(tmp_path: Path, gpt2_folder: Path) -> None:
+def test_layers_are_found_under_other_names_and_experts_are_not_layers(tmp_path: Path, gpt2_folder: Path) -> None:
     model = make_siamese(gpt2_folder, target_modules=["h.1.mlp.c_fc"]).causal_lm
     assert trunk_length(model, LAYERS, ["transformer.h.1.mlp.c_fc"]) == 1
     found = decoder_layers(load_base_model(str(make_zoo_base(tmp_path / "base", "mixtral"))), LAYERS)

@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line_and_its_exit_code(
         run(raising(error), "--debug")
 
 
-def test_a_fault_of_the_program_is_no_mistake_of_the_user() -> None:
+def test_a_bug_is_not_reported_as_a_users_mistake() -> None:
     with pytest.raises(ZeroDivisionError):
         run(raising(ZeroDivisionError()))
 
@@ -105,7 +105,7 @@ sys.exit(run_commands("program", [lambda commands: commands.add("act", act, "pri
     assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
 
 
-def test_a_function_of_another_package_is_offered_or_its_absence_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_function_of_another_package_is_offered_or_reported_missing(capsys: pytest.CaptureFixture[str]) -> None:
     def register(commands: Commands) -> None:
         commands.provide("double", lambda number: 2 * number)
         commands.provide("far", lambda: 0, needs=("no_such_package",), extra="export")

@@ -76,7 +76,7 @@ def test_without_a_topology_every_processor_is_a_core(tmp_path: Path) -> None:
             4.0,
             4,
         ),
-        (  # a container sees its own group where it is mounted, not under the path that it is told
+        (  # a container sees its own group where it is mounted, not under the path that it is given
             {
                 "proc/self/cgroup": V1,
                 "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000",
@@ -180,14 +180,14 @@ def record_sessions(monkeypatch: pytest.MonkeyPatch, available: list[str]) -> di
     return given
 
 
-def test_a_cuda_graph_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_graph_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     given = record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     for wanted in (True, False):
         open_session(_PROBE, Execution("cuda", cuda_graph=wanted))
         assert given["provider_options"] == [{"enable_cuda_graph": "1"} if wanted else {}, {}]
 
 
-def test_a_provider_with_threads_of_its_own_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_with_its_own_threads_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
     given = record_sessions(monkeypatch, available)
     open_session(_PROBE, Execution("openvino", threads=3))

@@ -47,7 +47,7 @@ def test_every_kind_of_option_sets_its_field() -> None:
     assert parse(*words.split()) == Every(5, 0.5, Path("a/b"), ["x", "y"], False, True, False, True)
 
 
-def test_a_field_without_help_is_no_option() -> None:
+def test_a_field_without_help_is_not_an_option() -> None:
     with pytest.raises((argparse.ArgumentError, SystemExit)):
         parse("--inner", "3")
     with pytest.raises((argparse.ArgumentError, SystemExit)):

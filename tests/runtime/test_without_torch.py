@@ -31,7 +31,7 @@ TRAIN = ["train", "--model", "m", "--data", "d", "--out", "o"]
 
 
 def run_blocked(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """cli.py in a process that cannot import what BANNED names; a file, since bench starts processes of its own."""
+    """cli.py in a process that cannot import what BANNED names; a file, since bench starts its own processes."""
     script = tmp_path / "blocked.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + BLOCKER)
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""BLOOM: attention of its own, with ALiBi (arXiv 2108.12409) added to the scores."""
+"""BLOOM: its own attention, with ALiBi (arXiv 2108.12409) added to the scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CodeGen: attention of its own, GPT-J's with queries, values and keys packed for four devices."""
+"""CodeGen: its own attention, GPT-J's with queries, values and keys packed for four devices."""
 
 from __future__ import annotations
 

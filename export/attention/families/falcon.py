@@ -1,4 +1,4 @@
-"""Falcon: attention of its own, with rotation or ALiBi (arXiv 2108.12409), and three layouts of heads."""
+"""Falcon: its own attention, with rotation or ALiBi (arXiv 2108.12409), and three layouts of heads."""
 
 from __future__ import annotations
 

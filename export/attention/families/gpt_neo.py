@@ -1,4 +1,4 @@
-"""GPT-Neo: attention of its own, unscaled, every other layer with a window that it keeps as a table in the layer."""
+"""GPT-Neo: its own attention, unscaled, every other layer with a window that it keeps as a table in the layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-J: attention of its own, with an interleaved rotation of part of each head from a table in every layer."""
+"""GPT-J: its own attention, with an interleaved rotation of part of each head from a table in every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MPT: attention of its own, with ALiBi (arXiv 2108.12409) added to the scores."""
+"""MPT: its own attention, with ALiBi (arXiv 2108.12409) added to the scores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from . import attention_function, register
 @register("mpt")
 @contextmanager
 def mpt(model: PreTrainedModel) -> Iterator[None]:
-    """Slopes come from the model's own function: what it takes off for one position back. The model converts its mask
-    to another type, so that there must be one; the attention here has no use for it."""
+    """Slopes come from the model's own function: what it subtracts for one position back. The model converts its mask
+    to another type, so there must be one; the attention here does not use it."""
     heads = model.config.n_heads
     slopes: Tensor = -modeling_mpt.build_mpt_alibi_tensor(heads, 2)[:, 0, :1]  # (heads, 1)
 

@@ -1,4 +1,4 @@
-"""XGLM: attention of its own, with the queries scaled before the heads are split."""
+"""XGLM: its own attention, with the queries scaled before the heads are split."""
 
 from __future__ import annotations
 

@@ -37,11 +37,11 @@ typedef struct {
   ImsmBlock* by_block;  // (blocks, rows), where they are many
 } ImsmActivations;
 
-// By how many bits the middle of what `bits` hold is larger than 1.
+// log2 of the middle of the range of `bits`, 8 or 128.
 static inline int imsm_middle(int bits) { return bits == 4 ? 3 : 7; }
 
-// Rounds `rows` rows of k activations for weights of `bits`. imsm_activations_end frees what it holds, after a failure
-// too.
+// Rounds `rows` rows of k activations for weights of `bits`. imsm_activations_end frees what it holds, even after a
+// failure.
 OrtStatus* imsm_activations_begin(ImsmActivations* activations, const OrtKernelContext* context, const float* x,
                                   size_t rows, size_t k, int bits);
 void imsm_activations_end(ImsmActivations* activations);

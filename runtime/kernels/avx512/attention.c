@@ -1,4 +1,4 @@
-// The heads that share keys are computed together, so that a cache is read once and not once a head. Softmax is
+// The heads that share keys are computed together, so that a cache is read once and not once per head. Softmax is
 // computed tile by tile of the cache with a running maximum (FlashAttention, arXiv 2205.14135). A long cache of a
 // single new token is divided into parts, whose results are merged by whichever thread finishes last.
 #include "attention.h"
@@ -139,7 +139,7 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
   }
 }
 
-// Puts the parts of one row and key's head together.
+// Merges the parts of one row and key head.
 static void merge(const ImsmAttention* attention, size_t row, size_t kv_head) {
   const size_t width = attention->size + 2;
   for (size_t g = 0; g < attention->group; g++) {
@@ -163,7 +163,7 @@ static void merge(const ImsmAttention* attention, size_t row, size_t kv_head) {
   }
 }
 
-// Some tokens of one row, all heads of one key's head, the whole cache or a part of it.
+// Some tokens of one row, all heads that share a key head, the whole cache or a part of it.
 TARGET static void attend_task(void* arguments, size_t task) {
   const ImsmAttention* attention = arguments;
   const size_t size = attention->size, group = attention->group, window = attention->window;

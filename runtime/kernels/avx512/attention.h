@@ -26,7 +26,7 @@ typedef struct {
   float* y;                        // (rows, tokens, heads, size)
   size_t rows, tokens, capacity;
 
-  size_t block, blocks;     // tokens of one task; tasks of a row and a key's head
+  size_t block, blocks;     // tokens of one task; tasks of a row and a key head
   size_t parts;             // of the cache
   float* partial;           // (rows, kv_heads, parts, group, size + 2): sums, largest score, sum of weights
   atomic_size_t* finished;  // (rows, kv_heads)

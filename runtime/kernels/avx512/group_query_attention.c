@@ -53,7 +53,7 @@ static OrtStatus* create(const ImsmOperator* operator, const OrtKernelInfo* info
   return NULL;
 }
 
-// The old caches: how many rows there are, the size of a head, and whether the kernel has that size.
+// The old caches: how many rows there are, the size of a head, and whether the kernel supports that size.
 static OrtStatus* read_caches(const OrtKernelContext* context, ImsmAttention* to, ImsmTensor* key, ImsmTensor* value) {
   IMSM_TRY(imsm_input(context, PAST_KEY, key));
   IMSM_TRY(imsm_input(context, PAST_VALUE, value));

@@ -81,7 +81,7 @@ OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* cont
 
 void imsm_low_rank_end(ImsmLowRank* change) { free(change->low); }
 
-// x A of `rows` changed rows, which is a constant where this is put in place, for ranks [r, r + 16) and k [start, end).
+// x A of `rows` changed rows, which is a constant where this is inlined, for ranks [r, r + 16) and k [start, end).
 TARGET static inline __attribute__((always_inline)) void multiply(const ImsmLowRank* change, size_t part, size_t first,
                                                                   const int rows, size_t r, size_t start, size_t end) {
   const __mmask16 lanes = first_lanes(change->rank - r);
@@ -92,7 +92,7 @@ TARGET static inline __attribute__((always_inline)) void multiply(const ImsmLowR
     sums[row] = _mm512_setzero_ps();
   }
   size_t k = start;
-  if (rows == 1) {  // four sums, so that one need not wait for the other
+  if (rows == 1) {  // four sums that do not wait for one another
     __m512 others[3] = {sums[0], sums[0], sums[0]};
     for (; k + 4 <= end; k += 4) {
       const float* values = x[0] + k;
@@ -163,7 +163,7 @@ TARGET void imsm_low_rank_fetch(const ImsmLowRank* change, size_t column, size_t
       _mm_prefetch((const char*)change->b + (r * change->n + column) * size + at, _MM_HINT_T0);
 }
 
-// `rows` and `registers` are constants where this is put in place, so that sums stay in registers.
+// `rows` and `registers` are constants where this is inlined, so that sums stay in registers.
 TARGET static inline __attribute__((always_inline)) void add(const ImsmLowRank* change, const float* low, size_t column,
                                                              size_t width, float* sums, size_t stride, const int rows,
                                                              const int registers) {

@@ -13,20 +13,20 @@ typedef struct {
   size_t rows;               // that are changed
   size_t* index;             // (rows) which ones those are
   float* factor;             // (rows)
-  float* low;                // (parts, rows, width): f x A, of which the first part is the sum once `ready`; NULL: none
+  float* low;                // (parts, rows, width): f x A, the first part becomes the sum once `ready`; NULL: none
   size_t parts, groups;      // x A is divided into parts of k, or groups of rows
   atomic_size_t claimed, done;
   atomic_int ready;
 } ImsmLowRank;
 
-// Finds the changed rows of x (rows, k): the factors are at input `factors`, as many as rows or each for as many rows
-// in turn, A at input `a`, B behind it. Does nothing where there are no factors. After a failure too, imsm_low_rank_end
-// frees what `change` holds; it must have been zero before.
+// Finds the changed rows of x (rows, k): the factors are at input `factors`, one per row, or one per run of equally
+// many rows, A at input `a`, B after it. Does nothing where there are no factors. imsm_low_rank_end frees what `change`
+// holds, even after a failure; `change` must be zero before the call.
 OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* context, size_t factors, size_t a,
                                const float* x, size_t rows, size_t k, size_t n);
 void imsm_low_rank_end(ImsmLowRank* change);
 
-// Any thread that needs `low` calls this: all that do compute it together.
+// Every thread that needs `low` calls this: the callers compute it together.
 void imsm_low_rank_wait(ImsmLowRank* change);
 
 // Fetches what `imsm_low_rank_add` reads for columns [column, column + width).

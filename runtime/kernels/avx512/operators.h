@@ -1,4 +1,4 @@
-// The operators, one in each file of its name. Those with a low-rank change have the inputs of the plain ones first.
+// The operators, each in the file of its name. Those with a low-rank change take the plain ones' inputs first.
 #pragma once
 
 #include "../kernels.h"

@@ -13,8 +13,8 @@ enum {
   TILE = 256,          // rows of one tile, at most
   WIDE = 32,           // columns of one tile
   TASK = 64,           // columns of one task where rows are few
-  LINE = 64,           // bytes of the cache's unit
-  AHEAD = 8192,        // bytes of weights to fetch before they are needed: the processor itself stops at a page's end
+  LINE = 64,           // bytes of a cache line
+  AHEAD = 8192,        // bytes of weights to fetch before they are needed: hardware prefetching stops at a page's end
   SCALES_AHEAD = 512,  // scales
 };
 

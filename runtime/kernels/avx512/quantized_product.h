@@ -15,7 +15,7 @@ typedef struct {
   ImsmLowRank* change;  // or NULL
 } ImsmQuantizedMatrix;
 
-// How many tasks the n columns of a product are.
+// How many tasks the n columns of a product are split into.
 size_t imsm_product_tasks(const ImsmActivations* activations, size_t n);
 
 // Computes one task's columns of y (rows, n), and says which ones those are.

@@ -66,7 +66,7 @@ FORMS = {
 
 
 def forms_of(model: Any) -> dict[str, nn.Module]:
-    """What the exporter asks for, as it asks for it."""
+    """The forms, requested as the exporter does."""
     with original_biases(model), torch.no_grad():
         return two_stream_layers(model)
 
@@ -126,7 +126,7 @@ def test_a_change_keeps_its_structure(base_folder: Path, name: str) -> None:
     assert (adapter["dense_delta_bytes"] > 0) == ("dense delta" in FORMS[name])
 
 
-def test_loha_is_two_factors_where_these_are_smaller_and_one_matrix_else(base_folder: Path) -> None:
+def test_loha_is_two_factors_where_these_are_smaller_and_one_matrix_otherwise(base_folder: Path) -> None:
     forms = forms_of(make_siamese_with(base_folder, "loha").peft_model)  # rank 4, that is 16 when multiplied
     assert isinstance(forms["model.layers.0.self_attn.k_proj"], DenseDelta)  # 16 x 32
     assert isinstance(forms["model.layers.0.mlp.up_proj"], LowRank)  # 60 x 32
@@ -178,7 +178,7 @@ def test_the_frozen_weight_is_shared_and_not_copied(base_folder: Path) -> None:
             assert forms[layer.name].base_layer is layer.frozen
 
 
-def test_whole_matrices_are_told_with_their_size_and_can_be_refused(base_folder: Path) -> None:
+def test_whole_matrices_are_reported_with_their_size_and_can_be_refused(base_folder: Path) -> None:
     model = make_siamese_with(base_folder, "hira").peft_model
     adapter = describe_adapter("HIRA", forms_of(model), {})
     sizes = [layer.frozen.get_parameter("weight").numel() for layer in adapted_layers(model)]
@@ -258,7 +258,7 @@ def test_lora_on_experts_changes_each_expert_and_keeps_their_weights(name: str, 
 
 
 @torch.no_grad()
-def test_lora_on_a_router_gives_the_adapter_a_router_of_its_own(tmp_path: Path) -> None:
+def test_lora_on_a_router_gives_the_adapter_its_own_router(tmp_path: Path) -> None:
     base = load_base_model(str(make_zoo_base(tmp_path / "base", "mixtral")))
     config = LoraConfig(r=3, target_modules=[], target_parameters=["mlp.gate.weight"], task_type="CAUSAL_LM")
     model = attach_adapter(base, config)

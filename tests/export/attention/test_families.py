@@ -1,4 +1,4 @@
-"""Families with attention of their own give the same through the attention interface as by themselves."""
+"""Families with their own attention compute the same through the attention interface as without it."""
 
 from __future__ import annotations
 

@@ -133,6 +133,6 @@ def test_a_model_that_caches_other_layers_or_heads_is_refused(model: SiameseMode
         find_scales(model, replace(plan, layers=heads), TEXTS)
 
 
-def test_the_node_is_told_of_them(scales: KVScales) -> None:
+def test_the_node_gets_them(scales: KVScales) -> None:
     assert scales.of(1) == (scales.keys[1], scales.values[1])
     assert scales.attributes == {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}

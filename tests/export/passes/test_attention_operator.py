@@ -56,7 +56,7 @@ def test_other_attention_stays(arguments: dict[str, Any], reason: Declined) -> N
     assert not model.functions
 
 
-def test_the_projects_own_attention_is_no_candidate() -> None:
+def test_the_projects_own_attention_is_not_a_candidate() -> None:
     model = attention_model()
     use_own_attention(model)
     assert use_own_attention(model) == Outcome()

@@ -1,4 +1,4 @@
-"""Weights of more dimensions that the graph only lays out anew."""
+"""Weights of more dimensions that the graph only rearranges."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERLEAVED = """g (float[2, 6, 8] w, float[b, 8] x) => (float[2, b, 6] y)
       y = MatMul(x, p) }"""
 
 
-def test_a_weight_that_is_only_laid_out_anew_is_laid_out_in_the_file() -> None:
+def test_a_weight_that_is_only_rearranged_is_rearranged_in_the_file() -> None:
     model = with_weight(graph(INTERLEAVED), "w", EXPERTS)
     before = run(model, x=X)
     assert fold_layout(model) == Outcome(4)
@@ -38,11 +38,11 @@ def test_a_weight_that_is_read_in_two_layouts_is_stored_once() -> None:
     assert fold_layout(with_weight(graph(twice), "w", EXPERTS)) == Outcome(0, Counter({READ_TWICE.reason: 1}))
 
 
-def test_an_input_is_not_laid_out() -> None:
+def test_an_input_is_not_rearranged() -> None:
     assert fold_layout(graph(INTERLEAVED)) == Outcome()
 
 
-def test_a_transpose_without_axes_turns_them_around() -> None:
+def test_a_transpose_without_axes_reverses_them() -> None:
     text = "g (float[2, 6, 8] w, float[8, 2, 3] x) => (float[8, 6, 3] y) { t = Transpose(w) y = MatMul(t, x) }"
     model = with_weight(graph(text), "w", EXPERTS)
     x = np.random.default_rng(3).standard_normal((8, 2, 3)).astype(np.float32)

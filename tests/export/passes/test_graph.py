@@ -19,7 +19,7 @@ def test_the_only_user_is_one_node_that_reads_a_value_once() -> None:
     assert [only_user(value) for value in (y, b, z, e)] == [None] * 4  # an output, two readers, an output, read twice
 
 
-def test_a_new_node_leaves_out_what_is_none_at_the_end() -> None:
+def test_a_new_node_leaves_out_trailing_none_inputs() -> None:
     model = graph("g (float[2] x) => (float[2] y) { y = Neg(x) }")
     x, negation = model.graph.inputs[0], next(iter(model.graph))
     node = add_node(negation, "Clip", [x, None, x, None, None])

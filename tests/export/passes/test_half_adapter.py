@@ -36,7 +36,7 @@ def test_the_adapters_large_matrices_alone_are_stored_in_half() -> None:
     np.testing.assert_allclose(run(model, x=x)[0], before, atol=0.3, rtol=1e-2)
 
 
-def test_values_that_float16_does_not_reach_stay_in_float32() -> None:
+def test_values_too_large_for_float16_stay_in_float32() -> None:
     model = graph(
         'g (float[b, 64] x, float[64, 32] "l.adapter_a") => (float[b, 32] y) { y = MatMul(x, "l.adapter_a") }'
     )

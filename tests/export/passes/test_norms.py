@@ -1,4 +1,4 @@
-"""RMS norms as one node, and what is none."""
+"""RMS norms as one node, and what is not one."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ STEPS = ordered_passes(Quantizer(Quantization(4)))
 NOTHING = Sweep("nothing", "x -> x", lambda model: 0)
 
 
-def test_passes_have_names_of_their_own_and_say_what_they_replace() -> None:
+def test_passes_have_distinct_names_and_say_what_they_replace() -> None:
     names = [step.apply.name for step in STEPS]
     assert len(set(names)) == len(names)
     assert all("->" in step.apply.pattern for step in STEPS)
@@ -46,7 +46,7 @@ def test_stages_run_where_they_belong() -> None:
     ]
 
 
-def test_only_the_default_form_gets_operators_of_its_own() -> None:
+def test_only_the_default_form_gets_the_projects_operators() -> None:
     for own, stages in ((True, [Stage.AFTER_VERIFICATION, Stage.OWN_OPERATORS]), (False, [Stage.AFTER_VERIFICATION])):
         constants: dict[str, Any] = {"w": np.zeros((8, 1, 16), np.uint8), "s": np.ones((8, 1), np.float32)}
         model = graph(

@@ -107,7 +107,7 @@ def test_products_are_those_with_the_rounded_weights(bits: int, block_size: int,
     assert_same(logits(model), logits(rounded(made(PRODUCT), BOTH, settings)))
 
 
-def test_what_the_weights_became_is_told_by_their_names() -> None:
+def test_what_the_weights_became_is_reported_by_their_names() -> None:
     done = quantize(made(PRODUCT), INT4)
     assert set(done.weights) == set(BOTH)
     expected = round_to_nearest(WEIGHTS["model.up.weight"].T, 4, 32, True)
@@ -135,7 +135,7 @@ ADDED = 'p = MatMul(x, "model.up.weight") '
     ],
     ids=["bias", "bias first", "Gemm", "Gemm without", "a number", "a row", "the adapter's", "two readers", "a scale"],
 )
-def test_a_bias_is_taken_in_where_nothing_else_reads_the_product(lines: str, nodes: list[str]) -> None:
+def test_a_bias_is_absorbed_where_nothing_else_reads_the_product(lines: str, nodes: list[str]) -> None:
     model = made(lines)
     assert quantize(model, INT4).matrices == 2
     assert kinds(model) == [*nodes, "MatMulNBits"]
@@ -248,7 +248,7 @@ def test_the_file_holds_tied_tensors_once_and_the_nodes_read_the_same_bytes(tmp_
     np.testing.assert_array_equal(session.run(None, {"x": X, "input_ids": IDS, "others": IDS})[0], before)
 
 
-def test_the_products_compute_in_int8_only_when_told_so() -> None:
+def test_the_products_compute_in_int8_only_on_request() -> None:
     model = made(PRODUCT)
     quantize(model, INT4)
     exact = logits(model)

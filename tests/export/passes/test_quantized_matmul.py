@@ -82,7 +82,7 @@ def test_a_change_of_another_form_stays(
         np.testing.assert_allclose(new, old, atol=1e-5)
 
 
-def test_a_sum_with_something_else_is_no_change_that_stays() -> None:
+def test_a_sum_with_something_else_is_not_a_change_that_stays() -> None:
     model = model_of(f"plain = {product()} y = Add(plain, x)")
     assert fuse_quantized_matmul(model) == Outcome(1)
     assert kinds(model) == ["QuantizedMatMul", "Add"]

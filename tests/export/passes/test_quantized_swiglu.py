@@ -1,4 +1,4 @@
-"""When SwiGLU becomes this project's own operator, and when not.
+"""When SwiGLU becomes this project's operator, and when not.
 
 What its kernel computes is tested in tests/parity/test_kernels.py."""
 
@@ -93,7 +93,7 @@ def test_other_gates_stay(lines: str, outputs: tuple[str, ...], reason: Declined
     assert kinds(model) == before
 
 
-def test_a_product_of_two_values_is_no_gate() -> None:
+def test_a_product_of_two_values_is_not_a_gate() -> None:
     model = model_of(f"gate = {product()} y = Mul(gate, x)")
     fuse_quantized_matmul(model)
     assert fuse_quantized_swiglu(model) == Outcome()

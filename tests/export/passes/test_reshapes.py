@@ -26,7 +26,7 @@ def test_reshape_of_a_reshape_becomes_one() -> None:
     np.testing.assert_array_equal(run(model, x=X)[0], before[0])
 
 
-def test_reshape_to_the_shape_that_a_value_has_already_goes_away() -> None:
+def test_reshape_to_the_shape_that_a_value_already_has_goes_away() -> None:
     model = graph(
         """g (float[2, 3, 8] x) => (float[2, 3, 8] y)
         <int64[4] heads = {2, 3, 2, 4}, int64[3] merged = {2, 3, 8}>

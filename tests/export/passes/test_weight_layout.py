@@ -14,7 +14,7 @@ X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
 W = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
 
 
-def test_a_weight_of_its_own_is_transposed_in_the_file() -> None:
+def test_an_unshared_weight_is_transposed_in_the_file() -> None:
     model = with_weight(
         graph("g (float[2, 3, 8] x, float[5, 8] w) => (float[2, 3, 5] y) { t = Transpose(w)  y = MatMul(x, t) }"),
         "w",
@@ -51,7 +51,7 @@ def test_transposes_of_computed_values_stay() -> None:
     assert kinds(model) == ["Abs", "Transpose"]
 
 
-def test_a_tied_weight_read_by_something_else_than_matmul_is_an_error() -> None:
+def test_a_tied_weight_read_by_something_other_than_matmul_is_an_error() -> None:
     model = with_weight(
         graph(
             """g (float[5, 8] w) => (float[5, 8] a, float[8, 5] y)
@@ -66,7 +66,7 @@ def test_a_tied_weight_read_by_something_else_than_matmul_is_an_error() -> None:
         lay_out_weights(model)
 
 
-def test_a_weight_left_in_pytorchs_layout_is_told() -> None:
+def test_a_weight_left_in_pytorchs_layout_is_reported() -> None:
     model = with_weight(graph("g (float[5, 8] w) => (float[8, 5] y) { t = Transpose(w) y = Abs(t) }"), "w", W)
     problem = weights_are_laid_out(model)
     assert problem is not None

@@ -40,7 +40,7 @@ def error(weight: Array, found: QuantizedWeight, inputs: Array) -> float:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("width", "block_size"), [(96, 32), (172, 64), (300, 128)])
-def test_the_error_on_inputs_that_it_never_saw_is_below_rounding_to_nearests(
+def test_the_error_on_unseen_inputs_is_below_that_of_rounding_to_nearest(
     width: int, block_size: int, bits: int, symmetric: bool
 ) -> None:
     weight = np.random.default_rng(0).normal(size=(24, width)).astype(np.float32)
@@ -52,7 +52,7 @@ def test_the_error_on_inputs_that_it_never_saw_is_below_rounding_to_nearests(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_inputs_that_say_nothing_of_each_other_are_rounded_to_nearest(symmetric: bool) -> None:
+def test_uncorrelated_inputs_are_rounded_to_nearest(symmetric: bool) -> None:
     weight = np.random.default_rng(0).normal(size=(24, 100)).astype(np.float32)
     weight[3, :32] = 0  # a block without a scale
     found = gptq(weight, np.eye(100, dtype=np.float32), 4, 32, symmetric)
@@ -60,7 +60,7 @@ def test_inputs_that_say_nothing_of_each_other_are_rounded_to_nearest(symmetric:
     np.testing.assert_allclose(dequantize(found, 100), dequantize(nearest, 100), atol=1e-6)
 
 
-def test_an_input_that_calibration_never_has_keeps_its_weight() -> None:
+def test_an_input_that_calibration_never_sees_keeps_its_weight() -> None:
     weight = np.random.default_rng(0).normal(size=(24, 64)).astype(np.float32)
     inputs = correlated_inputs(400, 64, 1)
     inputs[:, 5] = 0

@@ -27,7 +27,7 @@ def test_a_difference_within_pytorchs_own_rounding_is_not_the_graphs_fault(tiny:
 
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
-def test_a_larger_difference_is(tiny: Exported, difference: float) -> None:
+def test_a_larger_difference_is_the_graphs_fault(tiny: Exported, difference: float) -> None:
     with pytest.raises(VerificationError, match="logits in decode is off by"):
         judge(tiny, difference)
 
@@ -41,7 +41,7 @@ def test_float64_leaves_the_model_as_it_was(tiny: Exported) -> None:
         assert tensor.dtype == before[name].dtype
 
 
-def test_rounded_arithmetic_may_be_off_in_places_and_not_everywhere() -> None:
+def test_rounded_arithmetic_may_be_off_in_places_but_not_everywhere() -> None:
     expected = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
     other = np.random.default_rng(1).standard_normal((4, 50)).astype(np.float32)
     spiked = expected.copy()

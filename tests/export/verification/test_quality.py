@@ -77,7 +77,7 @@ def test_large_logits_do_not_overflow() -> None:
     assert report.mean_kl > 1
 
 
-def test_logits_of_a_constant_more_are_the_same_distribution() -> None:
+def test_a_constant_added_to_the_logits_keeps_the_distribution() -> None:
     logits = random_logits(0)
     report = measure_quality(lambda text: logits[len(text)], lambda text: logits[len(text)] + 100, random_texts(40))
     assert report.mean_kl == pytest.approx(0, abs=1e-9)

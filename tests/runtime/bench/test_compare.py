@@ -121,7 +121,7 @@ def test_the_table_has_ratios_to_the_first_provider() -> None:
     assert lines[2].split()[5:9] == ["3.50", "1.00", "-", "1.00"]
     assert lines[-1] == (
         "openvino: 9 of 9 nodes on CPUExecutionProvider, none on OpenVINOExecutionProvider; fell back: MatMul 9; "
-        "50 % of the greedy tokens are the first's"
+        "50 % of the greedy tokens match the first's"
     )
 
 

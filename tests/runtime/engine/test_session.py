@@ -165,7 +165,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("failing", ["prefill", "second chunk", "decode"])
-def test_after_a_run_that_failed_the_conversation_goes_on_as_if_it_had_not_been(tiny: Exported, failing: str) -> None:
+def test_after_a_failed_run_the_conversation_continues_as_if_nothing_had_happened(tiny: Exported, failing: str) -> None:
     session = Session(tiny.artifact, threads=1)
     state, undisturbed = session.new_state(1), session.new_state(1)
     for each in (state, undisturbed):
@@ -264,7 +264,7 @@ def test_another_memory_bias_is_used_from_the_next_step_on(session: Session) -> 
     assert output.gate_mean[0] == 1
 
 
-def test_a_state_that_nobody_needs_is_freed_at_once(session: Session) -> None:
+def test_an_unused_state_is_freed_at_once(session: Session) -> None:
     state = session.new_state(1)
     session.prefill(state, [PROMPT])
     session.decode_step(state, [40])
@@ -289,7 +289,7 @@ def test_settings_that_execution_does_not_have_are_errors(tiny: Exported) -> Non
         Session(tiny.artifact, thread=1)
     with pytest.raises(SettingsError, match="threads is 0; it must be 1 to 1024"):
         Session(tiny.artifact, Execution(threads=0))
-    with pytest.raises(SettingsError, match="cuda_graph is True; it goes with provider cuda, not cpu"):
+    with pytest.raises(SettingsError, match="cuda_graph is True; it needs provider cuda, not cpu"):
         Session(tiny.artifact, cuda_graph=True)
     assert Session(tiny.artifact, Execution(threads=2), spin=False).execution == Execution(threads=2, spin=False)
 
@@ -350,7 +350,7 @@ def test_a_prefill_reads_no_more_rows_at_once_than_suit_the_provider(
     monkeypatch.setattr(session, "run_tokens", counted)
     monkeypatch.setattr(session, "prefill_rows", 8)
     np.testing.assert_allclose(session.prefill(session.new_state(batch), prompts).logits, whole, atol=1e-4)
-    assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; one token of every text at the least
+    assert max(sizes) == {1: 4, 2: 4, 5: 5}[batch]  # of the 8 rows, two streams; at least one token of every text
 
 
 def test_a_text_longer_than_a_block_decodes_as_if_it_were_prefilled(
@@ -402,5 +402,5 @@ def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, mo
         assert isinstance(binding, GraphDecodeBinding)
         assert binding.options is not None
         bindings.add(binding.options.get_run_config_entry("gpu_graph_id"))
-    assert len(bindings) > 1  # a graph of its own for every place of the caches
+    assert len(bindings) > 1  # a separate graph for every place of the caches
     np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)

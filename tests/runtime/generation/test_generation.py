@@ -60,7 +60,7 @@ def test_sampling_with_a_seed_repeats(model: Model) -> None:
     assert runs[0] != generate(model, "Hello", max_new_tokens=12).token_ids
 
 
-def test_a_conversation_that_goes_on_equals_one_fresh_run(model: Model) -> None:
+def test_a_continued_conversation_equals_one_fresh_run(model: Model) -> None:
     state = model.session.new_state(1)
     reply = [token.id for token in islice(generate_step(model.session, PROMPT, state=state), 5)]
     assert state.pending == [reply[-1]]  # chosen, not yet fed

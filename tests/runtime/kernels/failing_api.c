@@ -1,7 +1,7 @@
-// An onnxruntime of which one call fails, or all from one on, for every operator of the library.
+// An onnxruntime in which one call fails, or that call and all later ones, for every operator of the library.
 //
 // The nth call of onnxruntime's C interface, or the nth request for memory, fails: registration, creation or
-// computation then has to return just that failure, and to release all that it holds. A value that a failed call did
+// computation then has to return just that failure, and to release everything it holds. A value that a failed call did
 // not give is NULL here, so that using it ends the program. Prints a line for each operator; exits with 1 on the first
 // wrong answer. Linked with --wrap for malloc, calloc, realloc, aligned_alloc and free.
 #include <stdarg.h>
@@ -43,7 +43,7 @@ struct OrtStatus {
   OrtErrorCode code;
   char message[1024];
 };
-static OrtStatus* injected;  // the failure that was given last
+static OrtStatus* injected;  // the last failure
 static int memory_failed;
 
 static int fails(void) {
@@ -325,7 +325,7 @@ static void make_product(int matrices, int low_rank, int rows) {
   }
 }
 
-// Two rows, of which the first one has `known` tokens.
+// Two rows; the first has `known` tokens.
 static void make_attention(int tokens, int known) {
   enum { HEADS = 4, KEYS = 2, SIZE = 16, HALF = 8 };
   set_attribute("num_heads", HEADS), set_attribute("kv_num_heads", KEYS), set_attribute("do_rotary", 1);
@@ -359,7 +359,7 @@ static void make(const char* name, int large) {
 
 // ---- the test
 
-// `status` is what was returned after what failed, if anything did. Returns whether anything did.
+// `status`: what was returned after a failure, if there was one. Returns whether there was one.
 static int check(OrtStatus* status, long held_before) {
   const int failed = injected || memory_failed;
   CHECK(failed || status == NULL, "%s", status ? status->message : "");

@@ -1,4 +1,4 @@
-"""A node that contradicts itself is an exception that says how, whichever of the kernels has it."""
+"""A node that contradicts itself raises an exception that says how, in every kernel."""
 
 from __future__ import annotations
 
