@@ -27,3 +27,5 @@ class TraceError(ExportError):
 
 class VerificationError(ExportError):
     """The exported graph does not compute what PyTorch computes."""
+
+    exit_code = 1  # a check that failed

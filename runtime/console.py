@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import MissingPackageError
 from .options import add_options, read_options, spelt_option
@@ -25,7 +26,7 @@ GROUP = "imsm.commands"
 DISTRIBUTION = "imsm-runtime"
 DESCRIPTION = "Tune, export and run siamese language models (IMSM)."
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports them
-Settings = TypeVar("Settings")
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 Register = Callable[["Commands"], None]
 Run = Callable[[argparse.Namespace], int]
 
@@ -45,6 +46,10 @@ class IntermixedParser(argparse.ArgumentParser):
     """Allows options anywhere between the positional arguments; the first of those may be left out."""
 
     _splitting = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own does not know -1e4
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -19,6 +19,13 @@ class IMSMRuntimeError(Exception):
 
     exit_code = 2
 
+    def told(self, spell: Callable[[str], str]) -> str:
+        """The message, with settings' names as `spell` writes them: a command line has options instead."""
+        return re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__())
+
+    def __str__(self) -> str:
+        return self.told(str)
+
 
 class ArtifactError(IMSMRuntimeError):
     """An ARTIFACT folder that is incomplete, damaged, or contradicts itself."""
@@ -45,10 +52,11 @@ class SettingsError(IMSMRuntimeError):
         self.name, self.value, self.rule = name, value, rule
 
     def told(self, spell: Callable[[str], str]) -> str:
-        """The message, with settings' names as `spell` writes them: a command line has options instead."""
         rule = re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), self.rule)
         value = repr(self.value) if self.value == "" else self.value
         return f"{spell(self.name)} is {value}; {rule}"
 
-    def __str__(self) -> str:
-        return self.told(str)
+
+def setting(name: str) -> str:
+    """A setting's name inside a message. The marks around it are in no text that a user may give, as braces are."""
+    return f"\x02{name}\x03"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported
 
 COMMANDS = ("train", "export", "verify", "inspect", "generate", "bench", "doctor")
@@ -21,6 +22,13 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
     options = [line.split()[0].rstrip(",") for line in text.splitlines() if line.startswith("  -")]
     assert options
     assert "None" not in text  # a default that says nothing
+
+
+def other_checkpoint(folder: Path) -> Path:
+    """A checkpoint on another base model."""
+    base = make_base_folder(folder / "other_base", head_dim=12)
+    save_tiny_checkpoint(make_siamese(base), base, folder / "other_checkpoint")
+    return folder / "other_checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,9 @@ def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[
             "--memory-bias is nan; it must be a number",
         ),
         (["verify", "ARTIFACT", "--checkpoint", "/no/where"], "no checkpoint at /no/where"),
+        (["verify", "ARTIFACT", "--checkpoint", "OTHER"], "was not exported from"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--memory-bias", "-1e4", "--top-k", "-1"], "--top-k is -1"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--provider", "coreml"], "or allow it with --allow-fallback"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -68,6 +79,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         "DATA": data,
         "OUT": tmp_path / "out",
     }
+    if "OTHER" in arguments:
+        names["OTHER"] = other_checkpoint(tmp_path)
     assert cli.main([str(names.get(word, word)) for word in arguments]) == 2
     *progress, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")

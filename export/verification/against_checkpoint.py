@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from imsm_core.checkpoint import load_checkpoint
+from imsm_core.errors import CheckpointError
 
 from ..artifact import MANIFEST
 from ..settings import ExportSettings
@@ -21,7 +22,13 @@ def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str 
     AdapterError or VerificationError.
     """
     manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-    model, _ = load_checkpoint(checkpoint, base_model)
+    model, info = load_checkpoint(checkpoint, base_model)
+    made_from = (manifest["base_model"] or {}).get("fingerprint")
+    if made_from != info.base_fingerprint:
+        raise CheckpointError(
+            f"{artifact} was not exported from {checkpoint}: its base model's fingerprint is {str(made_from)[:12]}…, "
+            f"the checkpoint's is {info.base_fingerprint[:12]}…"
+        )
     quantized = manifest["quantization"] is not None or manifest["kv_cache"] == "int8"
     tolerance = math.inf if quantized else ExportSettings(manifest["precision"]).tolerance
     return verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"], tolerance)

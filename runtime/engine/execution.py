@@ -34,4 +34,4 @@ class Execution:
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise SettingsError("threads", self.threads, f"it must be 1 to {MOST_THREADS}")
         if self.cuda_graph and self.provider != "cuda":
-            raise SettingsError("cuda_graph", self.cuda_graph, f"it needs {{provider}} cuda, not {self.provider}")
+            raise SettingsError("provider", self.provider, "{cuda_graph} needs cuda")

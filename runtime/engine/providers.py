@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from ..errors import ArtifactError, ProviderError
+from ..errors import ArtifactError, ProviderError, setting
 from ..machine import usable_cores
 from . import own_kernels
 from .execution import Execution
@@ -72,7 +72,7 @@ def open_session(
         why = "did not start" if wanted in names else "is not part of this onnxruntime"
         raise ProviderError(
             f"execution provider {execution.provider!r} is not in use (in use: {', '.join(session.get_providers())}): "
-            f"it {why}; run `doctor`, or let it fall back (allow_fallback)"
+            f"it {why}; run `doctor`, or allow it with {setting('allow_fallback')}"
         )
     return session
 
