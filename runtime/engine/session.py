@@ -96,7 +96,10 @@ class Session(LoadedGraph):
         if longest > self.manifest.context_length:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
         self.reserve(state, longest)
-        return self.binding_of(state).step(state, chosen)
+        with state.unchanged_on_error():
+            output = self.binding_of(state).step(state, chosen)
+            state.pending = [None] * state.batch
+        return output
 
     def binding_of(self, state: DecodeState) -> DecodeBinding:
         """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""

@@ -64,17 +64,7 @@ class DecodeBinding:
         self.run()
         logits = self.outputs["logits"][:, 0].copy()
         gates = self.outputs["gate_mean"][:, 0].copy() if self.graph.siamese else None
-        counted: tuple[Array, ...] = (state.lengths, state.reply_sum, state.reply_count)
-        before = [array.copy() for array in counted]
-        try:
-            self._count(state)
-        except BaseException:  # Ctrl-C between two lines
-            for array, old in zip(counted, before, strict=True):
-                array[...] = old
-            for marks, length in zip(state.marks, state.lengths, strict=True):
-                marks.cut(int(length))
-            raise
-        state.pending = [None] * state.batch
+        self._count(state)
         return StepOutput(logits, gates)
 
     def _count(self, state: DecodeState) -> None:
