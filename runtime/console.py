@@ -87,11 +87,7 @@ class Commands:
         )
 
         def checked(args: argparse.Namespace) -> int:
-            if missing := _missing(needs):
-                raise MissingPackageError(
-                    f"{name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-                    f"run {_installation(extra)}"
-                )
+            _require(name, needs, extra)
             return run(args)
 
         parser.set_defaults(run=checked)
@@ -102,8 +98,7 @@ class Commands:
         """Offer a function to the commands of other packages. needs, extra: as `add` has them."""
 
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if missing := _missing(needs):
-                raise MissingPackageError(f"this needs {', '.join(missing)}; run {_installation(extra)}")
+            _require("this", needs, extra)
             return function(*args, **kwargs)
 
         self._services[name] = checked
@@ -170,6 +165,15 @@ def _version() -> str:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
         return "(not installed)"
+
+
+def _require(what: str, needs: Collection[str], extra: str | None) -> None:
+    """Raise MissingPackageError if a package of `needs` is missing."""
+    if missing := _missing(needs):
+        raise MissingPackageError(
+            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"run {_installation(extra)}"
+        )
 
 
 def _missing(needs: Iterable[str]) -> list[str]:

@@ -115,7 +115,10 @@ def test_a_function_of_another_package_is_offered_or_reported_missing(capsys: py
 
     assert run_commands("program", [register], ["near"]) == 42
     assert run_commands("program", [register], ["far"]) == 2
-    assert "needs no_such_package; run pip install 'imsm-runtime[export]'" in capsys.readouterr().err
+    assert (
+        "this needs no_such_package, which is not installed; run pip install 'imsm-runtime[export]'"
+        in capsys.readouterr().err
+    )
     assert run_commands("program", [register], ["none"]) == 2
     assert "no installed package offers nobody" in capsys.readouterr().err
 
