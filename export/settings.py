@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imsm_core.choices import check_block_size, one_of
 from imsm_core.errors import SettingsError
 
-from .choices import FLOATS, KV_CACHES, LARGEST_PERPLEXITY_CHANGE, PRECISIONS, WEIGHT_BITS, check_block_size, one_of
+from .choices import FLOATS, KV_CACHES, LARGEST_PERPLEXITY_CHANGE, PRECISIONS, WEIGHT_BITS
 
 HALF_TOLERANCE = 0.05
 

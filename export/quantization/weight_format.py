@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits  # as its own quantizer does
 
-from ..choices import check_block_size
+from imsm_core.choices import check_block_size
+
 from ..errors import ExportError
 
 Array = NDArray[Any]
