@@ -166,17 +166,18 @@ def test_no_step_brings_the_vocabulary_to_the_host(on_device: Session, monkeypat
     numpy = onnxruntime.OrtValue.numpy
 
     def counted(value: Any) -> Any:
-        sizes.append(int(np.prod(value.shape())))
-        return numpy(value)
+        found = numpy(value)
+        sizes.append(found.nbytes)
+        return found
 
     monkeypatch.setattr(onnxruntime.OrtValue, "numpy", counted)
     on_device.decode_likeliest(state, [1, 2])
     assert isinstance(binding, DeviceDecodeBinding)
-    assert sizes
-    assert max(sizes) <= 2 * on_device.manifest.hidden_size < on_device.manifest.vocab_size
+    (size,) = sizes  # in one copy: id, logit, gate and two hidden states of each row
+    assert size == 2 * (8 + 4 + 4 + 2 * 4 * on_device.manifest.hidden_size)
     sizes.clear()
     on_device.decode_step(state, [1, 2])
-    assert max(sizes) == 2 * on_device.manifest.vocab_size
+    assert sorted(sizes) == sorted([size, 2 * 4 * on_device.manifest.vocab_size])
 
 
 def test_a_cuda_graph_gets_a_new_place_for_every_move_of_the_caches_and_few_of_them(
