@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import count
 from typing import Any
 
@@ -143,8 +144,10 @@ class DeviceDecodeBinding(DecodeBinding):
         logits = device.empty(shape, np.float32)
         self.binding.bind_ortvalue_output("logits", logits)
         if graph.cuda_graph:
+            number = next(_graph_ids)
             self.options = onnxruntime.RunOptions()
-            self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+            self.options.add_run_config_entry("gpu_graph_id", str(number))
+            weakref.finalize(self, _release, graph.onnx, number).atexit = False
         return StepLogits(device, logits, shape[-1], self.results)
 
     def run(self) -> None:
@@ -163,6 +166,12 @@ class DeviceDecodeBinding(DecodeBinding):
     def fetch(self) -> None:
         """Bring `outputs` to the host."""
         self.results.fetch()
+
+
+def _release(onnx: onnxruntime.InferenceSession, number: int) -> None:
+    """Free a captured graph. Versions of onnxruntime that cannot keep it as long as the session."""
+    if hasattr(onnx, "release_captured_graph"):
+        onnx.release_captured_graph(number)
 
 
 def _mark(state: DecodeState) -> None:
