@@ -128,8 +128,10 @@ def _version(model: ir.Model, node: ir.Node) -> Mapping[str, Any] | None:
 
 def _variables(version: Mapping[str, Any] | None, key: str, values: Sequence[ir.Value | None]) -> list[str]:
     """The type variable of each value; "" where it is unknown."""
-    formal = [] if version is None else [name.removesuffix("...") for name in version[key].split()]
-    return [formal[min(place, len(formal) - 1)] if formal else "" for place in range(len(values))]
+    formal = [] if version is None else version[key].split()
+    repeats = bool(formal) and formal[-1].endswith("...")
+    named = [variable.removesuffix("...") for variable in formal]
+    return [*named, *[named[-1] if repeats else ""] * len(values)][: len(values)] if named else [""] * len(values)
 
 
 def _spelled(dtype: ir.DataType) -> str:

@@ -91,7 +91,8 @@ def report_quality(quality: QualityReport, settings: ExportSettings, report: Rep
 
 def report_cuda_kernels(kernels: CudaKernels, report: Report) -> None:
     """One line: a warning where nodes have no kernel."""
-    sizes = f" ({kernels.shape_nodes} of them compute sizes, on the CPU)" if kernels.shape_nodes else ""
+    verb = "computes" if kernels.shape_nodes == 1 else "compute"
+    sizes = f" ({kernels.shape_nodes} of them {verb} sizes, on the CPU)" if kernels.shape_nodes else ""
     if not kernels.missing:
         report(f"cuda      {kernels.nodes} nodes, all with kernels in onnxruntime-gpu {kernels.onnxruntime}{sizes}")
         return

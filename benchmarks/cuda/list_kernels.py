@@ -85,7 +85,7 @@ def _short(type_: str) -> str:
 
 def merged(kernels: Iterable[Types]) -> list[Types]:
     """The same, with kernels that differ in one type variable alone as one; in a fixed order."""
-    found = list({tuple(sorted(each.items())): each for each in kernels}.values())
+    found = list({tuple(sorted(each.items())): dict(each) for each in kernels}.values())
     found.sort(key=lambda each: sorted((key, sorted(types)) for key, types in each.items()))
     joined = True
     while joined:

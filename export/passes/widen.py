@@ -52,8 +52,8 @@ def _cast(before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 widen_without_kernel = Rewrite(
     "widen_without_kernel",
-    "a node in half precision that onnxruntime's CUDA provider has in float32 alone (in bfloat16: Pad, TopK, a norm with "
-    "a scale in float32) -> Cast to float32, the node, Cast back",
+    "a node in half precision that onnxruntime's CUDA provider has in float32 alone (in bfloat16: Pad, TopK, norms "
+    "with a float32 scale) -> Cast to float32, the node, Cast back",
     _candidates,
     _check,
     _rewrite,
