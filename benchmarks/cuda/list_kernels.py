@@ -33,10 +33,10 @@ def kernel_list(kernels: Sequence[Any], schemas: Sequence[Any]) -> dict[str, dic
 
     kernels, schemas: as onnxruntime gives them.
     """
-    versions = defaultdict(dict)
+    versions: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for schema in schemas:
         versions[schema.domain, schema.name][schema.since_version] = schema
-    ours = defaultdict(list)
+    ours: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for kernel in kernels:
         if kernel.provider == "CUDAExecutionProvider" and kernel.domain in DOMAINS:
             ours[kernel.domain, kernel.op_name].append(kernel)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as ir
 from onnxscript.rewriter import pattern
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 from onnxscript.rewriter.ort_fusions.skip_normalization import SkipRmsNormFusion
@@ -12,20 +11,21 @@ from onnxscript.rewriter.ort_fusions.skip_normalization import SkipRmsNormFusion
 from .rewrite import Sweep
 
 
-class _OfOneType(SkipRmsNormFusion):  # type: ignore[misc]
+class _OfOneType(SkipRmsNormFusion):
     """The node has one type for all that it reads, and half-precision norms may scale in float32."""
 
-    def check(self, op: Any, input: ir.Value, skip: ir.Value, gamma: ir.Value, **others: Any) -> pattern.MatchResult:
+    def check(self, op: Any, input: Any, skip: Any, gamma: Any, *others: Any, **named: Any) -> Any:
         if gamma.dtype != input.dtype:
             return pattern.MatchResult().fail("The scale has another type.", gamma)
-        return super().check(op, input, skip, gamma, **others)
+        return super().check(op, input, skip, gamma, *others, **named)
 
 
+_rule: Any = _OfOneType.rule
 _skip_rules = pattern.RewriteRuleSet(
     [
-        _OfOneType.rule("SkipRmsNormPreBias", has_bias=True, bias_pre_add=True),
-        _OfOneType.rule("SkipRmsNormBias", has_bias=True),
-        _OfOneType.rule("SkipRmsNorm"),
+        _rule("SkipRmsNormPreBias", has_bias=True, bias_pre_add=True),
+        _rule("SkipRmsNormBias", has_bias=True),
+        _rule("SkipRmsNorm"),
     ]
 )
 
