@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .replaced import replaced
 
-_NOT_ROUTED = -1e30  # the router input of the experts that a token is not routed to
+_NOT_ROUTED = -1e30  # the router input of the experts that a token is not routed to, where the type can hold it
 _SMALLEST_WEIGHT = 1e-37
 _NAME = "imsm_emit"
 
@@ -128,17 +128,19 @@ def _lay_out(experts: Any, swiglu: SwiGLU) -> _Weights:
 def _node(
     weights: _Weights, swiglu: SwiGLU, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    logs = top_k_weights.float().clamp(min=_SMALLEST_WEIGHT).log()
-    router = hidden_states.new_full((1, weights.up.shape[0]), _NOT_ROUTED).expand(hidden_states.shape[0], -1)
+    dtype = hidden_states.dtype
+    logs = top_k_weights.float().clamp(min=_SMALLEST_WEIGHT).log().to(dtype)
+    not_routed = max(_NOT_ROUTED, torch.finfo(dtype).min)
+    router = hidden_states.new_full((1, weights.up.shape[0]), not_routed).expand(hidden_states.shape[0], -1)
     output = torch.onnx.ops.symbolic(
         "com.microsoft::MoE",
         [hidden_states, router.scatter(1, top_k_index, logs), *weights],
         {"k": top_k_index.shape[1], "normalize_routing_weights": 1, **swiglu.attributes()},
-        dtype=hidden_states.dtype,
+        dtype=dtype,
         shape=hidden_states.shape,
         version=1,
     )
-    return output * top_k_weights.sum(-1, keepdim=True)
+    return output * top_k_weights.sum(-1, keepdim=True).to(dtype)
 
 
 ExpertsChange = dict[str, tuple[Tensor, Tensor]]
@@ -226,7 +228,8 @@ def every_expert(
 ) -> Tensor:
     """Every expert for every token, weighted by 0 where the token is not routed to it."""
     count = experts.num_experts
-    weights = torch.zeros_like(hidden_states[:, :1]).expand(-1, count).scatter(1, top_k_index, top_k_weights)
+    zeros = torch.zeros_like(hidden_states[:, :1]).expand(-1, count)
+    weights = zeros.scatter(1, top_k_index, top_k_weights.to(zeros.dtype))
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     total = torch.zeros_like(hidden_states)
     for index in range(count):

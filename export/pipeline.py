@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from transformers import PreTrainedTokenizerBase
 
 from imsm_core.backbone import load_tokenizer
@@ -16,13 +17,15 @@ from imsm_core.files import publish_folder, refuse_existing
 from imsm_core.foreign import assemble
 from imsm_core.siamese import SiameseModel
 
-from .artifact import MANIFEST, write_graph, write_manifest, write_tokenizer
+from .artifact import GRAPH, MANIFEST, write_graph, write_manifest, write_tokenizer
+from .cuda_kernels import CudaKernels, cuda_kernels
 from .passes import finish_quantized, run_passes
 from .passes.quantization import Quantized
 from .passes.rewrite import Outcome
 from .prepare import Prepared, prepare
 from .report import (
     Report,
+    report_cuda_kernels,
     report_other_backbone,
     report_parity,
     report_passes,
@@ -133,11 +136,13 @@ class Written:
 
 @dataclass(frozen=True)
 class Verified:
-    """passes: of the published graph. quality: None without texts to measure it on."""
+    """passes: of the published graph. quality: None without texts to measure it on. cuda_kernels: None for graphs that
+    compute in float32, which are not for GPUs."""
 
     passes: dict[str, Outcome]
     parity: ParityReport
     quality: QualityReport | None
+    cuda_kernels: CudaKernels | None
 
 
 def write(prepared: Prepared, folder: Path, report: Report) -> Written:
@@ -187,7 +192,11 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     if prepared.texts.evaluation:
         quality = evaluate(folder, prepared.model, written.graph.streams, prepared.texts.evaluation)
         report_quality(quality, settings, report)
-    return Verified(passes, parity, quality)
+    kernels = None
+    if settings.dtype_name != "float32":
+        kernels = cuda_kernels(ir.load(folder / GRAPH))
+        report_cuda_kernels(kernels, report)
+    return Verified(passes, parity, quality, kernels)
 
 
 def describe(prepared: Prepared, written: Written, verified: Verified, folder: Path) -> dict[str, Any]:
@@ -211,6 +220,7 @@ def describe(prepared: Prepared, written: Written, verified: Verified, folder: P
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "parity": verified.parity.as_dict(),
         "quality": None if quality is None else quality.as_dict(),
+        "cuda_kernels": None if verified.cuda_kernels is None else verified.cuda_kernels.as_dict(),
         "tokens": write_tokenizer(prepared.tokenizer, prepared.model.causal_lm, folder),
     }
     return write_manifest(

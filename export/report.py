@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .attention.plan import AttentionPlan
+from .cuda_kernels import CudaKernels
 from .model_facts import ModelFacts
 from .passes.quantization import Quantized
 from .passes.rewrite import Outcome
@@ -86,3 +87,17 @@ def report_quality(quality: QualityReport, settings: ExportSettings, report: Rep
     )
     for warning in quality_warnings(quality, settings.max_perplexity_change):
         report(f"warning   {warning}")
+
+
+def report_cuda_kernels(kernels: CudaKernels, report: Report) -> None:
+    """One line: a warning where nodes have no kernel."""
+    verb = "computes" if kernels.shape_nodes == 1 else "compute"
+    sizes = f" ({kernels.shape_nodes} of them {verb} sizes, on the CPU)" if kernels.shape_nodes else ""
+    if not kernels.missing:
+        report(f"cuda      {kernels.nodes} nodes, all with kernels in onnxruntime-gpu {kernels.onnxruntime}{sizes}")
+        return
+    missing = ", ".join(f"{count} {operator}" for operator, count in kernels.missing.items())
+    report(
+        f"warning   onnxruntime-gpu {kernels.onnxruntime} has no CUDA kernel for {sum(kernels.missing.values())} of "
+        f"{kernels.nodes} nodes: {missing}; they run on the CPU with copies, and no CUDA graph can be captured"
+    )

@@ -113,8 +113,8 @@ def _attention_bias(
         zero, one = torch.zeros_like(total), torch.ones_like(total)
         # The size of the result is the value of `total`, which no shape in the trace has; only broadcasting follows.
         length = step.past[index][0][0].shape[2] + sequence
-        positions = torch.onnx.ops.symbolic("Range", [zero, total, one], dtype=total.dtype, shape=(length,))
-        bias = key_bias(positions.float(), (total - 1).float())
+        positions = torch.onnx.ops.symbolic("Range", [zero, total, one], dtype=total.dtype, shape=(length,)).float()
+        bias = key_bias(positions, positions.amax(0))  # not of `total`, which CUDA's provider has on the host
         bias = bias[None, :, None, :] + torch.zeros(sequence)[None, None, :, None]
         step.attention_biases[group] = bias.to(step.dtype)
     return step.attention_biases[group]

@@ -27,6 +27,7 @@ from .reshapes import merge_reshapes
 from .rewrite import Outcome, Pass
 from .silu import fuse_silu
 from .weight_layout import lay_out_weights, weights_are_laid_out
+from .widen import widen_without_kernel
 
 
 class Stage(Enum):
@@ -75,6 +76,7 @@ def ordered_passes(quantizer: Quantizer | None = None) -> tuple[Step, ...]:
         Step(Stage.BEFORE_QUANTIZATION, fuse_silu),
         Step(Stage.BEFORE_QUANTIZATION, use_own_attention),
         None if quantizer is None else Step(Stage.QUANTIZATION, quantizer, problem=head_is_quantized),
+        Step(Stage.CLEANING, widen_without_kernel),
         Step(Stage.CLEANING, drop_unused_inputs),
         Step(Stage.CLEANING, name_dimensions),
         Step(Stage.CLEANING, strip_metadata),

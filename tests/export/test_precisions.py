@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from export.pipeline import check_quantized_backbone
@@ -63,6 +64,13 @@ def test_fp16_has_half_precision_caches_in_the_portable_form(half: Exported) -> 
     assert half.manifest["activations"] == "float16"
 
 
+def test_the_manifest_of_half_precision_says_which_nodes_have_no_cuda_kernel(half: Exported, tiny: Exported) -> None:
+    nodes = len(onnx.load(str(half.artifact / "model.onnx"), load_external_data=False).graph.node)
+    found = half.manifest["cuda_kernels"]
+    assert found == {"onnxruntime": found["onnxruntime"], "nodes": nodes, "shape_nodes": 1, "missing": {}}
+    assert tiny.manifest["cuda_kernels"] is None
+
+
 def test_the_quality_report_is_in_the_manifest(half: Exported) -> None:
     quality = half.manifest["quality"]
     assert quality["texts"] == 6
@@ -89,6 +97,7 @@ def test_bf16_is_written_and_reported_as_unverified(tmp_path: Path, capsys: pyte
     assert exported.manifest["parity"]["max_abs_difference"] == {}
     inputs = {value["name"]: value["dtype"] for value in exported.manifest["graph"]["inputs"]}
     assert inputs["past_key_values.base.0.key"] == "bfloat16"
+    assert exported.manifest["cuda_kernels"]["missing"] == {}
 
 
 @pytest.mark.parametrize(

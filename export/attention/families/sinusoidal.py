@@ -18,5 +18,6 @@ class SinusoidalRotation:
     def __call__(self, x: Tensor, position_ids: Tensor) -> Tensor:
         """x: (rows, heads, S, head_dim), position_ids: (rows, S) -> like x."""
         width = 2 * self.cos.shape[-1]
-        rotated = rotary_node(x[..., :width], position_ids, self.cos, self.sin, interleaved=True)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        rotated = rotary_node(x[..., :width], position_ids, cos, sin, interleaved=True)
         return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)

@@ -1,8 +1,9 @@
-"""XGLM: its own attention, with the queries scaled before the heads are split."""
+"""XGLM: its own attention, with the queries scaled before the heads are split, and positions in float32 always."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,16 @@ from . import attention_function, register
 
 
 @register("xglm")
-def xglm(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """The same attention as elsewhere, through the interface."""
+@contextmanager
+def xglm(model: PreTrainedModel) -> Iterator[None]:
+    """The same attention as elsewhere, through the interface; positions of the type of the embeddings that they are
+    added to."""
+    positions = modeling_xglm.XGLMSinusoidalPositionalEmbedding
+    embed = positions.forward
+
+    def forward_positions(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        embedded: Tensor = embed(self, *arguments, **named)
+        return embedded.to(model.dtype)
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **arguments: Any
@@ -28,4 +37,5 @@ def xglm(model: PreTrainedModel) -> AbstractContextManager[None]:
         output, _ = attention_function(model)(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.out_proj(output.reshape(rows, sequence, width)), None
 
-    return replaced(modeling_xglm.XGLMAttention, "forward", forward)
+    with replaced(modeling_xglm.XGLMAttention, "forward", forward), replaced(positions, "forward", forward_positions):
+        yield

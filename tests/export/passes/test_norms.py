@@ -34,3 +34,15 @@ def test_rms_norms_of_a_residual_sum_become_one_node_with_the_same_numbers() -> 
 def test_a_norm_over_another_exponent_is_not_an_rms_norm() -> None:
     model = graph(RMS.replace("two = {2}", "two = {3}"))
     assert fuse_rms_norm(model) == Outcome(0)
+
+
+def test_a_norm_that_scales_in_another_type_keeps_the_sum_apart() -> None:
+    """Gemma in half precision: SkipSimplifiedLayerNormalization has one type for all that it reads."""
+    text = """g (float16[2, 3, 8] x, float16[2, 3, 8] r, {scale}[8] w) => ({scale}[2, 3, 8] y)
+        {{ s = Add(x, r)
+          y = SimplifiedLayerNormalization<axis = -1, stash_type = 1>(s, w) }}"""
+    mixed = graph(text.format(scale="float"))
+    assert fuse_skip_rms_norm(mixed) == Outcome(0)
+    alike = graph(text.format(scale="float16"))
+    assert fuse_skip_rms_norm(alike) == Outcome(1)
+    assert kinds(alike) == ["SkipSimplifiedLayerNormalization"]
