@@ -99,5 +99,6 @@ def report_cuda_kernels(kernels: CudaKernels, report: Report) -> None:
     missing = ", ".join(f"{count} {operator}" for operator, count in kernels.missing.items())
     report(
         f"warning   onnxruntime-gpu {kernels.onnxruntime} has no CUDA kernel for {sum(kernels.missing.values())} of "
-        f"{kernels.nodes} nodes: {missing}; they run on the CPU with copies, and no CUDA graph can be captured"
+        f"{kernels.nodes} nodes: {missing}; what the CPU has a kernel for runs there, with copies, and no CUDA graph "
+        "can be captured"
     )
