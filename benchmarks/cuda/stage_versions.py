@@ -30,11 +30,11 @@ def run(plan: Plan, document: Document) -> None:
 
     document.note("onnxruntime", {"version": onnxruntime.__version__, "file": onnxruntime.__file__})
     document.note("onnxruntime_providers", onnxruntime.get_available_providers())
-    from runtime.doctor import examine
-
-    document.note("doctor", examine())
     if torch.cuda.is_available():
         document.note("copy_gb_per_s", round(_copy_speed(torch), 1))
+    from runtime.doctor import examine
+
+    document.note("doctor", examine())  # last: it starts every provider, and a broken one may end the process
     document.note("libraries", _loaded_libraries())
 
 

@@ -16,6 +16,7 @@ import torch
 from benchmarks.cuda import __main__ as driver
 from benchmarks.cuda import deepen, models, parts, report, speed, stage_parity
 from benchmarks.cuda.document import COMPLETE, CUT, Document, Plan, read_json
+from export.settings import ExportSettings
 from imsm_core.reference import reference_step
 from runtime import Session
 from tests.exported import Exported
@@ -105,7 +106,7 @@ def test_a_stage_that_fails_says_why_and_what_it_had_stays(tmp_path: Path) -> No
 
 def test_parity_accepts_what_agrees_and_refuses_what_does_not(tiny: Exported, tmp_path: Path) -> None:
     session = Session(tiny.artifact, threads=1)
-    case = stage_parity.Case(models.Recipe({}, models.ExportSettings()), ())
+    case = stage_parity.Case(models.Recipe({}, ExportSettings()), ())
     plan = Plan(tmp_path, tmp_path, "cpu")
     halved = copy.deepcopy(tiny.model)
     halved.causal_lm.half()
