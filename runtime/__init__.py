@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.execution import Execution
     from .engine.session import Session
-    from .engine.state import DecodeState, StepOutput
+    from .engine.state import DecodeState, LikeliestOutput, StepOutput
     from .errors import ArtifactError, IMSMRuntimeError, MissingPackageError, PromptError, ProviderError, SettingsError
     from .generation.generation import (
         Chunk,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "engine.execution": ("Execution",),
     "engine.session": ("Session",),
-    "engine.state": ("DecodeState", "StepOutput"),
+    "engine.state": ("DecodeState", "LikeliestOutput", "StepOutput"),
     "errors": (
         "ArtifactError",
         "IMSMRuntimeError",
@@ -67,6 +67,7 @@ __all__ = [
     "Generation",
     "GenerationSettings",
     "IMSMRuntimeError",
+    "LikeliestOutput",
     "MissingPackageError",
     "Model",
     "PromptError",

@@ -113,11 +113,11 @@ def _run(session: Session, timer: RunTimer, prompts: list[list[int]], new_tokens
     """Greedy decoding."""
     state = session.new_state(len(prompts))
     times = [time.perf_counter()]
-    tokens = [session.prefill(state, prompts).logits.argmax(-1)]
+    tokens = [session.prefill_likeliest(state, prompts).ids[:, 0]]
     times.append(time.perf_counter())
     inside = [timer.seconds]
     for _ in range(new_tokens - 1):
-        tokens.append(session.decode_step(state, tokens[-1]).logits.argmax(-1))
+        tokens.append(session.decode_likeliest(state, tokens[-1]).ids[:, 0])
         times.append(time.perf_counter())
         inside.append(timer.seconds)
     first, *steps = (np.diff(times) * 1e3).tolist()

@@ -1,7 +1,7 @@
 """The key/value caches of one group of rows: one buffer per layer and part, bound as past and present at once.
 
 Buffers hold `capacity` tokens and grow in blocks, never to the model's longest text by default. Knows nothing about
-graphs: it is given names and geometry.
+graphs: it is given names and geometry, and a place that holds the buffers and copies them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import PromptError
 from ..manifest import LayerCache
+from .place import WORD, Host, Place
 
 Array = NDArray[Any]
 BLOCK = 256
@@ -22,13 +23,12 @@ BFLOAT16 = 16  # as ONNX numbers element types; NumPy has no such type
 
 
 class KVCache:
-    """Buffers of shape (streams * batch, kv_heads, capacity, head_size) on `device`, named layer.part. Rows are stream
+    """Buffers of shape (streams * batch, kv_heads, capacity, head_size) at `place`, named layer.part. Rows are stream
     by stream: the base's row of text 0, of text 1, ..., then the adapter's.
 
-    layers: geometry by the layer's index. batch: texts. streams: rows that each text has here, 1 or 2. virtual: what
-    the last stream's rows begin with, before their text: layer.part -> (kv_heads, V, head_size); the other rows have
-    room there that they do not use. NumPy has no bfloat16, so such caches cannot be copied: reserve all of the room at
-    once; `take` and `join` raise PromptError.
+    layers: geometry by the layer's index. batch: texts. streams: rows that each text has here, 1 or 2. dtype: of the
+    values, as the manifest spells it. virtual: what the last stream's rows begin with, before their text: layer.part ->
+    (kv_heads, V, head_size); the other rows have room there that they do not use.
     """
 
     def __init__(
@@ -37,15 +37,16 @@ class KVCache:
         batch: int,
         streams: int = 1,
         dtype: str = "float32",
-        device: str = "cpu",
+        place: Place | None = None,
         virtual: Mapping[str, Array] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.batch = batch
         self.streams = streams
+        self.dtype = dtype
         self.element_type: Any = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
-        self.dtype = np.dtype("uint16" if dtype == "bfloat16" else dtype)
-        self.device = device
+        self.itemsize = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+        self.place = place or Host()
         self.virtual = dict(virtual or {})
         self.virtual_tokens = next((array.shape[1] for array in self.virtual.values()), 0)
         self.capacity = 0
@@ -60,26 +61,20 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         cells = sum(2 * layer.kv_heads * layer.head_size for layer in self.layers.values())
-        return cells * self.rows * self.capacity * self.dtype.itemsize
+        return cells * self.rows * self.capacity * self.itemsize
 
     def reserve(self, length: int) -> bool:
         """Make room for `length` tokens of text a row; returns whether the buffers moved (bindings are then stale)."""
         if not self.is_short_of(length):
             return False
         capacity = _in_blocks(length + self.virtual_tokens)
+        rows = np.arange(self.rows)
         buffers: dict[str, onnxruntime.OrtValue] = {}
         for name, layer in self._named_layers():
-            if self.element_type == BFLOAT16:
-                shape = (self.rows, layer.kv_heads, capacity, layer.head_size)
-                buffers[name] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, BFLOAT16, self.device)
-                continue
-            grown = self._zeros(layer, capacity)
             if self.capacity:
-                old = self._buffers[name]  # its NumPy view does not keep it alive
-                grown[:, :, : self.capacity] = old.numpy()
-            elif self.virtual:
-                grown[-self.batch :, :, : self.virtual_tokens] = self.virtual[name]
-            buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self.device)
+                buffers[name] = self.place.copied([self._buffers[name]], rows, self.capacity, capacity)
+            else:
+                buffers[name] = self.place.put(self._first_words(name, layer, capacity))
         self._buffers, self.capacity = buffers, capacity  # all at once: memory may run out on the way
         return True
 
@@ -106,46 +101,61 @@ class KVCache:
             if row is None:
                 yield name, (self.rows, *row_shape), address
             else:
-                yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.dtype.itemsize
+                yield name, (1, *row_shape), address + row * int(np.prod(row_shape)) * self.itemsize
 
     def _copied(self, length: int, sources: Sequence[tuple[KVCache, Sequence[int]]]) -> KVCache:
         """The chosen texts of several caches of this form, one after the other."""
-        if self.element_type == BFLOAT16:
-            raise PromptError("rows of bfloat16 caches cannot be copied: NumPy has no bfloat16")
-        batch = sum(len(texts) for _, texts in sources)
-        made = KVCache(self.layers, batch, self.streams, self.dtype.name, self.device, self.virtual)
-        if batch == 0 or length == 0:
+        sources = [(source, texts) for source, texts in sources if len(texts)]
+        made = self._like(sum(len(texts) for _, texts in sources))
+        if not sources or length == 0:
             return made  # without buffers, as a new one
-        made.capacity = _in_blocks(length + self.virtual_tokens)
-        for name, layer in self._named_layers():
-            buffer = made._zeros(layer, made.capacity)
-            by_stream = buffer.reshape(self.streams, batch, *buffer.shape[1:])
-            first = 0
-            for source, texts in sources:
-                to = by_stream[:, first : first + len(texts)]
-                first += len(texts)
-                used = min(source.capacity, made.capacity)
-                if used == 0 or not len(texts):
-                    if self.virtual:
-                        to[-1, :, :, : self.virtual_tokens] = self.virtual[name]
-                    continue
-                value = source._buffers[name]
-                array = value.numpy()
-                array = array.reshape(self.streams, source.batch, *array.shape[1:])
-                to[:, :, :, :used] = array[:, list(texts), :, :used]
-            made._buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer, self.device)
+        capacity, first, rows = _in_blocks(length + self.virtual_tokens), 0, []
+        for source, texts in sources:
+            # By stream: where this cache's rows are among those of all of them.
+            rows.append(first + np.arange(source.rows).reshape(self.streams, source.batch)[:, list(texts)])
+            first += source.rows
+        wanted = np.concatenate(rows, axis=1).reshape(-1)
+        filled = [source._filled() for source, _ in sources]
+        for name, _ in self._named_layers():
+            buffers = [source._buffers[name] for source in filled]
+            made._buffers[name] = self.place.copied(buffers, wanted, length + self.virtual_tokens, capacity)
+        made.capacity = capacity
+        return made
+
+    def _like(self, batch: int) -> KVCache:
+        """A new cache of this form."""
+        return KVCache(self.layers, batch, self.streams, self.dtype, self.place, self.virtual)
+
+    def _filled(self) -> KVCache:
+        """This cache, or one with buffers if it has none yet."""
+        if self.capacity:
+            return self
+        made = self._like(self.batch)
+        made.reserve(1)
         return made
 
     def _form(self) -> tuple[object, ...]:
-        return self.layers, self.streams, self.element_type, self.device, self.virtual_tokens
+        return self.layers, self.streams, self.dtype, self.place.name, self.virtual_tokens
 
-    def _zeros(self, layer: LayerCache, capacity: int) -> Array:
-        return np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size), self.dtype)
+    def _first_words(self, name: str, layer: LayerCache, capacity: int) -> Array:
+        """What a buffer begins with: zeros, which any type has, and virtual tokens."""
+        words = np.zeros((self.rows, layer.kv_heads, capacity, layer.head_size * self.itemsize // WORD), np.int64)
+        if self.virtual:
+            values = words.view(np.uint16 if self.dtype == "bfloat16" else self.dtype)
+            first = self.virtual[name]
+            values[-self.batch :, :, : self.virtual_tokens] = _bfloat16(first) if self.dtype == "bfloat16" else first
+        return words
 
     def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
         for index, layer in self.layers.items():
             for part in ("key", "value"):
                 yield f"{index}.{part}", layer
+
+
+def _bfloat16(values: Array) -> Array:
+    """The bits of float32 values as bfloat16 has them, rounded to the nearest and to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _in_blocks(length: int) -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 
 from ..errors import ArtifactError, PromptError, SettingsError
 from ..manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
-from .cache import BFLOAT16, KVCache
+from .cache import KVCache
+from .device import Device
 from .execution import Execution
 from .marks import Marks
+from .place import Host, Logits, Place
 from .providers import ON_DEVICE, PROVIDERS, open_session
 from .signature import check_signature
 from .state import DecodeState
@@ -30,11 +33,21 @@ NO_GRAPH = -1
 QUERY_GATES = ("query_aware", "query_mixed")
 
 
+class TokenOutputs(NamedTuple):
+    """What a run over tokens gives. logits: (B * N, vocab), until the next run. gate_mean: (B, N); query_sum (B, 2, d)
+    and query_count (B,): the query's state after it; None in a base-only graph."""
+
+    logits: Logits
+    gate_mean: Array | None
+    query_sum: Array | None
+    query_count: Array | None
+
+
 class LoadedGraph:
     """An open graph.
 
-    onnx: the onnxruntime session. device: where the caches live, as onnxruntime calls it. on_run: called with the
-    seconds of every run of the graph, for whoever measures; None costs nothing.
+    onnx: the onnxruntime session. place: where the caches live and logits stay. on_run: called with the seconds of
+    every run of the graph, for whoever measures; None costs nothing.
     """
 
     def __init__(self, folder: Path | str, execution: Execution, profile: Path | None = None) -> None:
@@ -46,7 +59,7 @@ class LoadedGraph:
         self.onnx = open_session(self.folder / GRAPH, execution, profile)
         check_signature(self.onnx, self.manifest)
         in_use = PROVIDERS[execution.provider] in self.onnx.get_providers()
-        self.device = ON_DEVICE.get(execution.provider, "cpu") if in_use else "cpu"
+        self.place: Place = _place(execution) if in_use else Host()
         self.cuda_graph = execution.cuda_graph and in_use
         self.virtual = _read_virtual_tokens(self.folder, self.manifest)
         self.artifact = "+".join(entry.sha256 for _, entry in sorted(self.manifest.files.items()))
@@ -57,6 +70,11 @@ class LoadedGraph:
     def providers(self) -> list[str]:
         """The execution providers in use, as onnxruntime names them."""
         return list(self.onnx.get_providers())
+
+    @property
+    def on_device(self) -> bool:
+        """Whether caches and logits are in the memory of the provider's own device."""
+        return isinstance(self.place, Device)
 
     @property
     def siamese(self) -> bool:
@@ -80,7 +98,7 @@ class LoadedGraph:
                     batch,
                     2 if group == "both" else 1,
                     dtypes[f"past_key_values.{group}.{next(iter(layers))}.key"],
-                    self.device,
+                    self.place,
                     self.virtual if group in ("both", "adapter") else None,
                 )
                 for group, layers in self.manifest.groups.items()
@@ -108,10 +126,10 @@ class LoadedGraph:
 
     def run_tokens(
         self, state: DecodeState, input_ids: Array, query_mask: Array, row: int | None, every: bool = False
-    ) -> dict[str, Array]:
-        """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits (B, N, vocab)
-        at each row's last new token, or at `every` one. query_mask: (B, S), 1 at the tokens, which belong to the query.
-        The state's caches are written; its lengths and sums are not."""
+    ) -> TokenOutputs:
+        """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits at each row's
+        last new token, or at `every` one. query_mask: (B, S), 1 at the tokens, which belong to the query. The state's
+        caches are written; its lengths and sums are not."""
         rows = slice(None) if row is None else slice(row, row + 1)
         batch, sequence = input_ids.shape
         lengths = state.lengths[rows]
@@ -135,31 +153,36 @@ class LoadedGraph:
         for name in self.input_names & feed.keys():
             binding.bind_cpu_input(name, np.ascontiguousarray(feed[name]))
         self.bind_caches(binding, state, row)
-        names = ["logits", *(["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else [])]
+        binding.bind_output("logits", self.place.name)
+        names = ["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else []
         for name in names:
             binding.bind_output(name, "cpu")
         options = onnxruntime.RunOptions()
         if self.cuda_graph:
             options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
         self.run(binding, options)
-        return dict(zip(names, _last_outputs(binding, len(names)), strict=True))
+        logits, *numbers = binding.get_outputs()[-1 - len(names) :]  # in the order in which they were bound
+        found = [np.asarray(value.numpy()) for value in numbers] if self.siamese else [None] * 3
+        return TokenOutputs(self.place.logits(logits, self.manifest.vocab_size), *found)
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None = None) -> None:
         """past and present are the same buffer: attention appends new keys to the old ones."""
         for group, cache in state.caches.items():
             for name, shape, address in cache.bindings(row):
-                place = (self.device, 0, cache.element_type, shape, address)
+                place = (self.place.name, 0, cache.element_type, shape, address)
                 binding.bind_input(f"past_key_values.{group}.{name}", *place)
                 binding.bind_output(f"present.{group}.{name}", *place)
 
     def reserve(self, state: DecodeState, length: int) -> None:
-        """Make room for `length` tokens of every row."""
-        if any(cache.element_type == BFLOAT16 for cache in state.caches.values()):  # they do not grow
-            length = self.manifest.context_length + self.manifest.padding
-        short = [cache for cache in state.caches.values() if cache.is_short_of(length)]
-        if short:
-            state.layout = object()  # before the first one moves: the next may not get its memory
-        for cache in short:
+        """Make room for `length` tokens of every row. With a CUDA graph the room at least doubles, as every move of the
+        caches needs a new one."""
+        if not any(cache.is_short_of(length) for cache in state.caches.values()):
+            return
+        if self.cuda_graph:
+            longest = self.manifest.context_length + self.manifest.padding
+            length = max(length, min(2 * min(cache.capacity for cache in state.caches.values()), longest))
+        state.layout = object()  # before the first one moves: the next may not get its memory
+        for cache in state.caches.values():
             cache.reserve(length)
 
     def check_state(self, state: DecodeState) -> None:
@@ -204,7 +227,9 @@ def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
     return found
 
 
-def _last_outputs(binding: onnxruntime.IOBinding, count: int) -> list[Array]:
-    """The last `count` bound outputs as NumPy arrays: onnxruntime returns outputs in the order of binding."""
-    bound = binding.get_outputs()
-    return [np.asarray(value.numpy()) for value in bound[len(bound) - count :]]
+def _place(execution: Execution) -> Place:
+    """Where a provider has its memory."""
+    if execution.provider not in ON_DEVICE:
+        return Host()
+    alone = replace(execution, threads=1, cuda_graph=False)
+    return Device(ON_DEVICE[execution.provider], lambda graph: open_session(graph, alone))

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .loaded_graph import LoadedGraph
+from .loaded_graph import LoadedGraph, TokenOutputs
 from .marks import Mark
-from .state import DecodeState, StepOutput
+from .place import Logits
+from .state import DecodeState
 
 Array = NDArray[Any]
+Pick = Callable[[Logits], tuple[Array, ...]]
+"""What a step wants of its logits: arrays, each with one entry a row."""
 Texts = Sequence[Sequence[int]]
 ZERO = np.float32(0)
 
 
 class Piece(NamedTuple):
-    """Tokens that one run reads: a text for every row of the state, some of them perhaps empty, or for one `row`."""
+    """Tokens that one run reads: a text for every row of the state, some of them perhaps empty, or for one `row`. ends:
+    for each of them, whether these are the last tokens of its text."""
 
     row: int | None
     texts: Texts
+    ends: Sequence[bool]
 
 
 def plan_prefill(texts: Texts, chunk: int, padding: int, batched: bool, starts_empty: bool) -> Iterator[Piece]:
@@ -34,7 +39,7 @@ def plan_prefill(texts: Texts, chunk: int, padding: int, batched: bool, starts_e
     if batched:
         yield from _in_chunks(texts, chunk if len(texts) == 1 else min(chunk, padding), None)
     elif starts_empty and max(map(len, texts)) <= chunk:
-        yield Piece(None, texts)
+        yield Piece(None, texts, [True] * len(texts))
     else:
         for row, text in enumerate(texts):
             yield from _in_chunks([text], chunk, row)
@@ -42,26 +47,30 @@ def plan_prefill(texts: Texts, chunk: int, padding: int, batched: bool, starts_e
 
 def _in_chunks(texts: Texts, chunk: int, row: int | None) -> Iterator[Piece]:
     for start in range(0, max(map(len, texts)), chunk):
-        yield Piece(row, [text[start : start + chunk] for text in texts])
+        ends = [start < len(text) <= start + chunk for text in texts]
+        yield Piece(row, [text[start : start + chunk] for text in texts], ends)
 
 
-def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int) -> StepOutput:
-    """Read one text a row, all of it part of the query; a row's output is that of its last token."""
+def read(
+    graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, pick: Pick
+) -> tuple[tuple[Array, ...], Array | None]:
+    """Read one text a row, all of it part of the query. Returns what was picked from the logits of each row's last
+    token, and its gate's mean, (B,) float32, None in a base-only artifact."""
     starts_empty = not state.lengths.any() and not graph.virtual
-    logits: list[Array | None] = [None] * state.batch
+    rows: list[tuple[Array, ...]] = [()] * state.batch
     gates: list[Array | None] = [None] * state.batch
     for piece in plan_prefill(texts, chunk, graph.manifest.padding, graph.manifest.batched_chunks, starts_empty):
-        output = _read_piece(graph, state, piece)
-        for index, text in enumerate(piece.texts):
-            if len(text):
-                row = index if piece.row is None else piece.row
-                logits[row] = output.logits[index]
-                gates[row] = None if output.gate_mean is None else output.gate_mean[index]
+        outputs = _read_piece(graph, state, piece)
+        picked = pick(outputs.logits) if any(piece.ends) else ()
+        for index in np.flatnonzero(piece.ends):
+            row = int(index) if piece.row is None else piece.row
+            rows[row] = tuple(array[index] for array in picked)
+            gates[row] = None if outputs.gate_mean is None else outputs.gate_mean[index, 0]
     found = [gate for gate in gates if gate is not None]
-    return StepOutput(np.stack([row for row in logits if row is not None]), np.array(found) if found else None)
+    return tuple(np.stack(column) for column in zip(*rows, strict=True)), np.array(found) if found else None
 
 
-def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> StepOutput:
+def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> TokenOutputs:
     """Run a piece and count it in. An empty text leaves its row as it is; its output means nothing."""
     first = 0 if piece.row is None else piece.row
     rows = slice(first, first + len(piece.texts))
@@ -73,9 +82,9 @@ def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> StepOut
         query_mask[index, : len(text)] = 1
     outputs = graph.run_tokens(state, input_ids, query_mask, piece.row)
     state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
-    if not graph.siamese:
-        return StepOutput(outputs["logits"][:, 0], None)
-    sums, counts = outputs["present_query_sum"], outputs["present_query_count"]
+    sums, counts = outputs.query_sum, outputs.query_count
+    if sums is None or counts is None:
+        return outputs
     state.query_sum[rows] = sums
     state.query_count[rows] = counts
     if state.gate_reads_query:
@@ -83,4 +92,4 @@ def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> StepOut
             if len(text):
                 length = int(state.lengths[first + index])
                 state.marks[first + index].read.append(Mark(length, sums[index], counts[index], ZERO, ZERO))
-    return StepOutput(outputs["logits"][:, 0], outputs["gate_mean"][:, 0])
+    return outputs

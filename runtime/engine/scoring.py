@@ -9,25 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .loaded_graph import LoadedGraph
+from .place import Logits
 from .state import DecodeState
 
 Array = NDArray[Any]
 
 
+def log_probabilities(logits: Logits, ids: Sequence[int]) -> Array:
+    """(rows,) float64, nats: of one token of each row."""
+    chosen = np.asarray(ids, np.int64)
+    found: Array = logits.of_tokens(chosen).astype(np.float64) - logits.log_normalizer()
+    return found
+
+
 def score_continuation(
-    graph: LoadedGraph, state: DecodeState, first_logits: Array, continuation: Sequence[int], chunk: int
+    graph: LoadedGraph, state: DecodeState, first: Array, continuation: Sequence[int], chunk: int
 ) -> Array:
     """Log-probabilities (nats) of each token of `continuation`, (len(continuation),) float64, after a state of one row
-    whose prompt gave `first_logits` (1, vocab). The continuation is not part of the query. chunk: tokens read at once.
-    """
-    logits = [first_logits]
+    whose prompt gave the `first` one's (1,). The continuation is not part of the query. chunk: tokens read at once."""
+    found = [first]
     for start in range(0, len(continuation) - 1, chunk):
         part = list(continuation[start : min(start + chunk, len(continuation) - 1)])
         outputs = graph.run_tokens(state, np.array([part]), np.zeros((1, len(part)), np.float32), row=None, every=True)
-        logits.append(outputs["logits"][0])
+        found.append(log_probabilities(outputs.logits, continuation[start + 1 : start + 1 + len(part)]))
         state.lengths[0] += len(part)
-    table = np.concatenate(logits).astype(np.float64)
-    table -= table.max(-1, keepdims=True)
-    table -= np.log(np.exp(table).sum(-1, keepdims=True))
-    found: Array = table[np.arange(len(continuation)), np.asarray(continuation, np.int64)]
-    return found
+    return np.concatenate(found)

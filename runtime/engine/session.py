@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from ..errors import PromptError, SettingsError
 from .execution import Execution
 from .loaded_graph import LoadedGraph
-from .prefill import read
-from .scoring import score_continuation
-from .state import DecodeState, StepOutput
-from .step import DecodeBinding, GraphDecodeBinding
+from .place import Logits
+from .prefill import Pick, read
+from .scoring import log_probabilities, score_continuation
+from .state import DecodeState, LikeliestOutput, StepOutput
+from .step import DecodeBinding, DeviceDecodeBinding
 
 Array = NDArray[Any]
 CPU_PREFILL_ROWS = 256
@@ -55,6 +56,64 @@ class Session(LoadedGraph):
         streams). Raises PromptError for an empty or too long prompt, or a token outside the vocabulary, and
         SettingsError for the chunk. After an exception the state is as it was before.
         """
+        (logits,), gates = self._prefill(state, prompts, chunk, _whole)
+        return StepOutput(logits, gates)
+
+    def prefill_likeliest(
+        self,
+        state: DecodeState,
+        prompts: Sequence[Sequence[int]],
+        k: int = 1,
+        chunk: int | None = None,
+        probabilities: bool = False,
+    ) -> LikeliestOutput:
+        """`prefill`, which returns the k likeliest next tokens of each row instead of all logits: where the provider
+        has its own memory, the others stay there. probabilities: whether to give the normalizer. Raises SettingsError
+        for k too."""
+        picked, gates = self._prefill(state, prompts, chunk, self._likeliest(k, probabilities))
+        return _likeliest_output(picked, gates)
+
+    def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
+        """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end, and
+        for a row that has no prompt yet. After an exception the state is as it was before."""
+        (logits,), gates = self._decode(state, tokens, _whole)
+        return StepOutput(logits, gates)
+
+    def decode_likeliest(
+        self, state: DecodeState, tokens: Sequence[int] | Array, k: int = 1, probabilities: bool = False
+    ) -> LikeliestOutput:
+        """`decode_step`, which returns what `prefill_likeliest` returns."""
+        picked, gates = self._decode(state, tokens, self._likeliest(k, probabilities))
+        return _likeliest_output(picked, gates)
+
+    def binding_of(self, state: DecodeState) -> DecodeBinding:
+        """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""
+        binding = self._bindings.get(state)
+        if binding is None or not binding.fits(state):
+            make = DeviceDecodeBinding if self.on_device else DecodeBinding
+            binding = make(self, state)
+            self._bindings[state] = binding
+        return binding
+
+    def score(self, prompt: Sequence[int], continuation: Sequence[int], memory_bias: float = 0.0) -> Array:
+        """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64."""
+        state = self.new_state(1, memory_bias)
+        self.check_lengths(state, [[*prompt, *continuation]])
+        self.check_tokens(np.asarray(continuation, np.int64))
+        self.reserve(state, len(prompt) + len(continuation))
+        if not len(continuation):
+            self.prefill_likeliest(state, [prompt])
+            return np.zeros(0)
+
+        def first_token(logits: Logits) -> tuple[Array, ...]:
+            return (log_probabilities(logits, continuation[:1]),)
+
+        (first,), _ = self._prefill(state, [prompt], None, first_token)
+        return score_continuation(self, state, first, continuation, self._chunk(1))
+
+    def _prefill(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, pick: Pick
+    ) -> tuple[tuple[Array, ...], Array | None]:
         self.check_state(state)
         if len(prompts) != state.batch:
             raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
@@ -78,13 +137,13 @@ class Session(LoadedGraph):
             state.reply_count[:] = 0
             # Once for all chunks: growing copies the caches.
             self.reserve(state, max(int(length) + len(text) for length, text in zip(state.lengths, texts, strict=True)))
-            output = read(self, state, texts, chunk)
+            found = read(self, state, texts, chunk, pick)
             state.pending = [None] * state.batch
-        return output
+        return found
 
-    def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
-        """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end, and
-        for a row that has no prompt yet. After an exception the state is as it was before."""
+    def _decode(
+        self, state: DecodeState, tokens: Sequence[int] | Array, pick: Pick
+    ) -> tuple[tuple[Array, ...], Array | None]:
         chosen = np.asarray(tokens, np.int64).reshape(-1)
         self.check_state(state)
         if len(chosen) != state.batch:
@@ -97,27 +156,28 @@ class Session(LoadedGraph):
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
         self.reserve(state, longest)
         with state.unchanged_on_error():
-            output = self.binding_of(state).step(state, chosen)
+            found = self.binding_of(state).step(state, chosen, pick)
             state.pending = [None] * state.batch
-        return output
+        return found
 
-    def binding_of(self, state: DecodeState) -> DecodeBinding:
-        """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""
-        binding = self._bindings.get(state)
-        if binding is None or not binding.fits(state):
-            binding = (GraphDecodeBinding if self.cuda_graph else DecodeBinding)(self, state)
-            self._bindings[state] = binding
-        return binding
+    def _likeliest(self, k: int, probabilities: bool) -> Pick:
+        if not 1 <= k <= self.manifest.vocab_size:
+            raise SettingsError("k", k, f"it must be 1 to {self.manifest.vocab_size}, the vocabulary")
 
-    def score(self, prompt: Sequence[int], continuation: Sequence[int], memory_bias: float = 0.0) -> Array:
-        """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64."""
-        state = self.new_state(1, memory_bias)
-        self.check_lengths(state, [[*prompt, *continuation]])
-        self.check_tokens(np.asarray(continuation, np.int64))
-        self.reserve(state, len(prompt) + len(continuation))
-        first = self.prefill(state, [prompt]).logits
-        return score_continuation(self, state, first, continuation, self._chunk(1))
+        def pick(logits: Logits) -> tuple[Array, ...]:
+            return (*logits.likeliest(k), *([logits.log_normalizer()] if probabilities else []))
+
+        return pick
 
     def _chunk(self, batch: int) -> int:
         """Tokens of each of `batch` texts to read in one step."""
         return max(1, self.prefill_rows // (len(self.manifest.streams) * batch))
+
+
+def _whole(logits: Logits) -> tuple[Array, ...]:
+    return (logits.whole(),)
+
+
+def _likeliest_output(picked: tuple[Array, ...], gates: Array | None) -> LikeliestOutput:
+    ids, logits, *normalizer = picked
+    return LikeliestOutput(ids, logits, normalizer[0] if normalizer else None, gates)

@@ -26,6 +26,17 @@ class StepOutput(NamedTuple):
     gate_mean: Array | None
 
 
+class LikeliestOutput(NamedTuple):
+    """ids: (B, k) int64, the k likeliest next tokens of each row, the likeliest first. logits: (B, k) float32, theirs.
+    log_normalizer: (B,), the logarithm of the sum of exp(logits) over the vocabulary: `logits` minus it are
+    log-probabilities in nats; None unless asked for. gate_mean: as in `StepOutput`."""
+
+    ids: Array
+    logits: Array
+    log_normalizer: Array | None
+    gate_mean: Array | None
+
+
 @dataclass(eq=False)
 class DecodeState:
     """What B texts have been so far: caches of every group of rows, lengths, and the gate's query.

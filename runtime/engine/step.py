@@ -1,4 +1,4 @@
-"""The bound form of one decode step, and the form that a CUDA graph can replay."""
+"""The bound form of one decode step: over the host's memory, and over a device's, where a CUDA graph can replay it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .device import Device
 from .loaded_graph import LoadedGraph
 from .marks import Mark
-from .state import DecodeState, StepOutput
+from .place import HostLogits, Logits
+from .prefill import Pick
+from .state import DecodeState
 
 Array = NDArray[Any]
 _graph_ids = count(1)
@@ -41,7 +44,7 @@ class DecodeBinding:
             "past_query_count": state.query_count,
             "memory_bias": state.memory_bias,
         }
-        self.outputs: dict[str, Array] = {"logits": np.zeros((batch, 1, graph.manifest.vocab_size), np.float32)}
+        self.outputs: dict[str, Array] = {}
         if graph.siamese:
             self.outputs["gate_mean"] = np.zeros((batch, 1), np.float32)
             self.outputs["hidden_base"] = np.zeros((batch, 1, width), np.float32)
@@ -51,21 +54,28 @@ class DecodeBinding:
                 self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in self.outputs.items():
             self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        self.logits = self._bind_logits((batch, 1, graph.manifest.vocab_size))
         graph.bind_caches(self.binding, state)
         self.options: onnxruntime.RunOptions | None = None
 
-    def step(self, state: DecodeState, tokens: Array) -> StepOutput:
-        """Feed one token (B,) int64 per row, and count it in."""
+    def _bind_logits(self, shape: tuple[int, ...]) -> Logits:
+        array = np.zeros(shape, np.float32)
+        self.binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        return HostLogits(array[:, 0])
+
+    def step(self, state: DecodeState, tokens: Array, pick: Pick) -> tuple[tuple[Array, ...], Array | None]:
+        """Feed one token (B,) int64 per row, and count it in. Returns what was picked from the logits that follow, and
+        the gate's mean (B,)."""
         inputs = self.inputs
         inputs["input_ids"][:, 0] = tokens
         inputs["position_ids"][:, 0] = state.lengths
         inputs["seqlens_k"][:] = state.lengths
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
         self.run()
-        logits = self.outputs["logits"][:, 0].copy()
+        picked = pick(self.logits)
         gates = self.outputs["gate_mean"][:, 0].copy() if self.graph.siamese else None
         self._count(state)
-        return StepOutput(logits, gates)
+        return picked, gates
 
     def _count(self, state: DecodeState) -> None:
         """Count the tokens in that were fed."""
@@ -91,17 +101,18 @@ class DecodeBinding:
         self.graph.run(self.binding, self.options)
 
 
-class GraphDecodeBinding(DecodeBinding):
-    """The same step with everything in fixed places on the device, for a CUDA graph, which onnxruntime captures when it
-    first runs (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#cuda-graph).
+class DeviceDecodeBinding(DecodeBinding):
+    """The same step with everything in fixed places on a device; what goes to the host and back is a few numbers a row.
 
-    What is on the host is baked into the graph, so the total length is the caches' capacity; attention goes by each
-    row's own length.
+    A CUDA graph, which onnxruntime captures when the step first runs
+    (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#cuda-graph), keeps what it found on the
+    host. The total length is then the caches' capacity; attention goes by each row's own length.
     """
 
     def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
+        assert isinstance(graph.place, Device)
+        self.device = graph.place
         super().__init__(graph, state)
-        place = (graph.device, 0)
         self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
         self.sent = {name: array.copy() for name, array in self.inputs.items() if name in graph.input_names}
         self.values: dict[str, onnxruntime.OrtValue] = {}
@@ -110,19 +121,24 @@ class GraphDecodeBinding(DecodeBinding):
                 array[...] = self.room
                 self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
             else:
-                self.values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *place)
+                self.values[name] = self.device.put(array)
                 self.binding.bind_ortvalue_input(name, self.values[name])
-        self.results = {
-            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, *place)
-            for name, array in self.outputs.items()
-        }
+        self.results = {name: self.device.empty(array.shape, np.float32) for name, array in self.outputs.items()}
         for name, value in self.results.items():
             self.binding.bind_ortvalue_output(name, value)
-        self.options = onnxruntime.RunOptions()
-        self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+        if graph.cuda_graph:
+            self.options = onnxruntime.RunOptions()
+            self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+
+    def _bind_logits(self, shape: tuple[int, ...]) -> Logits:
+        value = self.device.empty(shape, np.float32)
+        self.binding.bind_ortvalue_output("logits", value)
+        return self.device.logits(value, shape[-1])
 
     def run(self) -> None:
         """Compute `outputs` from `inputs`: what has changed is copied to the device, results are copied back."""
+        if not self.graph.cuda_graph:
+            self.sent["total_sequence_length"][...] = self.inputs["total_sequence_length"]
         for name, value in self.values.items():
             if not np.array_equal(self.sent[name], self.inputs[name]):
                 self.sent[name][...] = self.inputs[name]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ..engine.execution import Execution
 from ..engine.session import Session
-from ..engine.state import DecodeState
+from ..engine.state import DecodeState, LikeliestOutput, StepOutput
 from ..errors import PromptError
-from .sampling import Sampler, greedy
+from .sampling import RandomSampler, Sampler, greedy, likeliest_needed
 from .settings import GenerationSettings
 from .text import TextCodec
 
@@ -45,11 +45,13 @@ def load(folder: Path | str, execution: Execution | None = None, **changes: Any)
 
 
 class Token(NamedTuple):
-    """One generated token. logits: (vocab,) float32, what it was chosen from. gate_mean: the gate's mean over the
-    hidden dimensions where it was chosen, 1 is only the base memory; None in a base-only artifact."""
+    """One generated token. logits: (vocab,) float32, what it was chosen from; None where greedy or top-k sampling chose
+    it from the likeliest tokens alone, with the logits in a device's memory (a sampler of one's own gets them all).
+    gate_mean: the gate's mean over the hidden dimensions where it was chosen, 1 is only the base memory; None in a
+    base-only artifact."""
 
     id: int
-    logits: NDArray[np.float32]
+    logits: NDArray[np.float32] | None
     gate_mean: float | None
 
 
@@ -101,14 +103,47 @@ def generate_step(
         state = session.new_state(1, memory_bias)
     elif state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    output = session.prefill(state, [prompt_ids])
+    step = _Steps(session, state, sampler)
+    token = step.first(prompt_ids)
     while True:
-        token = int(sampler(output.logits)[0])
-        state.pending[0] = token
-        yield Token(token, output.logits[0], None if output.gate_mean is None else float(output.gate_mean[0]))
+        state.pending[0] = token.id
+        yield token
         if state.lengths[0] >= session.manifest.context_length:
             return
-        output = session.decode_step(state, [token])
+        token = step.next(token.id)
+
+
+class _Steps:
+    """Steps of a state of one row and the sampler's choice after each: from all logits, or, where those would have to
+    be copied from a device, from the likeliest tokens if they are enough."""
+
+    def __init__(self, session: Session, state: DecodeState, sampler: Sampler) -> None:
+        self.session, self.state, self.sampler = session, state, sampler
+        self.k = likeliest_needed(sampler, session.manifest.vocab_size) if session.on_device else None
+
+    def first(self, prompt_ids: Sequence[int]) -> Token:
+        if self.k is None:
+            return self._from_logits(self.session.prefill(self.state, [prompt_ids]))
+        return self._from_likeliest(self.session.prefill_likeliest(self.state, [prompt_ids], self.k))
+
+    def next(self, token: int) -> Token:
+        if self.k is None:
+            return self._from_logits(self.session.decode_step(self.state, [token]))
+        return self._from_likeliest(self.session.decode_likeliest(self.state, [token], self.k))
+
+    def _from_logits(self, output: StepOutput) -> Token:
+        return Token(int(self.sampler(output.logits)[0]), output.logits[0], _first(output.gate_mean))
+
+    def _from_likeliest(self, output: LikeliestOutput) -> Token:
+        if isinstance(self.sampler, RandomSampler):
+            chosen = int(self.sampler.choose(output.ids, output.logits)[0])
+        else:
+            chosen = int(output.ids[0, 0])
+        return Token(chosen, None, _first(output.gate_mean))
+
+
+def _first(gate_mean: NDArray[np.float32] | None) -> float | None:
+    return None if gate_mean is None else float(gate_mean[0])
 
 
 def stream_generate(

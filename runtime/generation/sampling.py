@@ -1,4 +1,7 @@
-"""Choosing the next token: callables from logits (B, vocab) float32 to token ids (B,) int64."""
+"""Choosing the next token: callables from logits (B, vocab) float32 to token ids (B,) int64.
+
+Greedy and top-k choose from the likeliest tokens alone, which a provider with its own memory finds there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.place import likeliest
 from ..errors import SettingsError
 
 LEAST_TEMPERATURE = 1e-4
@@ -21,6 +25,39 @@ def greedy(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.asarray(logits.argmax(-1), np.int64)
 
 
+class RandomSampler:
+    """Draws from what the filters leave. top_k: how many of the likeliest tokens it draws from; 0: all."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
+        self.top_k = top_k
+        self.temperature, self.top_p, self.min_p = temperature, top_p, min_p
+        self.generator = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Token ids (B,) for logits (B, vocab)."""
+        if 0 < self.top_k < logits.shape[-1]:
+            return self.choose(*likeliest(logits, self.top_k))
+        return self.choose(np.broadcast_to(np.arange(logits.shape[-1]), logits.shape), logits)
+
+    def choose(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Token ids (B,) from these alone, both (B, k)."""
+        return np.array([self._row(*row) for row in zip(ids, logits, strict=True)], np.int64)
+
+    def _row(self, kept: NDArray[Any], logits: NDArray[Any]) -> int:
+        scaled = logits.astype(np.float64) / self.temperature
+        probabilities = np.exp(scaled - scaled.max())
+        probabilities /= probabilities.sum()
+        if self.top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            order = order[before < self.top_p]  # the token that crosses p is kept, so at least one is
+            kept, probabilities = kept[order], probabilities[order]
+        if self.min_p > 0:
+            likely = probabilities >= self.min_p * probabilities.max()
+            kept, probabilities = kept[likely], probabilities[likely]
+        return int(self.generator.choice(kept, p=probabilities / probabilities.sum()))
+
+
 def make_sampler(
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None
 ) -> Sampler:
@@ -31,15 +68,16 @@ def make_sampler(
     run to run. Raises SettingsError for a value outside its range.
     """
     check_sampling(temperature, top_k, top_p, min_p, seed)
-    if temperature == 0:
-        return greedy
-    generator = np.random.default_rng(seed)
+    return greedy if temperature == 0 else RandomSampler(temperature, top_k, top_p, min_p, seed)
 
-    def sample(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        rows = [_sample_row(row, temperature, top_k, top_p, min_p, generator) for row in logits]
-        return np.array(rows, np.int64)
 
-    return sample
+def likeliest_needed(sampler: Sampler, vocab: int) -> int | None:
+    """How many of the likeliest tokens a sampler chooses from; None if it wants all logits."""
+    if sampler is greedy:
+        return 1
+    if isinstance(sampler, RandomSampler) and 0 < sampler.top_k < vocab:
+        return sampler.top_k
+    return None
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
@@ -54,23 +92,3 @@ def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, s
         raise SettingsError("min_p", min_p, "it must be in [0, 1)")
     if seed is not None and seed < 0:
         raise SettingsError("seed", seed, "it must be 0 or above")
-
-
-def _sample_row(
-    logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, min_p: float, generator: Any
-) -> int:
-    kept = np.arange(len(logits))
-    if 0 < top_k < len(logits):
-        kept = np.argpartition(logits, -top_k)[-top_k:]
-    scaled = logits[kept].astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if top_p < 1:
-        order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        order = order[before < top_p]  # the token that crosses p is kept, so at least one is
-        kept, probabilities = kept[order], probabilities[order]
-    if min_p > 0:
-        likely = probabilities >= min_p * probabilities.max()
-        kept, probabilities = kept[likely], probabilities[likely]
-    return int(generator.choice(kept, p=probabilities / probabilities.sum()))

@@ -58,7 +58,7 @@ def test_fp16_has_half_precision_caches_in_the_portable_form(half: Exported) -> 
     session = Session(half.artifact)
     state = session.new_state(1)
     session.prefill(state, [PROMPT])
-    assert {cache.dtype.name for cache in state.caches.values()} == {"float16"}
+    assert {cache.dtype for cache in state.caches.values()} == {"float16"}
     assert set(state.caches) == {"base", "adapter"}
     assert half.manifest["activations"] == "float16"
 

@@ -14,6 +14,7 @@ import pytest
 from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session
 from runtime.engine.marks import RECENT
+from runtime.engine.providers import ON_DEVICE
 from tests.adapters import make_siamese_with
 from tests.builders import make_base_folder, save_tiny_checkpoint
 from tests.exported import Exported, export_existing, export_tiny
@@ -32,18 +33,19 @@ def trunk(folder: Path, settings: ExportSettings | None = None) -> Exported:
 
 @dataclass(frozen=True)
 class Form:
-    """How an artifact is made and run."""
+    """How an artifact is made and run. device: as on a provider with a memory of its own. cuda_graph: as for one."""
 
     export: Callable[[Path], Exported]
     kernels: bool = True
     tolerance: float = FLOAT
+    device: bool = False
+    cuda_graph: bool = False
 
 
-def tiny_form(
-    settings: ExportSettings | None = None, tolerance: float = FLOAT, kernels: bool = True, **how: Any
-) -> Form:
-    """A tiny Llama with heads of 16."""
-    return Form(lambda folder: export_tiny(folder, head_dim=16, settings=settings, **how), kernels, tolerance)
+def tiny_form(settings: ExportSettings | None = None, tolerance: float = FLOAT, **how: Any) -> Form:
+    """A tiny Llama with heads of 16. how: to export it, and the fields of `Form`."""
+    run = {name: how.pop(name) for name in ("kernels", "device", "cuda_graph") if name in how}
+    return Form(lambda folder: export_tiny(folder, head_dim=16, settings=settings, **how), tolerance=tolerance, **run)
 
 
 FORMS = {
@@ -58,6 +60,13 @@ FORMS = {
     "int8 caches": tiny_form(ExportSettings(kv_cache="int8"), ROUNDED),
     "gate without query": tiny_form(gate_kind="token"),
     "base alone": tiny_form(ExportSettings(base_only=True)),
+    "on a device": tiny_form(device=True),
+    "fp16, on a device, for a CUDA graph": tiny_form(ExportSettings("fp16"), ROUNDED, device=True, cuda_graph=True),
+    "int8 caches, on a device": tiny_form(ExportSettings(kv_cache="int8"), ROUNDED, device=True),
+    "virtual tokens, portable, on a device": tiny_form(
+        ExportSettings(portable=True), adapter="prefix_tuning", device=True, cuda_graph=True
+    ),
+    "base alone, on a device": tiny_form(ExportSettings(base_only=True), device=True),
 }
 
 
@@ -112,7 +121,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def opened(exported: tuple[Exported, Form], monkeypatch: pytest.MonkeyPatch) -> Opened:
     monkeypatch.setattr("runtime.engine.cache.BLOCK", 8)  # so that rows meet buffers of different sizes
     artifact, form = exported
-    return Opened(Session(artifact.artifact, threads=1, kernels=form.kernels), form.tolerance)
+    if form.device:  # the CPU provider's graphs do on the host what a device's do there
+        monkeypatch.setitem(ON_DEVICE, "cpu", "cpu")
+    session = Session(artifact.artifact, threads=1, kernels=form.kernels)
+    session.cuda_graph = form.cuda_graph  # the CPU provider captures nothing, and binds the same
+    return Opened(session, form.tolerance)
 
 
 LONG, MIDDLE, SHORT = list(range(5, 28)), [100, 101, 102, 103, 104, 105], [9]

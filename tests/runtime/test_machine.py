@@ -180,11 +180,12 @@ def record_sessions(monkeypatch: pytest.MonkeyPatch, available: list[str]) -> di
     return given
 
 
-def test_a_cuda_graph_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_keeps_float32_and_captures_a_graph_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     given = record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     for wanted in (True, False):
         open_session(_PROBE, Execution("cuda", cuda_graph=wanted))
-        assert given["provider_options"] == [{"enable_cuda_graph": "1"} if wanted else {}, {}]
+        graph = {"enable_cuda_graph": "1"} if wanted else {}
+        assert given["provider_options"] == [{"use_tf32": "0"} | graph, {}]
 
 
 def test_a_provider_with_its_own_threads_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

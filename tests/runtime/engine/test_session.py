@@ -13,8 +13,8 @@ import pytest
 
 from runtime import ArtifactError, DecodeState, Execution, PromptError, ProviderError, Session, SettingsError
 from runtime.engine import cache
+from runtime.engine.place import Host
 from runtime.engine.session import CPU_PREFILL_ROWS
-from runtime.engine.step import GraphDecodeBinding
 from runtime.manifest import check_files, read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
@@ -200,16 +200,16 @@ def test_memory_that_runs_out_while_caches_grow_leaves_the_state_as_it_was(
     for each in (state, undisturbed):
         session.prefill(each, [PROMPT])
         session.decode_step(each, [40])
-    zeros, left = cache.KVCache._zeros, [failing]
+    copied, left = Host.copied, [failing]
 
-    def failing_zeros(*arguments: Any) -> Any:
+    def failing_copied(*arguments: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise MemoryError
-        return zeros(*arguments)
+        return copied(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.KVCache, "_zeros", failing_zeros)
+        patch.setattr(Host, "copied", failing_copied)
         with pytest.raises(MemoryError):
             session.prefill(state, [[7] * 40])
     for token in (3, 4):
@@ -377,30 +377,3 @@ def test_without_kernels_the_same_tokens_follow(session: Session, tiny: Exported
         np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=1e-5)
         tokens = outputs[1].logits.argmax(-1)
         outputs = [used.decode_step(state, tokens) for used, state in zip((session, other), states, strict=True)]
-
-
-def test_steps_at_fixed_places_of_a_device_are_the_same_steps(tiny: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "BLOCK", 32)
-    plain, fixed = Session(tiny.artifact), Session(tiny.artifact)
-    fixed.cuda_graph = True  # the CPU provider captures nothing, and binds the same
-    states = [used.new_state(2, memory_bias=[0.0, 0.5]) for used in (plain, fixed)]
-    ragged = [PROMPT, PROMPT[:3]]
-    for used, state in zip((plain, fixed), states, strict=True):
-        used.prefill(state, ragged)
-    bindings = set()
-    for step in range(40):  # past the first buffers
-        if step == 10:  # a second turn changes the query's state
-            for used, state in zip((plain, fixed), states, strict=True):
-                used.prefill(state, [PROMPT[2:6], PROMPT[:2]])
-        tokens = [5 + step % 7, 9]
-        expected, found = (used.decode_step(state, tokens) for used, state in zip((plain, fixed), states, strict=True))
-        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-        assert found.gate_mean is not None
-        assert expected.gate_mean is not None
-        np.testing.assert_allclose(found.gate_mean, expected.gate_mean, atol=1e-6)
-        binding = fixed.binding_of(states[1])
-        assert isinstance(binding, GraphDecodeBinding)
-        assert binding.options is not None
-        bindings.add(binding.options.get_run_config_entry("gpu_graph_id"))
-    assert len(bindings) > 1  # a separate graph for every place of the caches
-    np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)

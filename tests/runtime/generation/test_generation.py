@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from runtime import Model, PromptError, SettingsError, generate, generate_step, load, make_sampler, stream_generate
+from runtime.engine.providers import ON_DEVICE
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 
@@ -86,3 +90,42 @@ def test_timings_count_what_was_done(model: Model) -> None:
     assert (timings.prompt_tokens, timings.new_tokens) == (6, 3)
     assert timings.ttft_ms > 0
     assert timings.tokens_per_s == pytest.approx(1e3 / timings.ms_per_token, rel=1)
+
+
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "top-k": {"temperature": 1.3, "top_k": 5, "top_p": 0.95, "min_p": 0.01, "seed": 3},
+    "top-k of all": {"temperature": 1.3, "top_k": 10**6, "seed": 3},
+    "no top-k": {"temperature": 1.3, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_device_chooses_what_the_host_would(
+    model: Model, tiny: Exported, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(model, "Hello", max_new_tokens=16, **SAMPLERS[name])
+    monkeypatch.setitem(ON_DEVICE, "cpu", "cpu")
+    there = load(tiny.artifact)
+    assert there.session.on_device
+    assert generate(there, "Hello", max_new_tokens=16, **SAMPLERS[name]).token_ids == expected.token_ids
+    chunks = list(stream_generate(there, "Hello", max_new_tokens=4, **SAMPLERS[name]))
+    tokens = [chunk.token for chunk in chunks if chunk.token is not None]
+    assert [token.logits is None for token in tokens] == [name in ("greedy", "top-k")] * 4
+    assert [token.gate_mean for token in tokens] == pytest.approx(
+        expected.gate_means[:4] if expected.gate_means else []
+    )
+
+
+def test_a_sampler_of_ones_own_gets_all_logits_of_a_device(tiny: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ON_DEVICE, "cpu", "cpu")
+    there = load(tiny.artifact)
+    seen: list[tuple[int, ...]] = []
+
+    def second_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        seen.append(logits.shape)
+        return np.argsort(logits, -1)[:, -2]
+
+    tokens = list(islice(generate_step(there.session, PROMPT, sampler=second_best), 3))
+    assert seen == [(1, there.session.manifest.vocab_size)] * 3
+    assert all(token.logits is not None and token.id == np.argsort(token.logits)[-2] for token in tokens)

@@ -1,0 +1,129 @@
+"""Where caches and logits are: what can be done with them there, and doing it in the host's memory, by NumPy.
+
+Caches are handled as words of 8 bytes, (rows, heads, tokens, words), whatever type their values have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+WORD = 8
+"""Bytes of a word."""
+
+
+class Logits(Protocol):
+    """Logits of a run, (rows, vocab) float32, where the run left them. They are gone with the next run."""
+
+    def whole(self) -> Array:
+        """A copy of all of them on the host."""
+        ...
+
+    def likeliest(self, k: int) -> tuple[Array, Array]:
+        """The k likeliest tokens of each row, the likeliest first: ids (rows, k) int64 and their logits."""
+        ...
+
+    def log_normalizer(self) -> Array:
+        """(rows,): the logarithm of the sum of exp(logits) over the vocabulary."""
+        ...
+
+    def of_tokens(self, ids: Array) -> Array:
+        """(rows,): the logit of one token of each row. ids: (rows,) int64."""
+        ...
+
+
+class Place(Protocol):
+    """A memory that onnxruntime knows by `name`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def put(self, words: Array) -> onnxruntime.OrtValue:
+        """A buffer with these words, int64."""
+        ...
+
+    def copied(
+        self, buffers: Sequence[onnxruntime.OrtValue], rows: Array, used: int, capacity: int
+    ) -> onnxruntime.OrtValue:
+        """A new buffer of `capacity` tokens: rows of some buffers, counted through from the first buffer's first, each
+        cut to its first `used` tokens and followed by zeros."""
+        ...
+
+    def logits(self, value: onnxruntime.OrtValue, vocab: int) -> Logits:
+        """The logits in `value`, (..., vocab) float32."""
+        ...
+
+
+class Host:
+    """The host's memory."""
+
+    name = "cpu"
+
+    def put(self, words: Array) -> onnxruntime.OrtValue:
+        """A buffer over the same memory."""
+        return onnxruntime.OrtValue.ortvalue_from_numpy(words)
+
+    def copied(
+        self, buffers: Sequence[onnxruntime.OrtValue], rows: Array, used: int, capacity: int
+    ) -> onnxruntime.OrtValue:
+        """See `Place`."""
+        arrays: list[Array] = [buffer.numpy() for buffer in buffers]
+        _, heads, _, words = arrays[0].shape
+        made = np.zeros((len(rows), heads, capacity, words), np.int64)
+        first = 0
+        for array in arrays:
+            here = (rows >= first) & (rows < first + len(array))
+            length = min(used, array.shape[2])
+            made[here, :, :length] = array[rows[here] - first, :, :length]
+            first += len(array)
+        return self.put(made)
+
+    def logits(self, value: onnxruntime.OrtValue, vocab: int) -> HostLogits:
+        """See `Place`."""
+        return HostLogits(value.numpy().reshape(-1, vocab))
+
+
+class HostLogits:
+    """Logits in a NumPy array, (rows, vocab) float32. See `Logits`."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def whole(self) -> Array:
+        """See `Logits`."""
+        return self.array.copy()
+
+    def likeliest(self, k: int) -> tuple[Array, Array]:
+        """See `Logits`. Of equally likely tokens the one with the lower id comes first."""
+        return likeliest(self.array, k)
+
+    def log_normalizer(self) -> Array:
+        """See `Logits`; float64."""
+        table = self.array.astype(np.float64)
+        largest = table.max(-1, keepdims=True)
+        table -= largest
+        found: Array = np.log(np.exp(table, out=table).sum(-1)) + largest[:, 0]
+        return found
+
+    def of_tokens(self, ids: Array) -> Array:
+        """See `Logits`."""
+        found: Array = self.array[np.arange(len(ids)), ids]
+        return found
+
+
+def likeliest(logits: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of each row of `logits` (rows, vocab), the largest first and the lowest id on a tie: ids (rows, k)
+    int64 and values."""
+    if k == 1:
+        ids = logits.argmax(-1)[:, None]
+        return ids, np.take_along_axis(logits, ids, -1)
+    ids = np.argpartition(logits, -k, -1)[:, -k:] if k < logits.shape[-1] else np.arange(k)[None].repeat(len(logits), 0)
+    ids = np.sort(ids, -1)
+    values = np.take_along_axis(logits, ids, -1)
+    order = np.argsort(-values, -1, kind="stable")
+    return np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)
