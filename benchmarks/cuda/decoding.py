@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from runtime import Session
@@ -16,9 +15,9 @@ Array = NDArray[Any]
 
 def first_tokens(session: Session, state: DecodeState, prompts: Sequence[Sequence[int]]) -> Array:
     """Read prompts; returns the likeliest next token of each row, (B,) int64."""
-    return np.asarray(session.prefill(state, prompts).logits.argmax(-1))
+    return session.prefill_likeliest(state, prompts).ids[:, 0]
 
 
 def next_tokens(session: Session, state: DecodeState, tokens: Array) -> Array:
     """Feed a token per row; returns the likeliest next ones."""
-    return np.asarray(session.decode_step(state, tokens).logits.argmax(-1))
+    return session.decode_likeliest(state, tokens).ids[:, 0]

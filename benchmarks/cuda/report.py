@@ -50,6 +50,8 @@ def _plain_lines(name: str, document: dict[str, Any]) -> list[str]:
         return [f"loss on {task}: {losses}" for task, losses in document.get("losses", {}).items()]
     lines = []
     for group, result in _results(document):
+        if result["name"] == "base":  # the others' ratio tells it
+            continue
         share = f"  host {result['host_share']:.1%}" if "host_share" in result else ""
         ratio = f"  x{result['ratio']:.3f}" if "ratio" in result else ""
         lines.append(
@@ -161,7 +163,8 @@ def _parity_text(document: dict[str, Any]) -> str:
         "PyTorch's own half precision is off by, and the likeliest token is PyTorch's at "
         f"{limits.get('tokens_equal', 0):.0%} of the positions (logits within {limits.get('near_tie')} of each other "
         "count as equal); where the graph rounds to int8, if most positions are near PyTorch's. PyTorch computes in "
-        "float32 with the weights of the file."
+        "float32 with the weights of the file. `likeliest` compares tokens that are chosen on the device with the "
+        "whole logits."
     )
 
 
@@ -171,12 +174,14 @@ def _parity_table(document: dict[str, Any]) -> str:
     for result in document.get("results", []):
         ok = {True: "yes", False: "**no**", None: NOTHING}[result["ok"]]
         graph = "yes" if result.get("cuda_graph") else "no"
-        if "error" in result:
-            cells = [result["case"], result["check"], graph, *[NOTHING] * 5, f"{ok}: {result['error']}"]
-        else:
-            cells = [result["case"], result["check"], graph, str(result["positions"]), f"{result['max_abs']:.4f}",
-                     f"{result['relative']:.2%}", f"{result['pytorch_half']['relative']:.2%}",
-                     f"{result['tokens_equal']:.0%}", ok]  # fmt: skip
+        half = result.get("pytorch_half", {})
+        cells = [result["case"], result["check"], graph, str(result.get("positions", NOTHING))]
+        cells += [
+            _number(result, "max_abs", ".4f"),
+            _number(result, "relative", ".2%"),
+            _number(half, "relative", ".2%"),
+        ]
+        cells += [_number(result, "tokens_equal", ".0%"), f"{ok}{_error(result)}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

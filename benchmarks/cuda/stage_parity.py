@@ -31,6 +31,8 @@ TOKENS_EQUAL, NEAR_TIE = 0.9, 0.1
 for another choice to count as the same."""
 FORCED = 1e4
 CACHE_BLOCK = 256
+TOP, SAME = 5, 1e-3
+"""How many tokens are chosen on the device, and how far their logits and the normalizer may be from NumPy's."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,31 @@ CHECKS: dict[str, Callable[[Session, int], list[Row]]] = {
 }
 
 
+def _likeliest(session: Session, steps: int, plan: Plan) -> dict[str, Any]:
+    """Tokens that are chosen on the device, beside the whole logits of a second state with the same texts."""
+    whole, chosen = (Conversation(session, [0.0, 0.5]) for _ in range(2))
+    prompts = [whole.text(11), whole.text(4)]
+    whole.read(prompts)
+    found = session.prefill_likeliest(chosen.state, prompts, TOP, probabilities=True)
+    logits = np.stack([row.found[-1][2] for row in whole.rows])
+    ids, differences = [], [0.0]
+    for step in range(steps + 1):
+        if step:
+            tokens = found.ids[:, 0]
+            found = session.decode_likeliest(chosen.state, tokens, TOP, probabilities=True)
+            logits = session.decode_step(whole.state, tokens).logits
+        assert found.log_normalizer is not None
+        picked = np.take_along_axis(logits, found.ids, -1)
+        ids.append(picked[:, 0] == logits.max(-1))
+        differences.append(float(np.abs(np.sort(picked)[:, ::-1] - np.sort(logits)[:, : -TOP - 1 : -1]).max()))
+        differences.append(float(np.abs(found.logits - picked).max()))
+        normalizer = np.log(np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        differences.append(float(np.abs(found.log_normalizer - normalizer).max()))
+    share, largest = float(np.mean(ids)), max(differences)
+    result: dict[str, Any] = {"positions": len(ids) * 2, "largest": share, "max_abs": round(largest, 6)}
+    return result | {"limit": SAME, "ok": None if plan.rehearse else share == 1 and largest <= SAME}
+
+
 def run(plan: Plan, document: Document) -> None:
     """A result for every case and check, with and without a CUDA graph where there are any."""
     import torch
@@ -210,13 +237,16 @@ def _run_case(name: str, case: Case, size: Size, device: str, plan: Plan, docume
     document.add("exports", {"case": name, "seconds": round(time.perf_counter() - start, 1)})
     for graph in (False, True) if plan.provider == "cuda" else (False,):
         session: Session | None = None
-        for check in case.checks:
+        for check in (*case.checks, "likeliest"):
             start = time.perf_counter()
             result: dict[str, Any] = {"case": name, "check": check, "cuda_graph": graph}
             try:
                 if session is None:
                     session = Session(folder, Execution(provider=plan.provider, cuda_graph=graph))
-                result |= _judged(CHECKS[check](session, size.decode_steps), reference, halved, case, plan)
+                if check == "likeliest":
+                    result |= _likeliest(session, size.decode_steps, plan)
+                else:
+                    result |= _judged(CHECKS[check](session, size.decode_steps), reference, halved, case, plan)
             except Exception as error:
                 result |= {"ok": None if plan.rehearse else False, "error": _told(error)}
             result["seconds"] = round(time.perf_counter() - start, 2)

@@ -127,8 +127,8 @@ def test_a_parity_case_is_exported_run_and_judged(tmp_path: Path) -> None:
     plan = Plan(tmp_path, tmp_path / "work", "cpu", "small", only=("gate mean_logits", "nothing"))
     document = Document(plan, "parity")
     stage_parity.run(plan, document)
-    assert document.data["summary"] == {"checks": 2, "judged": 2, "ok": 2}
-    assert [result["check"] for result in document.data["results"]] == ["memories", "continued"]
+    assert document.data["summary"] == {"checks": 3, "judged": 3, "ok": 3}
+    assert [result["check"] for result in document.data["results"]] == ["memories", "continued", "likeliest"]
 
 
 def test_a_repeated_layer_computes_what_a_deep_model_computes(tmp_path: Path) -> None:
