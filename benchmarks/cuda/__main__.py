@@ -138,7 +138,11 @@ def _make_ahead(run: Run) -> subprocess.Popen[bytes] | None:
     command = [sys.executable, "-m", "benchmarks.cuda.models", str(run.work), run.args.size, *wanted]
     with (run.work / "models.log").open("wb") as log:
         return subprocess.Popen(
-            ["nice", "-n", "10", *command], env=run.environment, stdout=log, stderr=log, start_new_session=True
+            ["nice", "-n", "10", *command],
+            env=run.environment | {"OMP_WAIT_POLICY": "PASSIVE"},  # it must not take cores from what is measured
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
 

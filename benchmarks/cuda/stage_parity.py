@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ TOKENS_EQUAL, NEAR_TIE = 0.9, 0.1
 for another choice to count as the same."""
 FORCED = 1e4
 CACHE_BLOCK = 256
+WORKERS = 4
 TOP, SAME = 5, 1e-3
 """How many tokens are chosen on the device, and how far their logits and the normalizer may be from NumPy's."""
 
@@ -52,7 +56,12 @@ def cases(size: Size, provider: str) -> dict[str, Case]:
     tiny = Recipe(PARITY_SHAPE, fp16)
     every = tuple(CHECKS)
     on_cpu = provider == "cpu"  # where products with int4 weights round their inputs to int8
-    found = {"fp16": Case(tiny, every), "int4": Case(replace(tiny, settings=int4), every, rounds=on_cpu)}
+    found: dict[str, Case] = {}
+    for name in ("middle-fp16", "middle-int4"):  # the longest first
+        rounds = on_cpu and "int4" in name
+        found[name] = Case(recipes(size)[name], ("ragged", "memories", "continued"), rounds=rounds)
+    found["fp16"] = Case(tiny, every)
+    found["int4"] = Case(replace(tiny, settings=int4), every, rounds=on_cpu)
     for kind in GATE_KINDS[1:]:
         found[f"gate {kind}"] = Case(replace(tiny, gate=kind), ("memories", "continued"))
     found["trunk"] = Case(replace(tiny, first_layer=1), every)
@@ -62,9 +71,6 @@ def cases(size: Size, provider: str) -> dict[str, Case]:
     found["int8 caches"] = Case(replace(tiny, settings=replace(fp16, kv_cache="int8")), every, rounds=True)
     if not on_cpu:  # which has no bfloat16
         found["bf16"] = Case(replace(tiny, settings=ExportSettings(precision="bf16")), every, dtype="bfloat16")
-    for name in ("middle-fp16", "middle-int4"):
-        rounds = on_cpu and "int4" in name
-        found[name] = Case(recipes(size)[name], ("ragged", "memories", "continued"), rounds=rounds)
     return found
 
 
@@ -211,46 +217,66 @@ def run(plan: Plan, document: Document) -> None:
     device = "cuda" if plan.provider == "cuda" and torch.cuda.is_available() else "cpu"
     document.note("pytorch_on", device)
     document.note("limits", {"tokens_equal": TOKENS_EQUAL, "near_tie": NEAR_TIE, "tolerance": HALF_TOLERANCE})
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for name, case in cases(size, plan.provider).items():
-        if plan.wants(name):
-            try:
-                _run_case(name, case, size, device, plan, document)
-            except Exception as error:  # a case that fails must not hide the others
-                document.add("results", {"case": name, "check": "export", "ok": False, "error": _told(error)})
-            gc.collect()
+    chosen = [name for name in cases(size, plan.provider) if plan.wants(name)]
+    for seconds, results in _run_all(chosen, device, plan):
+        document.add("exports", seconds)
+        for result in results:
+            document.add("results", result)
     judged = [result["ok"] for result in document.data.get("results", []) if result["ok"] is not None]
     document.note(
         "summary", {"checks": len(document.data.get("results", [])), "judged": len(judged), "ok": sum(judged)}
     )
 
 
-def _run_case(name: str, case: Case, size: Size, device: str, plan: Plan, document: Document) -> None:
+def _run_all(names: list[str], device: str, plan: Plan) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """What `_run_case` returns for each name, as they end: an export keeps one core busy, and there are many."""
+    workers = min(WORKERS, len(names)) if plan.provider == "cuda" else 1
+    if workers < 2:
+        for name in names:
+            yield _run_case(name, device, plan)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_run_case, name, device, plan) for name in names]):
+            yield future.result()
+
+
+def _run_case(name: str, device: str, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How long the export took, and a result for every check, with and without a CUDA graph where there are any."""
     import torch
 
-    start = time.perf_counter()
+    warnings.simplefilter("ignore")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    size = SIZES[plan.size]
+    case, start = cases(size, plan.provider)[name], time.perf_counter()
     folder = plan.work / name.replace(" ", "-")
-    reference = export_unverified(siamese_model(case.recipe, device), case.recipe, folder, device)
-    assert reference is not None
-    halved = copy.deepcopy(reference)
-    halved.causal_lm.to(getattr(torch, case.dtype))
-    document.add("exports", {"case": name, "seconds": round(time.perf_counter() - start, 1)})
-    for graph in (False, True) if plan.provider == "cuda" else (False,):
-        session: Session | None = None
-        for check in (*case.checks, "likeliest"):
-            start = time.perf_counter()
-            result: dict[str, Any] = {"case": name, "check": check, "cuda_graph": graph}
-            try:
-                if session is None:
-                    session = Session(folder, Execution(provider=plan.provider, cuda_graph=graph))
-                if check == "likeliest":
-                    result |= _likeliest(session, size.decode_steps, plan)
-                else:
-                    result |= _judged(CHECKS[check](session, size.decode_steps), reference, halved, case, plan)
-            except Exception as error:
-                result |= {"ok": None if plan.rehearse else False, "error": _told(error)}
-            result["seconds"] = round(time.perf_counter() - start, 2)
-            document.add("results", result)
+    results: list[dict[str, Any]] = []
+    try:
+        reference = export_unverified(siamese_model(case.recipe, device), case.recipe, folder, device)
+        assert reference is not None
+        halved = copy.deepcopy(reference)
+        halved.causal_lm.to(getattr(torch, case.dtype))
+        exported = {"case": name, "seconds": round(time.perf_counter() - start, 1)}
+        for graph in (False, True) if plan.provider == "cuda" else (False,):
+            session: Session | None = None
+            for check in (*case.checks, "likeliest"):
+                start = time.perf_counter()
+                result: dict[str, Any] = {"case": name, "check": check, "cuda_graph": graph}
+                try:
+                    if session is None:
+                        session = Session(folder, Execution(provider=plan.provider, cuda_graph=graph))
+                    if check == "likeliest":
+                        result |= _likeliest(session, size.decode_steps, plan)
+                    else:
+                        result |= _judged(CHECKS[check](session, size.decode_steps), reference, halved, case, plan)
+                except Exception as error:  # one that fails must not hide the others
+                    result |= {"ok": None if plan.rehearse else False, "error": _told(error)}
+                result["seconds"] = round(time.perf_counter() - start, 2)
+                results.append(result)
+    except Exception as error:
+        exported = {"case": name, "error": _told(error)}
+        results.append({"case": name, "check": "export", "ok": False, "error": _told(error)})
+    gc.collect()
+    return exported, results
 
 
 def _told(error: Exception) -> str:
