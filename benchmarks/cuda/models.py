@@ -68,6 +68,8 @@ class Size:
     """Of the parity texts."""
     tuning_steps: int
     tuning_batch: int
+    questions: int
+    """The most that the tuned model is asked of a kind."""
     wide: tuple[int, ...] = field(default=(32, 128))
     """Block sizes of the large model's int4 weights."""
 
@@ -85,6 +87,7 @@ SIZES = {
         decode_steps=24,
         tuning_steps=50,
         tuning_batch=8,
+        questions=100,
     ),
     "small": Size(
         middle=SHAPES["tiny"],
@@ -98,6 +101,7 @@ SIZES = {
         decode_steps=8,
         tuning_steps=2,
         tuning_batch=2,
+        questions=3,
         wide=(32,),
     ),
 }

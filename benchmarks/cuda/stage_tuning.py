@@ -33,10 +33,10 @@ def run(plan: Plan, document: Document) -> None:
     start = time.perf_counter()
     base = make_smollm2(plan.work / "smollm2")
     document.note("model_s", round(time.perf_counter() - start, 1))
-    rows = {"new_train": train_rows(), "new_test": test_rows(), "questions": question_rows()}
+    asked = {"new_test": test_rows()[: size.questions], "questions": question_rows()[: size.questions]}
     task = plan.work / "tuning"
     task.mkdir(exist_ok=True)
-    for name, content in rows.items():
+    for name, content in {"new_train": train_rows(), **asked}.items():
         write_jsonl(task / f"{name}.jsonl", content)
     training = TrainSettings(steps=size.tuning_steps, batch_size=size.tuning_batch, learning_rate=LEARNING_RATE)
     metrics = tune(
