@@ -151,7 +151,7 @@ class LoadedGraph:
         }
         binding = self.onnx.io_binding()
         for name in self.input_names & feed.keys():
-            binding.bind_cpu_input(name, np.ascontiguousarray(feed[name]))
+            binding.bind_cpu_input(name, np.asarray(feed[name], order="C"))
         self.bind_caches(binding, state, row)
         binding.bind_output("logits", self.place.name)
         names = ["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else []
