@@ -6,13 +6,15 @@ choosing the likeliest token, is a small graph of its own: `device_graphs/`, wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+
+from .place import WORD
 
 Array = NDArray[Any]
 GRAPHS = Path(__file__).parent / "device_graphs"
@@ -28,7 +30,9 @@ class Device:
 
     def put(self, words: Array) -> onnxruntime.OrtValue:
         """A buffer on the device."""
-        return onnxruntime.OrtValue.ortvalue_from_numpy(words, self.name, 0)
+        made = self.empty(words.shape, words.dtype.type)
+        made.update_inplace(words)
+        return made
 
     def copied(
         self, buffers: Sequence[onnxruntime.OrtValue], rows: Array, used: int, capacity: int
@@ -92,6 +96,43 @@ class Device:
         return made
 
 
+class Pack:
+    """Small arrays side by side in one buffer on a device and one on the host, so that one copy moves them all.
+
+    arrays: by name, on the host. outdated: whether the device has newer ones.
+    """
+
+    def __init__(self, device: Device, arrays: Mapping[str, Array]) -> None:
+        self.device = device
+        sizes = [-(-array.nbytes // WORD) for array in arrays.values()]
+        starts = np.cumsum([0, *sizes])
+        self._host = np.zeros(max(1, starts[-1]), np.int64)
+        self._starts = dict(zip(arrays, starts[:-1].tolist(), strict=True))
+        self.arrays: dict[str, Array] = {}
+        for (name, array), start, size in zip(arrays.items(), starts, sizes, strict=False):
+            words = self._host[start : start + size]
+            self.arrays[name] = words.view(array.dtype)[: array.size].reshape(array.shape)
+            self.arrays[name][...] = array
+        self._there = device.put(self._host)
+        self.outdated = False
+
+    def place(self, name: str) -> tuple[str, int, type[np.generic], tuple[int, ...], int]:
+        """Where an array is on the device, as `bind_input` and `bind_output` take it."""
+        array = self.arrays[name]
+        address = self._there.data_ptr() + WORD * self._starts[name]
+        return self.device.name, 0, array.dtype.type, array.shape, address
+
+    def send(self) -> None:
+        """Copy them to the device."""
+        self._there.update_inplace(self._host)
+
+    def fetch(self) -> None:
+        """Copy them to the host, if they are outdated there."""
+        if self.outdated:
+            self._host[...] = self._there.numpy()
+            self.outdated = False
+
+
 class DeviceLogits:
     """Logits on a device, of which only what is asked for comes to the host. See `Logits`."""
 
@@ -133,3 +174,27 @@ class DeviceLogits:
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
         return [value.numpy() for value in binding.get_outputs()]
+
+
+class StepLogits(DeviceLogits):
+    """The logits of a step that is bound once, and whose other results are in a pack: the likeliest token's id and
+    logit, (rows, 1), join them there, so that all come to the host in one copy."""
+
+    IDS, VALUES = "ids", "values"
+
+    def __init__(self, device: Device, value: onnxruntime.OrtValue, vocab: int, results: Pack) -> None:
+        super().__init__(device, value, vocab)
+        self.results = results
+        self._session, self._binding = device.bound("likeliest")
+        shape = results.arrays[self.IDS].shape
+        self._binding.bind_input("logits", device.name, 0, np.float32, [shape[0], vocab], value.data_ptr())
+        for name in (self.IDS, self.VALUES):
+            self._binding.bind_output(name, *results.place(name))
+
+    def likeliest(self, k: int) -> tuple[Array, Array]:
+        """See `DeviceLogits`."""
+        if k != 1:
+            return super().likeliest(k)
+        self._session.run_with_iobinding(self._binding)
+        self.results.fetch()
+        return self.results.arrays[self.IDS].copy(), self.results.arrays[self.VALUES].copy()

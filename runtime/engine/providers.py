@@ -66,7 +66,7 @@ def open_session(
         )
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise ArtifactError(
-            f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_form_advice(error)}"
+            f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_advice(error)}"
         ) from error
     if wanted not in session.get_providers() and not execution.allow_fallback:
         why = "did not start" if wanted in names else "is not part of this onnxruntime"
@@ -155,8 +155,10 @@ def _name(model: Path | bytes) -> str:
     return "a probe graph" if isinstance(model, bytes) else str(model)
 
 
-def _form_advice(error: Exception) -> str:
-    """What to do about a graph that is too new for this onnxruntime."""
+def _advice(error: Exception) -> str:
+    """What to do about a graph that is too new for this onnxruntime, or that it cannot capture."""
+    if "graph capture" in str(error):
+        return f"; run it without {setting('cuda_graph')}"
     if "GroupQueryAttention" not in str(error) or installed_version() >= DEFAULT_FORM_VERSION:
         return ""
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import count
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .device import Device
+from .device import Device, Pack, StepLogits
 from .loaded_graph import LoadedGraph
 from .marks import Mark
 from .place import HostLogits, Logits
@@ -49,19 +50,19 @@ class DecodeBinding:
             self.outputs["gate_mean"] = np.zeros((batch, 1), np.float32)
             self.outputs["hidden_base"] = np.zeros((batch, 1, width), np.float32)
             self.outputs["hidden_adapter"] = np.zeros((batch, 1, width), np.float32)
-        for name, array in self.inputs.items():
-            if name in graph.input_names:
-                self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name, array in self.outputs.items():
-            self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        self.logits = self._bind_logits((batch, 1, graph.manifest.vocab_size))
-        graph.bind_caches(self.binding, state)
         self.options: onnxruntime.RunOptions | None = None
+        self.logits = self._bind_arrays((batch, 1, graph.manifest.vocab_size))
+        graph.bind_caches(self.binding, state)
 
-    def _bind_logits(self, shape: tuple[int, ...]) -> Logits:
-        array = np.zeros(shape, np.float32)
-        self.binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        return HostLogits(array[:, 0])
+    def _bind_arrays(self, shape: tuple[int, ...]) -> Logits:
+        """Bind `inputs`, `outputs` and logits of this shape; returns the logits."""
+        logits = np.zeros(shape, np.float32)
+        for name, array in self.inputs.items():
+            if name in self.graph.input_names:
+                self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for name, array in (*self.outputs.items(), ("logits", logits)):
+            self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        return HostLogits(logits[:, 0])
 
     def step(self, state: DecodeState, tokens: Array, pick: Pick) -> tuple[tuple[Array, ...], Array | None]:
         """Feed one token (B,) int64 per row, and count it in. Returns what was picked from the logits that follow, and
@@ -73,6 +74,7 @@ class DecodeBinding:
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
         self.run()
         picked = pick(self.logits)
+        self.fetch()
         gates = self.outputs["gate_mean"][:, 0].copy() if self.graph.siamese else None
         self._count(state)
         return picked, gates
@@ -97,8 +99,11 @@ class DecodeBinding:
         )
 
     def run(self) -> None:
-        """Compute `outputs` from `inputs`."""
+        """Compute the outputs from the inputs."""
         self.graph.run(self.binding, self.options)
+
+    def fetch(self) -> None:
+        """Bring `outputs` to the host, where they are already."""
 
 
 class DeviceDecodeBinding(DecodeBinding):
@@ -109,43 +114,64 @@ class DeviceDecodeBinding(DecodeBinding):
     host. The total length is then the caches' capacity; attention goes by each row's own length.
     """
 
+    CHANGING = ("input_ids", "position_ids", "seqlens_k")
+
     def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
-        assert isinstance(graph.place, Device)
-        self.device = graph.place
         super().__init__(graph, state)
         self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
-        self.sent = {name: array.copy() for name, array in self.inputs.items() if name in graph.input_names}
-        self.values: dict[str, onnxruntime.OrtValue] = {}
-        for name, array in self.sent.items():
-            if name == "total_sequence_length":
-                array[...] = self.room
-                self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-            else:
-                self.values[name] = self.device.put(array)
-                self.binding.bind_ortvalue_input(name, self.values[name])
-        self.results = {name: self.device.empty(array.shape, np.float32) for name, array in self.outputs.items()}
-        for name, value in self.results.items():
-            self.binding.bind_ortvalue_output(name, value)
-        if graph.cuda_graph:
-            self.options = onnxruntime.RunOptions()
-            self.options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
 
-    def _bind_logits(self, shape: tuple[int, ...]) -> Logits:
-        value = self.device.empty(shape, np.float32)
-        self.binding.bind_ortvalue_output("logits", value)
-        return self.device.logits(value, shape[-1])
+    def _bind_arrays(self, shape: tuple[int, ...]) -> Logits:
+        device, graph = self.graph.place, self.graph
+        assert isinstance(device, Device)
+        on_device = {
+            name: array
+            for name, array in self.inputs.items()
+            if name in graph.input_names and name != "total_sequence_length"
+        }
+        self.changing = Pack(device, {name: on_device.pop(name) for name in self.CHANGING if name in on_device})
+        self.inputs |= self.changing.arrays
+        self.lasting = Pack(device, on_device)
+        self.total = self.inputs["total_sequence_length"]
+        self.binding.bind_ortvalue_input("total_sequence_length", onnxruntime.OrtValue.ortvalue_from_numpy(self.total))
+        for pack in (self.changing, self.lasting):
+            for name in pack.arrays:
+                self.binding.bind_input(name, *pack.place(name))
+        ids, values = (np.zeros((shape[0], 1), dtype) for dtype in (np.int64, np.float32))
+        self.results = Pack(device, self.outputs | {StepLogits.IDS: ids, StepLogits.VALUES: values})
+        for name in self.outputs:
+            self.binding.bind_output(name, *self.results.place(name))
+            self.outputs[name] = self.results.arrays[name]
+        logits = device.empty(shape, np.float32)
+        self.binding.bind_ortvalue_output("logits", logits)
+        if graph.cuda_graph:
+            number = next(_graph_ids)
+            self.options = onnxruntime.RunOptions()
+            self.options.add_run_config_entry("gpu_graph_id", str(number))
+            weakref.finalize(self, _release, graph.onnx, number).atexit = False
+        return StepLogits(device, logits, shape[-1], self.results)
 
     def run(self) -> None:
-        """Compute `outputs` from `inputs`: what has changed is copied to the device, results are copied back."""
-        if not self.graph.cuda_graph:
-            self.sent["total_sequence_length"][...] = self.inputs["total_sequence_length"]
-        for name, value in self.values.items():
-            if not np.array_equal(self.sent[name], self.inputs[name]):
-                self.sent[name][...] = self.inputs[name]
-                value.update_inplace(self.sent[name])
+        """Copy the inputs to the device, those that last only if they have changed, and compute the outputs there."""
+        if self.graph.cuda_graph:
+            self.total[...] = self.room
+        self.changing.send()
+        changed = [name for name, sent in self.lasting.arrays.items() if not np.array_equal(sent, self.inputs[name])]
+        if changed:
+            for name in changed:
+                self.lasting.arrays[name][...] = self.inputs[name]
+            self.lasting.send()
+        self.results.outdated = True
         super().run()
-        for name, value in self.results.items():
-            self.outputs[name][...] = value.numpy()
+
+    def fetch(self) -> None:
+        """Bring `outputs` to the host."""
+        self.results.fetch()
+
+
+def _release(onnx: onnxruntime.InferenceSession, number: int) -> None:
+    """Free a captured graph. Versions of onnxruntime that cannot keep it as long as the session."""
+    if hasattr(onnx, "release_captured_graph"):
+        onnx.release_captured_graph(number)
 
 
 def _mark(state: DecodeState) -> None:

@@ -207,3 +207,14 @@ def test_a_graph_too_new_for_this_onnxruntime_says_what_to_do(monkeypatch: pytes
     monkeypatch.setattr(onnxruntime, "__version__", "1.32.0")
     with pytest.raises(ArtifactError, match=r"max=12\]\.$"):
         open_session(_PROBE, Execution())
+
+
+def test_a_graph_that_cannot_be_captured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+
+    record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Refusing)
+    with pytest.raises(ArtifactError, match=r"as requested by the user; run it without cuda_graph$"):
+        open_session(_PROBE, Execution("cuda", cuda_graph=True))

@@ -27,21 +27,23 @@ SETTINGS = {
     "fp16, int8 caches": ExportSettings("fp16", kv_cache="int8"),
     "fp16, base alone": ExportSettings("fp16", base_only=True),
 }
-ON_GPU: set[int] = set()
-"""Addresses that count as the GPU's."""
+ON_GPU: dict[int, onnxruntime.OrtValue] = {}
+"""What counts as being on the GPU, by address; kept, so that no address comes again."""
 SPELT = {name: type_ for type_, name in _NUMPY_NAMES.items()}
-ELEMENT_TYPES = {16: "bfloat16", np.float16: "float16", np.int8: "int8", np.float32: "float32"}
+ELEMENT_TYPES = {16: "bfloat16"} | {
+    type_: type_.__name__ for type_ in (np.float16, np.int8, np.float32, np.int64, np.int32)
+}
 
 
 class GPU(Device):
     """A device's name, and the host's memory."""
 
     def __init__(self) -> None:
-        super().__init__("cuda", lambda graph: pytest.fail(f"{graph} is not needed"))
+        super().__init__("cuda", lambda graph: Recorder(None))
 
     def put(self, words: Any) -> onnxruntime.OrtValue:
         value = onnxruntime.OrtValue.ortvalue_from_numpy(words)
-        ON_GPU.add(value.data_ptr())
+        ON_GPU[value.data_ptr()] = value
         return value
 
     def empty(self, shape: Any, dtype: Any) -> onnxruntime.OrtValue:
@@ -79,22 +81,26 @@ def described(value: onnxruntime.OrtValue) -> tuple[str, str, tuple[int, ...]]:
 
 
 class Recorder:
-    """An onnxruntime session with a manifest's inputs and outputs."""
+    """An onnxruntime session with a manifest's inputs and outputs; None: one of the device's own graphs."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest | None) -> None:
         self.manifest = manifest
 
     def get_inputs(self) -> list[Any]:
-        return [self._value(signature) for signature in self.manifest.inputs]
+        return [self._value(signature) for signature in self._manifest().inputs]
 
     def get_outputs(self) -> list[Any]:
-        return [self._value(signature) for signature in self.manifest.outputs]
+        return [self._value(signature) for signature in self._manifest().outputs]
 
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def io_binding(self) -> Binding:
         return Binding()
+
+    def _manifest(self) -> Manifest:
+        assert self.manifest is not None
+        return self.manifest
 
     def _value(self, signature: TensorSignature) -> Any:
         return SimpleNamespace(name=signature.name, type=SPELT[signature.dtype], shape=list(signature.shape))

@@ -3,6 +3,7 @@ graphs, bindings and copies."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,17 +167,18 @@ def test_no_step_brings_the_vocabulary_to_the_host(on_device: Session, monkeypat
     numpy = onnxruntime.OrtValue.numpy
 
     def counted(value: Any) -> Any:
-        sizes.append(int(np.prod(value.shape())))
-        return numpy(value)
+        found = numpy(value)
+        sizes.append(found.nbytes)
+        return found
 
     monkeypatch.setattr(onnxruntime.OrtValue, "numpy", counted)
     on_device.decode_likeliest(state, [1, 2])
     assert isinstance(binding, DeviceDecodeBinding)
-    assert sizes
-    assert max(sizes) <= 2 * on_device.manifest.hidden_size < on_device.manifest.vocab_size
+    (size,) = sizes  # in one copy: id, logit, gate and two hidden states of each row
+    assert size == 2 * (8 + 4 + 4 + 2 * 4 * on_device.manifest.hidden_size)
     sizes.clear()
     on_device.decode_step(state, [1, 2])
-    assert max(sizes) == 2 * on_device.manifest.vocab_size
+    assert sorted(sizes) == sorted([size, 2 * 4 * on_device.manifest.vocab_size])
 
 
 def test_a_cuda_graph_gets_a_new_place_for_every_move_of_the_caches_and_few_of_them(
@@ -207,6 +209,26 @@ def test_a_cuda_graph_gets_a_new_place_for_every_move_of_the_caches_and_few_of_t
         places[binding.options.get_run_config_entry("gpu_graph_id")] = states[1].caches["both"].capacity
     assert list(places.values()) == [16, 32, 64, 128]  # and not every 16
     np.testing.assert_array_equal(states[0].reply_sum, states[1].reply_sum)
+
+
+def test_the_graph_of_a_state_that_nobody_refers_to_is_freed(
+    on_device: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device.cuda_graph = True
+    freed: list[int] = []
+    monkeypatch.setattr(on_device.onnx, "release_captured_graph", freed.append, raising=False)
+    state = on_device.new_state()
+    on_device.prefill_likeliest(state, [PROMPT])
+    on_device.decode_likeliest(state, [3])
+    options = on_device.binding_of(state).options
+    assert options is not None
+    assert freed == []
+    gc.disable()
+    try:
+        del state
+        assert freed == [int(options.get_run_config_entry("gpu_graph_id"))]
+    finally:
+        gc.enable()
 
 
 def test_the_graphs_are_what_their_script_writes() -> None:
