@@ -179,9 +179,7 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
         if settings.runs_here:
             parity = compare(rounded=settings.kv_cache == "int8")
         if written.quantized is not None:
-            passes |= finish_quantized(written.graph.model, own_operators=not prepared.layout.portable)
-            with prepared.as_traced():
-                write_graph(written.graph.model, folder)
+            passes |= finish(prepared, written, folder)
             finished = compare(rounded=True) if settings.runs_here else parity
             parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
     report_passes(passes, report)
@@ -197,6 +195,15 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
         kernels = cuda_kernels(ir.load(folder / GRAPH))
         report_cuda_kernels(kernels, report)
     return Verified(passes, parity, quality, kernels)
+
+
+def finish(prepared: Prepared, written: Written, folder: Path) -> dict[str, Outcome]:
+    """Give a quantized graph its fast and small form, which rounds activations, and write it again; returns what each
+    pass did."""
+    passes = finish_quantized(written.graph.model, own_operators=not prepared.layout.portable)
+    with prepared.as_traced():
+        write_graph(written.graph.model, folder)
+    return passes
 
 
 def describe(prepared: Prepared, written: Written, verified: Verified, folder: Path) -> dict[str, Any]:
