@@ -17,6 +17,7 @@ from .int8_compute import int8_compute
 from .low_rank import pack_low_rank
 from .name_dimensions import name_dimensions
 from .norms import fuse_rms_norm, fuse_skip_rms_norm
+from .pack_products import pack_products
 from .pack_qkv import pack_qkv
 from .quantizable import head_is_quantized
 from .quantization import Quantization, Quantized
@@ -74,6 +75,7 @@ def ordered_passes(quantizer: Quantizer | None = None) -> tuple[Step, ...]:
         Step(Stage.BEFORE_QUANTIZATION, pack_low_rank),
         Step(Stage.BEFORE_QUANTIZATION, pack_qkv),
         Step(Stage.BEFORE_QUANTIZATION, fuse_silu),
+        Step(Stage.BEFORE_QUANTIZATION, pack_products),
         Step(Stage.BEFORE_QUANTIZATION, use_own_attention),
         None if quantizer is None else Step(Stage.QUANTIZATION, quantizer, problem=head_is_quantized),
         Step(Stage.CLEANING, widen_without_kernel),

@@ -1,49 +1,29 @@
 """Queries, keys and values from one product, which GroupQueryAttention takes packed.
 
-`lows` is what `pack_low_rank` made before it split it; the Bs become the blocks of one matrix, zero elsewhere.
+In half precision, for GPUs, where every node is a launch, both streams' attention takes its half of one product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from . import weights
-from .graph import add_node, drop_unused, new_weight, nodes_of, only_user
+from .graph import add_node, nodes_of, only_user
+from .projections import HALVES, Projection, join, join_problem, projection, remove
 from .rewrite import Declined, Rewrite
 
-READ_TWICE = Declined("a projection is read by something else too")
-OTHER_TERM = Declined("a projection is more than a product, a bias and a low-rank change")
-OTHER_INPUT = Declined("queries, keys and values are made of different inputs")
-OTHER_LOWS = Declined("the low-rank changes are not the parts of one product, in the order of attention's inputs")
 _QKV = slice(0, 3)
-
-
-@dataclass
-class Projection:
-    """The terms of one output: a product with the backbone's weight, a bias, and a low-rank change's second product."""
-
-    x: ir.Value | None = None
-    weight: ir.Value | None = None
-    bias: ir.Value | None = None
-    low: ir.Value | None = None
-    factor: ir.Value | None = None
-    nodes: list[ir.Node] = field(default_factory=list)
-
-    @property
-    def width(self) -> int:
-        """Output features."""
-        assert self.weight is not None
-        return int(weights.matrix(self.weight).shape[1])
 
 
 @dataclass(frozen=True)
 class _Attention:
-    node: ir.Node
+    """nodes: of all streams, if `splits` give each its rows of queries, keys and values."""
+
+    nodes: list[ir.Node]
     projections: list[Projection]
+    splits: list[ir.Node]
 
 
 def _candidates(model: ir.Model) -> Iterator[ir.Node]:
@@ -54,134 +34,52 @@ def _candidates(model: ir.Model) -> Iterator[ir.Node]:
 
 def _check(node: ir.Node) -> _Attention | Declined:
     """One input for all, and changes that come from one Split in the same order, or none at all."""
+    nodes, values, splits = [node], node.inputs[_QKV], _by_stream(node)
+    if splits:
+        nodes = [user for output in splits[0].outputs for user, _ in output.uses()]
+        values = [split.inputs[0] for split in splits]
     projections = []
-    for value in node.inputs[_QKV]:
+    for value in values:
         assert value is not None
-        found = _projection(value)
+        found = projection(value, "attention")
         if isinstance(found, Declined):
             return found
         projections.append(found)
-    if len({projection.x for projection in projections}) > 1:
-        return OTHER_INPUT
-    lows = [projection.low for projection in projections if projection.low is not None]
-    split = lows[0].producer() if lows else None
-    if lows and (len(lows) == 1 or split is None or split.op_type != "Split" or list(split.outputs) != lows):
-        return OTHER_LOWS
-    return _Attention(node, projections)
+    problem = join_problem(projections)
+    if problem is not None:
+        return problem
+    return _Attention(nodes, projections, splits)
 
 
-def _projection(value: ir.Value) -> Projection | Declined:
-    """The terms of a value that nothing else reads."""
-    found = Projection()
-    pending = [value]
-    while pending:
-        term = pending.pop()
-        node = term.producer()
-        if _is_bias(term) and found.bias is None:
-            found.bias = term
-            continue
-        if node is None:
-            return OTHER_TERM
-        if only_user(term) is None:
-            return READ_TWICE
-        found.nodes.append(node)
-        if node.op_type == "Add":
-            pending += [part for part in node.inputs if part is not None]
-        elif node.op_type != "MatMul":
-            return Declined(f"{node.op_type} stands between a projection and attention")
-        elif not _take_product(found, node):
-            return OTHER_TERM
-    return found if found.weight is not None else OTHER_TERM
-
-
-def _take_product(found: Projection, node: ir.Node) -> bool:
-    """Note a product with a constant as the backbone's or the adapter's; False if there is one already."""
-    factor = node.inputs[1]
-    if factor is None or not weights.constant_matrix(factor):
-        return False
-    if weights.is_adapter(factor):
-        fits = found.factor is None
-        found.low, found.factor = node.inputs
-    else:
-        fits = found.weight is None
-        found.x, found.weight = node.inputs
-    return fits
-
-
-def _is_bias(value: ir.Value) -> bool:
-    """Whether the value is a constant vector of the backbone."""
-    return (
-        value.is_initializer()
-        and value.const_value is not None
-        and len(value.const_value.shape) == 1
-        and weights.is_backbone(value)
-    )
+def _by_stream(node: ir.Node) -> list[ir.Node]:
+    """The Splits that give the attention of every stream its rows of half-precision queries, keys and values, and
+    nothing else; empty if there are none."""
+    splits: list[ir.Node] = []
+    readers: list[list[ir.Node | None]] = []
+    for value in node.inputs[_QKV]:
+        split = None if value is None else value.producer()
+        if split is None or split.op_type != "Split" or split.attributes.get_int("axis", 0) != 0:
+            return []
+        splits.append(split)
+        readers.append([only_user(output, node.op_type) for output in split.outputs])
+    alike = readers[0] == readers[1] == readers[2]  # each takes the same rows of all three
+    half = all(output.dtype in HALVES for output in splits[0].outputs)
+    return splits if alike and half and None not in readers[0] else []
 
 
 def _rewrite(model: ir.Model, found: _Attention) -> None:
-    graph, attention, projections = model.graph, found.node, found.projections
-    known = [projection.weight for projection in projections if projection.weight is not None]
-    widths = [projection.width for projection in projections]
-    assert known[0].dtype is not None
-    dtype = known[0].dtype
-    packed = new_weight(
-        graph,
-        f"{known[0].name}.qkv",
-        lambda: np.concatenate([weights.matrix(weight) for weight in known], axis=1),
-        (weights.matrix(known[0]).shape[0], sum(widths)),
-        dtype,
-    )
-    weights.note_parts(packed, [name for weight in known for name in weights.parts(weight)], widths)
-    result = add_node(attention, "MatMul", [projections[0].x, packed]).outputs[0]
-    if any(projection.bias is not None for projection in projections):
-        bias = _bias(graph, f"{packed.name}.bias", projections, dtype)
-        result = add_node(attention, "Add", [result, bias]).outputs[0]
-    split = next((p.low.producer() for p in projections if p.low is not None), None)
-    if split is not None:
-        blocks = _blocks(graph, f"{packed.name}.adapter_b", projections, dtype)
-        change = add_node(attention, "MatMul", [split.inputs[0], blocks]).outputs[0]
-        result = add_node(attention, "Add", [result, change]).outputs[0]
-    for place, value in enumerate((result, None, None)):
-        attention.replace_input_with(place, value)
-    for projection in projections:
-        for node in projection.nodes:
-            graph.remove(node, safe=True)
-    if split is not None:
-        graph.remove(split, safe=True)
-    drop_unused(graph, [value for p in projections for value in (p.weight, p.bias, p.factor) if value is not None])
-
-
-def _bias(graph: ir.Graph, name: str, projections: list[Projection], dtype: ir.DataType) -> ir.Value:
-    """(widths of all): each bias, zeros where there is none."""
-    parts = [(projection.bias, projection.width) for projection in projections]
-
-    def make() -> weights.Array:
-        return np.concatenate(
-            [np.zeros(width, dtype.numpy()) if bias is None else weights.matrix(bias) for bias, width in parts]
-        )
-
-    return new_weight(graph, name, make, (sum(width for _, width in parts),), dtype)
-
-
-def _blocks(graph: ir.Graph, name: str, projections: list[Projection], dtype: ir.DataType) -> ir.Value:
-    """(ranks of all, widths of all): each B at its own rows and columns."""
-    factors = [None if p.factor is None else weights.matrix(p.factor) for p in projections]
-    widths = [projection.width for projection in projections]
-    ranks = sum(0 if factor is None else factor.shape[0] for factor in factors)
-
-    def make() -> weights.Array:
-        blocks = np.zeros((ranks, sum(widths)), dtype.numpy())
-        row = column = 0
-        for factor, width in zip(factors, widths, strict=True):
-            if factor is not None:
-                blocks[row : row + len(factor), column : column + width] = factor
-                row += len(factor)
-            column += width
-        return blocks
-
-    value = new_weight(graph, name, make, (ranks, sum(widths)), dtype)
-    weights.note_parts(value, [part for p in projections if p.factor is not None for part in weights.parts(p.factor)])
-    return value
+    graph, attention = model.graph, found.nodes[0]
+    result = join(graph, attention, found.projections, "qkv")
+    packs = [result]
+    if found.splits:
+        streams = len(found.nodes)
+        packs = list(add_node(attention, "Split", [result], outputs=streams, axis=0, num_outputs=streams).outputs)
+    for node, pack in zip(found.nodes, packs, strict=True):
+        for place, value in enumerate((pack, None, None)):
+            node.replace_input_with(place, value)
+    for node in found.splits:
+        graph.remove(node, safe=True)
+    remove(graph, found.projections)
 
 
 pack_qkv = Rewrite(

@@ -65,9 +65,7 @@ def open_session(
             source, options, providers=names, provider_options=[own if name == wanted else {} for name in names]
         )
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise ArtifactError(
-            f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_advice(error)}"
-        ) from error
+        raise ArtifactError(f"onnxruntime cannot load {_name(model)}: {_one_line(error)}{_advice(error)}") from error
     if wanted not in session.get_providers() and not execution.allow_fallback:
         why = "did not start" if wanted in names else "is not part of this onnxruntime"
         raise ProviderError(

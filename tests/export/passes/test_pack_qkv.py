@@ -10,7 +10,8 @@ import pytest
 
 from export.passes import weights
 from export.passes.low_rank import pack_low_rank
-from export.passes.pack_qkv import OTHER_INPUT, OTHER_LOWS, OTHER_TERM, READ_TWICE, pack_qkv
+from export.passes.pack_qkv import pack_qkv
+from export.passes.projections import OTHER_INPUT, OTHER_LOWS, OTHER_TERM, READ_TWICE
 from export.passes.rewrite import Declined, Outcome
 from tests.export.passes.projections import HEAD, KV_HEADS, MASK, RANKS, SIZES, WEIGHTS, WIDTH, X, assert_same
 from tests.graphs import declared, graph, kinds, run, with_weights
@@ -156,4 +157,59 @@ def test_other_queries_keys_and_values_stay_apart(lines: str, reason: Declined) 
     model = attention(lines)
     before = kinds(model)
     assert pack_qkv(model) == Outcome(0, Counter({reason.reason: 1}))
+    assert kinds(model) == before
+
+
+SPLITS = "".join(f"{p}0, {p}1 = Split<axis = 0, num_outputs = 2>({p}) " for p in "qkv")
+
+
+def two_streams(type_: str, lines: str) -> ir.Model:
+    """A node of attention for each stream, over its row of q, k and v."""
+    caches = ", ".join(f"{type_}[1, 2, past, 8] {name}" for name in ("ka", "va", "kb", "vb"))
+    text = f"""g ({type_}[2, 3, 32] x, {type_}[2, 1, 1] mask{declared(WEIGHTS, lines).replace("float", type_)},
+        {caches}, int32[1] lengths, int32 total) => ({type_}[2, 3, 32] z) <int64[3] ranks = {{2, 3, 4}}>
+        {{ {lines}
+        z0, pk0, pv0 = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>
+            (q0, k0, v0, ka, va, lengths, total)
+        z1, pk1, pv1 = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>
+            (q1, k1, v1, kb, vb, lengths, total)
+        z = Concat<axis = 0>(z0, z1) }}"""
+    half = {name: values.astype(np.float16) for name, values in WEIGHTS.items()}
+    return with_weights(graph(text), half if type_ == "float16" else WEIGHTS)
+
+
+def test_in_half_precision_each_stream_takes_its_rows_of_one_product() -> None:
+    model = two_streams(
+        "float16", ONE_LOW + changed("q", "ql", True) + changed("k", "kl") + changed("v", "vl") + SPLITS
+    )
+    empty = np.zeros((1, KV_HEADS, 0, HEAD), np.float16)
+    inputs = {name: empty for name in ("ka", "va", "kb", "vb")} | {
+        "x": X.astype(np.float16),
+        "mask": MASK.astype(np.float16),
+        "lengths": np.full(1, 2, np.int32),
+        "total": np.array(3, np.int32),
+    }
+    (before,) = run(model, **inputs)
+    assert pack_qkv(model) == Outcome(1)
+    attention_nodes = ["Split", "GroupQueryAttention", "GroupQueryAttention", "Concat"]
+    assert kinds(model) == ["Concat", "MatMul", "Mul", "MatMul", "Add", "MatMul", "Add", *attention_nodes]
+    (after,) = run(model, **inputs)
+    np.testing.assert_allclose(after, before, atol=0.05)  # sums of other float16 terms; values of up to 20
+    assert np.abs(before).max() > 4
+    assert not np.allclose(before[0], before[1], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("type_", "lines"),
+    [
+        ("float", PLAIN + SPLITS),  # the portable form for CPUs
+        ("float16", PLAIN + SPLITS.replace("q0, q1", "q1, q0")),
+        ("float16", PLAIN + SPLITS + "again = Abs(k0)"),
+    ],
+    ids=["float32", "rows in another order", "another reader"],
+)
+def test_other_streams_keep_products_of_their_own(type_: str, lines: str) -> None:
+    model = two_streams(type_, lines)
+    before = kinds(model)
+    assert pack_qkv(model) == Outcome(0, Counter({"Split stands between a projection and attention": 2}))
     assert kinds(model) == before
