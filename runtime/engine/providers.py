@@ -96,6 +96,8 @@ def _provider_options(execution: Execution, options: onnxruntime.SessionOptions)
     own = {}
     if execution.provider in THREAD_OPTIONS:
         own[THREAD_OPTIONS[execution.provider]] = str(options.intra_op_num_threads)
+    if execution.provider == "cuda":  # its norms of residual sums may otherwise overflow in float16
+        own["enable_skip_layer_norm_strict_mode"] = "1"
     if execution.cuda_graph:
         own["enable_cuda_graph"] = "1"
     return own
