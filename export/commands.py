@@ -88,12 +88,14 @@ def _check_source(args: argparse.Namespace) -> None:
         raise SettingsError("adapter", args.adapter, "it needs {base}, the model that it was trained on")
 
 
-def _check_parity(artifact: Path, checkpoint: Path, base_model: str | None = None) -> dict[str, Any]:
+def _check_parity(
+    artifact: Path, checkpoint: Path, base_model: str | None = None, provider: str = "cpu"
+) -> dict[str, Any]:
     """The new parity report, as in the manifest."""
     from .report import report_parity
     from .verification.against_checkpoint import verify_against_checkpoint
 
-    parity = verify_against_checkpoint(artifact, checkpoint, base_model)
+    parity = verify_against_checkpoint(artifact, checkpoint, base_model, provider)
     report_parity(parity, _to_stderr)
     return parity.as_dict()
 

@@ -33,7 +33,7 @@ from .report import (
     report_quantized,
     report_trace,
 )
-from .settings import HALF_TOLERANCE, ExportSettings
+from .settings import TOLERANCES, ExportSettings
 from .trace import TracedGraph, trace
 from .two_stream import TwoStreamStep
 from .verification.measure import evaluate
@@ -172,15 +172,21 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     published. Measures the quality against the original weights. Raises VerificationError."""
     settings, passes = prepared.settings, dict(written.passes)
     compare = partial(
-        verify_graph, folder, prepared.model, written.graph.streams, prepared.facts.context_length, settings.tolerance
+        verify_graph,
+        folder,
+        prepared.model,
+        written.graph.streams,
+        prepared.facts.context_length,
+        settings.tolerance,
+        provider=settings.verify_on,
     )
-    parity = ParityReport(HALF_TOLERANCE)
+    parity = ParityReport(TOLERANCES["bfloat16"])
     with prepared.with_weights_of(written.quantized or Quantized()):
-        if settings.runs_here:
+        if settings.verifiable:
             parity = compare(rounded=settings.kv_cache == "int8")
         if written.quantized is not None:
             passes |= finish(prepared, written, folder)
-            finished = compare(rounded=True) if settings.runs_here else parity
+            finished = compare(rounded=True) if settings.verifiable else parity
             parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
     report_passes(passes, report)
     if written.quantized is not None:
@@ -188,7 +194,8 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     report_parity(parity, report)
     quality = None
     if prepared.texts.evaluation:
-        quality = evaluate(folder, prepared.model, written.graph.streams, prepared.texts.evaluation)
+        streams, texts = written.graph.streams, prepared.texts.evaluation
+        quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on)
         report_quality(quality, settings, report)
     kernels = None
     if settings.dtype_name != "float32":
@@ -225,6 +232,7 @@ def describe(prepared: Prepared, written: Written, verified: Verified, folder: P
         },
         "training": info.training,
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
+        "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),
         "quality": None if quality is None else quality.as_dict(),
         "cuda_kernels": None if verified.cuda_kernels is None else verified.cuda_kernels.as_dict(),

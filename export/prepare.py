@@ -15,17 +15,20 @@ from imsm_core.adapters.biases import original_biases
 from imsm_core.checkpoint import CheckpointInfo
 from imsm_core.siamese import SiameseModel
 
+from .activation_range import ActivationRange, find_range
 from .adapters import base_layers, replaced_layers, two_stream_layers
 from .adapters.describe import check_delta_size, describe_adapter
 from .attention.kv_scales import KVScales, find_scales
 from .attention.plan import AttentionPlan, plan_attention
 from .errors import UnsupportedError
+from .float16_range import check_activations, check_weights
 from .model_facts import ModelFacts, model_facts
 from .passes.quantization import Quantization, Quantized
 from .passes.quantized_matmul import has_operator
+from .providers import check_provider
 from .quantization.gptq import calibrated_weights
 from .quantization.precision import compute_dtype, computing_in, rounded_experts, rounded_to, rounded_weights
-from .report import Report, report_adapter
+from .report import Report, report_adapter, report_float16
 from .settings import ExportSettings
 from .streams import StreamLayout
 from .texts import Texts, read_texts
@@ -35,9 +38,10 @@ from .virtual_tokens import VirtualCache, virtual_cache
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the trace. layers: what the adapter's layers are replaced by while the model is traced,
-    by name in the causal LM. virtual: the caches of the virtual tokens. adapter: the manifest's section; None without
-    one. kv_scales: of int8 caches. quantization: None where weights stay in floating point."""
+    """All that is known before the trace. layers: what the adapter's layers are replaced by while the model is
+    traced, by name in the causal LM. virtual: the caches of the virtual tokens. adapter: the manifest's section; None
+    without one. activations: the largest ones, where the graph computes in float16. kv_scales: of int8 caches.
+    quantization: None where weights stay in floating point."""
 
     model: SiameseModel
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +55,7 @@ class Prepared:
     virtual: VirtualCache
     adapter: dict[str, Any] | None
     texts: Texts
+    activations: ActivationRange | None
     kv_scales: KVScales | None
     quantization: Quantization | None
 
@@ -90,6 +95,7 @@ def prepare(
     What can be refused is refused first, before anything that takes long. Writes nothing and leaves the model as it is.
     Raises AdapterError, DataError, ExportError, SettingsError or UnsupportedError.
     """
+    check_provider(settings.verify_on)
     causal_lm = model.causal_lm
     virtual_tokens = 0 if settings.base_only else prompts.virtual_tokens(model.peft_model)
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
@@ -106,6 +112,9 @@ def prepare(
     if adapter is not None:
         report_adapter(adapter, causal_lm, report)
         check_delta_size(adapter, settings.max_delta_mb)
+    activations = None
+    if settings.dtype_name == "float16":
+        activations = _check_float16(model, facts.layers, layers, virtual, texts, settings, report)
     trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
     layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
     scales = find_scales(model, plan, texts.scales) if settings.kv_cache == "int8" else None
@@ -123,9 +132,28 @@ def prepare(
         virtual=virtual,
         adapter=adapter,
         texts=texts,
+        activations=activations,
         kv_scales=scales,
         quantization=quantization,
     )
+
+
+def _check_float16(
+    model: SiameseModel,
+    layer_count: int,
+    layers: dict[str, nn.Module],
+    virtual: VirtualCache,
+    texts: Texts,
+    settings: ExportSettings,
+    report: Report,
+) -> ActivationRange:
+    """The largest activations. Raises UnsupportedError if float16 holds not all of them, or not all weights."""
+    with original_biases(model.peft_model), replaced_layers(model.causal_lm, layers):
+        warnings = check_weights(model.causal_lm.named_parameters(), settings)
+    found = find_range(model, texts.activations, layer_count, virtual, settings.base_only)
+    check_activations(found, settings)
+    report_float16(found, warnings, report)
+    return found
 
 
 def _plan_quantization(

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .activation_range import ActivationRange
 from .attention.plan import AttentionPlan
 from .cuda_kernels import CudaKernels
+from .float16_range import LARGEST, warn_of_activations
 from .model_facts import ModelFacts
 from .passes.quantization import Quantized
 from .passes.rewrite import Outcome
@@ -38,6 +40,17 @@ def report_other_backbone(trained: Mapping[str, Any], report: Report) -> None:
         f"warning   the adapter was trained against a backbone of {trained['precision']} in blocks of "
         f"{trained['block_size']}, symmetric; this export has a different one"
     )
+
+
+def report_float16(found: ActivationRange, warnings: list[str], report: Report) -> None:
+    """The largest activation, and one line for each warning, of the weights (`warnings`) and of it."""
+    place, value = found.largest
+    report(
+        f"range     largest activation {value:,.6g} ({place}) over {found.tokens} tokens of text; float16 holds "
+        f"{LARGEST / value:,.3g} times as much"
+    )
+    for warning in [*warnings, *warn_of_activations(found)]:
+        report(f"warning   {warning}")
 
 
 def report_trace(facts: ModelFacts, plan: AttentionPlan, layout: StreamLayout, report: Report) -> None:
@@ -70,7 +83,10 @@ def report_quantized(done: Quantized, settings: ExportSettings, report: Report) 
 def report_parity(parity: ParityReport, report: Report) -> None:
     """One line per way of computing."""
     if not parity.differences:
-        report("verify    not verified: onnxruntime's CPU provider has no bfloat16; run `verify` where there is one")
+        report(
+            "verify    not verified: onnxruntime's CPU provider has no bfloat16; where another provider starts, run "
+            "`verify` with --checkpoint and --provider, or export with --verify-on"
+        )
         return
     for way, differences in parity.differences.items():
         worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())

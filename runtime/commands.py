@@ -89,6 +89,8 @@ def _add_verify(commands: Commands) -> None:
     _add_artifact(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="CKPT", help="also compare with this checkpoint in PyTorch")
     parser.add_argument("--base", metavar="DIR_OR_HUB_ID", help="where the checkpoint's base model is now")
+    text = "execution provider that loads the graph, and runs it for --checkpoint: cpu, cuda, openvino, ..."
+    parser.add_argument("--provider", default="cpu", metavar="NAME", help=text)
 
 
 def _verify(args: argparse.Namespace, commands: Commands) -> int:
@@ -100,14 +102,14 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
     manifest = read_manifest(args.artifact)
     check_files(args.artifact, manifest, hashes=True)
     print(f"files    {len(manifest.files)} files have the sizes and sha256 of the manifest")
-    load(args.artifact)
+    load(args.artifact, Execution(args.provider))
     print(f"graph    {len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs are those of the manifest")
     if args.checkpoint is not None:
-        parity = commands.service("check_parity")(args.artifact, args.checkpoint, args.base)
+        parity = commands.service("check_parity")(args.artifact, args.checkpoint, args.base, args.provider)
         worst = max(value for row in parity["max_abs_difference"].values() for value in row.values())
         judged = math.isfinite(parity["tolerance"])
         why = "" if judged else " (not judged: the artifact's values are rounded, the checkpoint's are not)"
-        print(f"parity   largest difference from PyTorch {worst:.1e}{why}")
+        print(f"parity   largest difference from PyTorch {worst:.1e} on {args.provider}{why}")
     print("ok")
     return 0
 

@@ -31,6 +31,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "eos_token_ids": list(manifest.eos_token_ids),
         "chat_template": "chat_template.jinja" in manifest.files,
+        "activation_range": raw.get("activation_range"),
         "parity": raw.get("parity"),
         "passes": raw.get("passes"),
         "producers": raw.get("producers"),
@@ -70,4 +71,7 @@ def format_summary(facts: dict[str, Any]) -> str:
         else "parity       not recorded",
         f"created      {facts['created']}",
     ]
+    if found := facts["activation_range"]:
+        where = f"in {found['module']}; float16 holds 65504"
+        lines.insert(-1, f"range        largest activation {found['largest']:.3g} {where}")
     return "\n".join(lines)

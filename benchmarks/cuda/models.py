@@ -197,7 +197,7 @@ def publish_unverified(
     from export.passes.quantization import Quantized
     from export.pipeline import Verified, describe, finish, write
     from export.prepare import prepare
-    from export.settings import HALF_TOLERANCE
+    from export.settings import TOLERANCES
     from export.verification.parity import ParityReport
     from imsm_core.files import publish_folder
 
@@ -211,7 +211,7 @@ def publish_unverified(
         passes = dict(written.passes)
         if written.quantized is not None:
             passes |= finish(prepared, written, draft)
-        describe(prepared, written, Verified(passes, ParityReport(HALF_TOLERANCE), None), draft)
+        describe(prepared, written, Verified(passes, ParityReport(TOLERANCES["float16"]), None, None), draft)
         if layers is not None:
             deepen(draft, layers)
     return reference

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.cuda.document import Document, Plan
 from benchmarks.cuda.models import PARITY_SHAPE, SIZES, Recipe, Size, export_unverified, recipes, siamese_model
-from export.settings import HALF_TOLERANCE, ExportSettings
+from export.settings import TOLERANCES, ExportSettings
 from export.verification.parity import LIMIT_OF_ROUNDING
 from imsm_core.choices import GATE_KINDS
 from runtime import Session
@@ -216,7 +216,7 @@ def run(plan: Plan, document: Document) -> None:
     size = SIZES[plan.size]
     device = "cuda" if plan.provider == "cuda" and torch.cuda.is_available() else "cpu"
     document.note("pytorch_on", device)
-    document.note("limits", {"tokens_equal": TOKENS_EQUAL, "near_tie": NEAR_TIE, "tolerance": HALF_TOLERANCE})
+    document.note("limits", {"tokens_equal": TOKENS_EQUAL, "near_tie": NEAR_TIE, "tolerance": TOLERANCES["float16"]})
     chosen = [name for name in cases(size, plan.provider) if plan.wants(name)]
     for seconds, results in _run_all(chosen, device, plan):
         document.add("exports", seconds)
@@ -294,7 +294,7 @@ def _judged(rows: list[Row], reference: SiameseModel, halved: SiameseModel, case
     if case.rounds:
         near = own["middle_rms"] <= LIMIT_OF_ROUNDING
         return result | {"ok": bool(np.isfinite(found).all() and near)}
-    limit = max(HALF_TOLERANCE * (1 + float(np.abs(wanted).max())), 2 * torchs["max_abs"])
+    limit = max(TOLERANCES["float16"] * (1 + float(np.abs(wanted).max())), 2 * torchs["max_abs"])
     equal = own["tokens_equal"] >= min(TOKENS_EQUAL, torchs["tokens_equal"])
     return result | {"limit": round(limit, 5), "ok": bool(own["max_abs"] <= limit and equal)}
 

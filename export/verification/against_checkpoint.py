@@ -14,12 +14,14 @@ from ..settings import ExportSettings
 from .parity import ParityReport, verify_graph
 
 
-def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str | None = None) -> ParityReport:
+def verify_against_checkpoint(
+    artifact: Path, checkpoint: Path, base_model: str | None = None, provider: str = "cpu"
+) -> ParityReport:
     """Compare the graph in `artifact` with the model of `checkpoint` again. For a graph with quantized weights or
     caches the differences are measured but not judged: the checkpoint has other weights.
 
-    base_model: where the base model is now, if not where the checkpoint says. Raises CheckpointError, BaseModelError,
-    AdapterError or VerificationError.
+    base_model: where the base model is now, if not where the checkpoint says. provider: the execution provider that
+    runs the graph. Raises CheckpointError, BaseModelError, AdapterError, ExportError or VerificationError.
     """
     manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
     model, info = load_checkpoint(checkpoint, base_model)
@@ -31,4 +33,5 @@ def verify_against_checkpoint(artifact: Path, checkpoint: Path, base_model: str 
         )
     quantized = manifest["quantization"] is not None or manifest["kv_cache"] == "int8"
     tolerance = math.inf if quantized else ExportSettings(manifest["precision"]).tolerance
-    return verify_graph(artifact, model, tuple(manifest["streams"]), manifest["model"]["context_length"], tolerance)
+    streams, context = tuple(manifest["streams"]), manifest["model"]["context_length"]
+    return verify_graph(artifact, model, streams, context, tolerance, provider=provider)

@@ -14,9 +14,12 @@ from .plain_run import Array, CachedGraph
 from .quality import QualityReport, measure_quality, query_length
 
 
-def evaluate(folder: Path, model: SiameseModel, streams: tuple[str, ...], texts: Sequence[list[int]]) -> QualityReport:
-    """Compare the graph in `folder` with `model`, which has its original weights. Raises VerificationError."""
-    graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder))
+def evaluate(
+    folder: Path, model: SiameseModel, streams: tuple[str, ...], texts: Sequence[list[int]], provider: str = "cpu"
+) -> QualityReport:
+    """Compare the graph in `folder`, run by `provider`, with `model`, which has its original weights. Raises
+    VerificationError."""
+    graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
 
     def reference(text: list[int]) -> Array:
         return expected_outputs(model, text, query_length(text), streams)["logits"]

@@ -55,11 +55,13 @@ class ParityReport:
 
     tolerance: both the absolute one and the one relative to an output's largest value. rounded: the graph rounds to
     int8 as it computes, so that LIMIT_OF_ROUNDING judges, in `judge_positions`. rounding: how far PyTorch's own float32
-    is from its float64, by output; only where a difference is past the tolerance.
+    is from its float64, by output; only where a difference is past the tolerance. provider: what ran the graph; None:
+    nothing did.
     """
 
     tolerance: float
     rounded: bool = False
+    provider: str | None = None
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     decode_steps: int = 0
     greedy_tokens_equal: int = 0
@@ -93,6 +95,7 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return {
+            "provider": self.provider,
             "tolerance": self.tolerance,
             "max_abs_difference": self.differences,
             "decode_steps": self.decode_steps,
@@ -108,17 +111,19 @@ def verify_graph(
     context_length: int,
     tolerance: float | None = None,
     rounded: bool = False,
+    provider: str = "cpu",
 ) -> ParityReport:
     """Compare the graph in `folder` with `model` (on the CPU, float32, eval mode, the weights that the file has).
 
-    tolerance: None is float32's. rounded: as in `ParityReport`. Raises VerificationError.
+    tolerance: None is float32's. rounded: as in `ParityReport`. provider: the execution provider that runs the graph.
+    Raises VerificationError, or ExportError if the provider does not start.
     """
     virtual = load_virtual_cache(folder)
-    cached = CachedGraph(folder / GRAPH, virtual)
+    cached = CachedGraph(folder / GRAPH, virtual, provider=provider)
     layers = 1 + max(int(name.split(".")[2]) for name in cached.inputs if name.startswith("past_key_values."))
     if tolerance is None:
         tolerance = FP32_TOLERANCE_DEEP if layers > DEEP_LAYERS else FP32_TOLERANCE
-    report = ParityReport(tolerance, rounded)
+    report = ParityReport(tolerance, rounded, provider)
     vocabulary = next(value.shape[-1] for value in cached.session.get_outputs() if value.name == "logits")
     generator = np.random.default_rng(0)
     # Texts as long as the context allows, and no longer than needed to cover ragged rows and chunks.

@@ -1,4 +1,5 @@
-"""An exported graph run with plain NumPy arrays: slower than the runtime, and independent of it."""
+"""An exported graph run with plain NumPy arrays: slower than the runtime, and independent of it. Caches in bfloat16,
+which NumPy has not, stay onnxruntime's own values from run to run."""
 
 from __future__ import annotations
 
@@ -12,25 +13,38 @@ from numpy.typing import NDArray
 from imsm_core.backbone import first_line
 
 from ..errors import VerificationError
+from ..providers import open_graph
 from ..virtual_tokens import VirtualCache
 
 Array = NDArray[Any]
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(bfloat16)": np.uint16,
+}
+BFLOAT16 = 16  # as ONNX numbers element types
 
 
 class CachedGraph:
-    """Prefill, chunks and decode steps of a batch; `present` of one run is `past` of the next."""
+    """Prefill, chunks and decode steps of a batch; `present` of one run is `past` of the next.
 
-    def __init__(self, path: Path, virtual: VirtualCache, session: onnxruntime.InferenceSession | None = None) -> None:
-        if session is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.session = session
+    provider: the execution provider that runs it, as `open_graph` takes it; a `session` that is open is used as it is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        virtual: VirtualCache,
+        session: onnxruntime.InferenceSession | None = None,
+        provider: str = "cpu",
+    ) -> None:
+        self.session = open_graph(path, provider) if session is None else session
+        session = self.session
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = [value.name for value in session.get_outputs()]
         self.virtual = virtual
-        self.state: dict[str, Array] = {}
+        self.state: dict[str, Array | onnxruntime.OrtValue] = {}
         self.lengths = np.zeros(0, np.int64)
 
     def prefill(self, prompts: list[list[int]]) -> dict[str, Array]:
@@ -41,7 +55,7 @@ class CachedGraph:
         outputs, states = [], []
         for prompt in prompts:
             outputs.append(self._prefill([prompt]))
-            states.append(self.state)
+            states.append({name: np.asarray(value) for name, value in self.state.items()})
         self.state = {name: _stack_padded([state[name] for state in states]) for name in states[0]}
         self.lengths = np.array([len(prompt) for prompt in prompts])
         return {name: _stack_padded([output[name] for output in outputs]) for name in outputs[0]}
@@ -95,7 +109,8 @@ class CachedGraph:
                     adapter = self.virtual[place][None].repeat(batch, 0).astype(first.dtype)
                     # The base stream's rows have room there and nothing in it: their lengths leave it out.
                     first = adapter if group == "adapter" else np.concatenate([np.zeros_like(adapter), adapter])
-                self.state[name] = first
+                bfloat16 = value.type == "tensor(bfloat16)"
+                self.state[name] = _bfloat16_value(first) if bfloat16 else first
 
     def _run(self, input_ids: Array, query_mask: Array, positions: Array, new: Array) -> dict[str, Array]:
         rows, sequence = input_ids.shape
@@ -111,15 +126,28 @@ class CachedGraph:
             "memory_bias": np.zeros(rows, np.float32),
             **self.state,
         }
+        values = {
+            name: array if isinstance(array, onnxruntime.OrtValue) else onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in feed.items()
+            if name in self.inputs
+        }
         try:
-            results = self.session.run(self.outputs, {name: feed[name] for name in self.inputs})
+            results = self.session.run_with_ort_values(self.outputs, values)
         except Exception as error:  # onnxruntime's own types, one for each of its status codes
             raise VerificationError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
-        outputs: dict[str, Array] = dict(zip(self.outputs, results, strict=True))
+        outputs: dict[str, Any] = {
+            name: value if value.data_type() == "tensor(bfloat16)" else value.numpy()
+            for name, value in zip(self.outputs, results, strict=True)
+        }
         for name in self.state:
             present = name.replace("past_key_values", "present").replace("past_query", "present_query")
             self.state[name] = outputs[present]
         return outputs
+
+
+def _bfloat16_value(bits: Array) -> onnxruntime.OrtValue:
+    """bits: uint16, those of the numbers."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, BFLOAT16)
 
 
 def _stack_padded(arrays: list[Array]) -> Array:

@@ -32,11 +32,14 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def adapter_hidden_state(peft_model: PeftModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def adapter_hidden_state(
+    peft_model: PeftModel, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None
+) -> Tensor:
     """(B, S, d): the adapter stream's last hidden states at the text's positions.
 
-    input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. Raises DataError if virtual tokens and
-    text together are longer than the model's context.
+    input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. cache: of the virtual tokens
+    (`virtual_token_cache`), which then do not run again; the text is appended to it. Raises DataError if virtual tokens
+    and text together are longer than the model's context.
     """
     model = causal_lm(peft_model)
     count, (rows, length) = virtual_tokens(peft_model), input_ids.shape
@@ -49,8 +52,9 @@ def adapter_hidden_state(peft_model: PeftModel, input_ids: Tensor, attention_mas
         )
     if attention_mask is not None:
         attention_mask = torch.cat([attention_mask.new_ones(rows, count), attention_mask], dim=1)
-    if _prompts_are_cache(peft_model):
+    if cache is None and _prompts_are_cache(peft_model):
         cache = peft_model.get_prompt(batch_size=rows)
+    if cache is not None:
         hidden: Tensor = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -68,21 +72,29 @@ def prompt_cache(peft_model: PeftModel) -> list[tuple[Tensor, Tensor]]:
 
     Raises AdapterError if a layer has no such cache, for example because it shares another layer's.
     """
-    count = virtual_tokens(peft_model)
-    if count == 0:
+    count, cache = virtual_tokens(peft_model), virtual_token_cache(peft_model)
+    if cache is None:
         return []
-    if _prompts_are_cache(peft_model):
-        cache: Any = peft_model.get_prompt(batch_size=1)
-    else:
-        model, cache = causal_lm(peft_model), DynamicCache()
-        prompts = _prompt_embeddings(peft_model, 1, model.dtype)
-        model.base_model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         kept = {count, min(count, layer.sliding_window - 1) if layer.is_sliding else count}
         if layer.keys is None or layer.keys.dim() != 4 or layer.keys.shape[2] not in kept:
             raise AdapterError(f"layer {index} of the model does not cache the {count} virtual tokens")
     return [(layer.keys.float().clone(), layer.values.float().clone()) for layer in layers]
+
+
+@torch.no_grad()
+def virtual_token_cache(peft_model: PeftModel, rows: int = 1) -> Any:
+    """The adapter stream's cache of `rows` rows after only the virtual tokens, as transformers keeps it; None without
+    virtual tokens."""
+    if virtual_tokens(peft_model) == 0:
+        return None
+    if _prompts_are_cache(peft_model):
+        return peft_model.get_prompt(batch_size=rows)
+    model, cache = causal_lm(peft_model), DynamicCache()
+    prompts = _prompt_embeddings(peft_model, rows, model.dtype)
+    model.base_model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
+    return cache
 
 
 def _prompts_are_cache(peft_model: PeftModel) -> bool:

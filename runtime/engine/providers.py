@@ -98,6 +98,7 @@ def _provider_options(execution: Execution, options: onnxruntime.SessionOptions)
         own[THREAD_OPTIONS[execution.provider]] = str(options.intra_op_num_threads)
     if execution.provider == "cuda":
         own["use_tf32"] = "0"  # gate and logits are float32, and TF32 keeps 10 of its 23 bits
+        own["enable_skip_layer_norm_strict_mode"] = "1"  # or norms of residual sums may overflow in float16
     if execution.cuda_graph:
         own["enable_cuda_graph"] = "1"
     return own

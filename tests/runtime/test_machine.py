@@ -184,8 +184,9 @@ def test_cuda_keeps_float32_and_captures_a_graph_where_wanted(monkeypatch: pytes
     given = record_sessions(monkeypatch, ["CUDAExecutionProvider", "CPUExecutionProvider"])
     for wanted in (True, False):
         open_session(_PROBE, Execution("cuda", cuda_graph=wanted))
+        own = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
         graph = {"enable_cuda_graph": "1"} if wanted else {}
-        assert given["provider_options"] == [{"use_tf32": "0"} | graph, {}]
+        assert given["provider_options"] == [own | graph, {}]
 
 
 def test_a_provider_with_its_own_threads_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:

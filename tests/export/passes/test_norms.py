@@ -31,6 +31,21 @@ def test_rms_norms_of_a_residual_sum_become_one_node_with_the_same_numbers() -> 
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_whose_weight_is_float32_beside_half_precision_computes_in_float32() -> None:
+    text = RMS.replace("(float[2, 3, 8] x, float[2, 3, 8] r)", "(float16[2, 3, 8] x, float16[2, 3, 8] r)")
+    text = text.replace("float[2, 3, 8] s)", "float16[2, 3, 8] s)").replace(
+        "p = Pow(s, two)", "c = Cast<to = 1>(s)  p = Pow(c, two)"
+    )
+    model = graph(text.replace("Mul(s, i)", "Mul(c, i)"))
+    x, r = X.astype(np.float16), X[::-1].astype(np.float16)
+    before = run(model, x=x, r=r)
+    assert fuse_rms_norm(model) == Outcome(1)
+    assert fuse_skip_rms_norm(model) == Outcome(0)
+    assert kinds(model).count("SimplifiedLayerNormalization") == 1
+    for found, expected in zip(run(model, x=x, r=r), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_norm_over_another_exponent_is_not_an_rms_norm() -> None:
     model = graph(RMS.replace("two = {2}", "two = {3}"))
     assert fuse_rms_norm(model) == Outcome(0)

@@ -183,7 +183,7 @@ def test_in_half_precision_each_stream_takes_its_rows_of_one_product() -> None:
         "float16", ONE_LOW + changed("q", "ql", True) + changed("k", "kl") + changed("v", "vl") + SPLITS
     )
     empty = np.zeros((1, KV_HEADS, 0, HEAD), np.float16)
-    inputs = {name: empty for name in ("ka", "va", "kb", "vb")} | {
+    inputs: dict[str, np.ndarray] = {name: empty for name in ("ka", "va", "kb", "vb")} | {
         "x": X.astype(np.float16),
         "mask": MASK.astype(np.float16),
         "lengths": np.full(1, 2, np.int32),
