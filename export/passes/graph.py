@@ -36,7 +36,9 @@ def only_user(value: ir.Value, op_type: str = "") -> ir.Node | None:
 def new_weight(
     graph: ir.Graph, name: str, make: Callable[[], Array], shape: Sequence[int], dtype: ir.DataType
 ) -> ir.Value:
-    """A new initializer, whose values are made when the file is written."""
+    """A new initializer, whose values are made when the file is written. The name gets a number if it is taken: layers
+    may share what it is made of."""
+    name = _free_name(graph, name)
 
     def made() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(make()), name=name)
@@ -48,11 +50,17 @@ def new_weight(
 
 
 def new_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """A new initializer with existing values."""
+    """A new initializer with existing values. The name gets a number if it is taken."""
+    name = _free_name(graph, name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
     value.const_value = ir.tensor(array, name=name)
     graph.register_initializer(value)
     return value
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    names = (name, *(f"{name}.{number}" for number in range(1, len(graph.initializers) + 1)))
+    return next(each for each in names if each not in graph.initializers)
 
 
 def add_node(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.place import likeliest
+from ..engine.likeliest import likeliest
 from ..errors import SettingsError
 
 LEAST_TEMPERATURE = 1e-4

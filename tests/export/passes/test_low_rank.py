@@ -54,6 +54,17 @@ def test_a_factor_that_layers_share_stays_for_the_one_that_is_not_packed() -> No
     assert_same(run_low_rank(model), before)
 
 
+def test_layers_that_share_their_factors_are_packed_each() -> None:
+    again = (
+        'pv = MatMul(y, "model.q.adapter_a") v = Mul(pv, mask) pw = MatMul(y, "model.k.adapter_a") w = Mul(pw, mask)'
+    )
+    model = low_rank(lows("q") + lows("k") + again, "q, k, v, w")
+    before = run_low_rank(model)
+    assert pack_low_rank(model) == Outcome(2)
+    assert {"model.q.adapter_a.packed", "model.q.adapter_a.packed.1"} < set(model.graph.initializers)
+    assert_same(run_low_rank(model), before)
+
+
 def test_products_are_packed_by_input() -> None:
     model = low_rank(
         lows("q") + lows("k") + 'a = MatMul(y, "model.v.adapter_a") v = Mul(a, mask)'
