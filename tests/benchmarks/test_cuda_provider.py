@@ -23,6 +23,7 @@ from export.artifact import GRAPH
 from export.cuda_kernels import cuda_kernels
 from export.settings import ExportSettings
 from tests.adapters import make_siamese_with
+from tests.exported import export_tiny
 from tests.zoo import make_zoo_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,8 +141,44 @@ def test_a_graph_without_kernels_is_refused_capture(python: str, libraries: Path
     assert "graph capture" in placed["refused"]
 
 
+STEP = """
+import ctypes, json, sys
+from runtime.engine.session import Session
+
+session = Session(sys.argv[1], provider="cuda", cuda_graph=True)
+state = session.new_state(2)
+session.prefill_likeliest(state, [[5, 6, 7], [8]])
+rows = state.take([1, 0, 1])
+rows.join(state)
+session.decode_likeliest(rows, [1, 2, 3, 4, 5])  # is captured
+session.decode_likeliest(rows, [1, 2, 3, 4, 5])
+libcudart, text = ctypes.CDLL("libcudart.so.13"), ctypes.create_string_buffer(4096)
+libcudart.rehearsal_reset()
+session.decode_likeliest(rows, [1, 2, 3, 4, 5])
+libcudart.rehearsal_counts(text, ctypes.c_size_t(len(text)))
+print(text.value.decode())
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_captured_step_is_one_launch_and_one_copy_each_way(
+    python: str, libraries: Path, tmp_path: Path, precision: str
+) -> None:
+    exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision=precision))
+    environment = os.environ | {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT)}
+    command = [python, "-c", STEP, str(exported.artifact)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert (counts["graph_launches"], counts["copies_to_device"], counts["copies_to_host"]) == (1, 1, 1)
+    assert counts["bytes_to_device"] == 5 * 8 + 24  # tokens, and lengths of 4 bytes in words of 8
+    width = exported.manifest["model"]["hidden_size"]
+    assert counts["bytes_to_host"] == 5 * (8 + 2 * 4 * width) + 24 + 24  # ids, hidden states, logits, gates
+    assert counts["device_allocations"] == counts["host_allocations"] == 0
+
+
 def test_the_list_is_that_of_the_installed_onnxruntime(python: str, libraries: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+    environment = os.environ | {"LD_LIBRARY_PATH": f"{libraries}:{libraries / 'tensorrt'}"}
     command = [python, "-m", "benchmarks.cuda.list_kernels", str(tmp_path / "list.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     found = json.loads((tmp_path / "list.json").read_text())

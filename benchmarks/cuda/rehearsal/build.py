@@ -4,7 +4,9 @@
     LD_LIBRARY_PATH=FOLDER PYTHON ...
 
 With FOLDER in LD_LIBRARY_PATH, the CUDA provider of that onnxruntime-gpu starts on a machine without a GPU: it places
-nodes, binds, captures and copies as on one, and computes nothing (cudart.c). Needs gcc, nm, readelf and CUDA's headers.
+nodes, binds, captures and copies as on one, and computes nothing (cudart.c). onnxruntime-genai-cuda starts too. Needs
+gcc, nm, readelf and CUDA's headers. FOLDER/tensorrt has what list_kernels needs besides; with it, a session on
+TensorRT's provider ends the process.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ PROVIDERS = ("libonnxruntime_providers_cuda.so", "libonnxruntime_providers_tenso
 # The sources of a library, by the beginning of its name. Those of cuBLAS are generated.
 SOURCES = {"libcudart": "cudart.c", "libcuda.": "driver.c"}
 TENSORRT = ("libnvinfer", "libnvonnxparser", "libcudnn")
+ONLY_LINKED = ("libcufft.so.12",)
+"""What onnxruntime-genai is linked with, and does not call here."""
 GENERATED = ("libcublas", "libcublasLt", "libcurand")
 
 # Of the generated stubs, those that do more than to return 0, by a pattern of their names.
@@ -46,8 +50,9 @@ def build(capi: Path, folder: Path) -> list[Path]:
     present = [capi / name for name in PROVIDERS if (capi / name).is_file()]
     needed = sorted({name for path in present for name in _needed(path)}, key=lambda name: "cudart" not in name)
     wanted = {name for path in present for name in _undefined(path)}
-    folder.mkdir(parents=True, exist_ok=True)
-    built = [_library(name, folder, wanted) for name in needed]
+    apart = folder / "tensorrt"
+    apart.mkdir(parents=True, exist_ok=True)
+    built = [_library(name, apart if name.startswith(TENSORRT) else folder, wanted) for name in (*needed, *ONLY_LINKED)]
     missing = sorted({symbol for symbol, _ in wanted} - {symbol for path in built for symbol in _defined(path)})
     if missing:
         raise SystemExit(f"{provider} calls {', '.join(missing)}, which the sources in {HERE} do not have; add them")

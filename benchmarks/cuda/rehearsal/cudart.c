@@ -282,6 +282,8 @@ API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   atomic_fetch_add(&synchronizations, 1);
   return cudaSuccess;
 }
+API cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaSuccess; }
+API cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
 API cudaError_t cudaDeviceSynchronize(void) { return cudaStreamSynchronize(NULL); }
 API cudaError_t cudaEventCreate(cudaEvent_t* event) { return NEW_HANDLE(event); }
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) { return NEW_HANDLE(event); }
