@@ -49,11 +49,15 @@ GRAPHS = {
         {
             values, ids = TopK<axis = -1, largest = 1, sorted = 1>(logits, k)
         }""",
+    # ReduceLogSumExp needs cuDNN on CUDA. The difference is taken where the logit is largest, and loses least.
     "log_normalizer": """
         (float[N, V] logits) => (float[N, 1] values)
         {
-            axes = Constant<value_ints = [-1]> ()
-            values = ReduceLogSumExp<keepdims = 1>(logits, axes)
+            ids = ArgMax<axis = -1, keepdims = 1>(logits)
+            largest = GatherElements<axis = -1>(logits, ids)
+            logarithms = LogSoftmax<axis = -1>(logits)
+            logarithm = GatherElements<axis = -1>(logarithms, ids)
+            values = Sub(largest, logarithm)
         }""",
     "of_tokens": """
         (float[N, V] logits, int64[N, 1] ids) => (float[N, 1] values)
