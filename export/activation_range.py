@@ -8,7 +8,7 @@ and the residual stream. The gate, the blend and the logits after the head are f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,11 +150,11 @@ class _Watch(TorchFunctionMode):
         if self._running:
             module = self._running[-1]
             if func is functional.linear:  # of layers without a module of their own, such as experts
-                self._note(module, "input", args[0])
+                self._note(module, "input", _argument(args, kwargs, 0, "input"))
                 self._note(module, "output", result)
             elif func is functional.scaled_dot_product_attention:
-                for what, value in zip(("query", "key", "value"), args, strict=False):  # rotated
-                    self._note(module, what, value)
+                for place, what in enumerate(("query", "key", "value")):  # rotated
+                    self._note(module, what, _argument(args, kwargs, place, what))
                 self._note(module, "attention", result)
         return result
 
@@ -186,3 +186,8 @@ class _Watch(TorchFunctionMode):
                 self._note(name, "change", first - frozen)  # which the graph adds to the frozen layer's output
 
         return note
+
+
+def _argument(args: Sequence[Any], named: Mapping[str, Any] | None, place: int, name: str) -> Any:
+    """An argument, however it was given."""
+    return args[place] if place < len(args) else (named or {}).get(name)

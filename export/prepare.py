@@ -101,7 +101,7 @@ def prepare(
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
     if virtual_tokens and (settings.dtype_name == "bfloat16" or settings.kv_cache == "int8"):
         raise UnsupportedError("caches that begin with virtual tokens are float32 or float16, not bf16 or int8")
-    texts = read_texts(settings, tokenizer, facts.context_length)
+    texts = read_texts(settings, tokenizer, facts.context_length, facts.vocab_size)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
     model.check_forward()

@@ -41,8 +41,11 @@ class Texts:
     activations: list[list[int]]
 
 
-def read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Texts:
-    """The texts that the settings ask for, each cut to the context. Raises DataError or ExportError."""
+def read_texts(
+    settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, context_length: int, vocabulary: int
+) -> Texts:
+    """The texts that the settings ask for, each cut to the context. vocabulary: how many tokens the model has, perhaps
+    fewer than the tokenizer. Raises DataError or ExportError."""
 
     def read(path: Path | None, limit: int) -> list[list[int]]:
         return [] if path is None else read_eval_texts(path, tokenizer, context_length, limit)
@@ -50,14 +53,15 @@ def read_texts(settings: ExportSettings, tokenizer: PreTrainedTokenizerBase, con
     given = read(settings.calibrate, CALIBRATION_TEXTS)
     # The scales of int8 caches fit random tokens too: what exceeds a scale is clipped, and a prompt may be anything.
     generator = np.random.default_rng(0)
-    length = min(context_length, RANDOM_TOKENS)
-    wild = [generator.integers(0, len(tokenizer), length).tolist() for _ in range(RANDOM_TEXTS)]
+    length, known = min(context_length, RANDOM_TOKENS), min(len(tokenizer), vocabulary)
+    wild = [generator.integers(0, known, length).tolist() for _ in range(RANDOM_TEXTS)]
     calibration = given if settings.bits is not None else []
     evaluation = read(settings.eval_data, settings.eval_texts)
     activations: list[list[int]] = []
     if settings.dtype_name == "float16":
         own = _up_to(GIVEN_TOKENS, given + evaluation)
-        activations = [*own, *(ids[:context_length] for ids in _fixed(tokenizer, generator) if ids)]
+        fixed = ([token for token in ids if token < known] for ids in _fixed(tokenizer, generator, known))
+        activations = [*own, *(ids[:context_length] for ids in fixed if ids)]
     return Texts(calibration, given + wild, evaluation, activations)
 
 
@@ -70,7 +74,7 @@ def _up_to(tokens: int, texts: Sequence[list[int]]) -> Iterator[list[int]]:
         tokens -= len(text)
 
 
-def _fixed(tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator) -> Iterator[list[int]]:
+def _fixed(tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator, known: int) -> Iterator[list[int]]:
     """Sentences as they are, the first one also as a turn of the chat template and after the beginning-of-text token,
     and random tokens."""
     for sentence in SENTENCES:
@@ -79,4 +83,4 @@ def _fixed(tokenizer: PreTrainedTokenizerBase, generator: np.random.Generator) -
         yield encode_prompt(tokenizer, SENTENCES[0])
     if tokenizer.bos_token_id is not None:
         yield [tokenizer.bos_token_id, *tokenizer(SENTENCES[0], add_special_tokens=False)["input_ids"]]
-    yield from generator.integers(0, len(tokenizer), (FIRST_TOKENS, SHORT)).tolist()
+    yield from generator.integers(0, known, (FIRST_TOKENS, SHORT)).tolist()

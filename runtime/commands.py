@@ -134,9 +134,12 @@ def _bench(args: argparse.Namespace) -> int:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
     except ValueError as error:
         raise SettingsError("prompt_lengths", args.prompt_lengths, "they must be numbers like 32,128") from error
-    execution = read_options(Execution, args)
+    providers = named_providers(args.providers)
+    if args.cuda_graph and "cuda" not in providers:
+        raise SettingsError("providers", args.providers, "{cuda_graph} needs cuda")
+    execution = read_options(Execution, args, provider="cuda" if args.cuda_graph else "cpu")
     settings = read_options(BenchSettings, args, prompt_lengths=lengths, execution=execution)
-    document = bench(args.artifact, named_providers(args.providers), settings)
+    document = bench(args.artifact, providers, settings)
     print(format_table(document))
     text = json.dumps(document)
     print(text)

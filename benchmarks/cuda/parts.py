@@ -29,7 +29,7 @@ class PartsError(Exception):
 def split(source: Path, parts: Path, largest: int = LARGEST) -> list[Path]:
     """Write the files in `source` into `parts`, each in pieces of at most `largest` bytes, and parts.json; returns the
     pieces. Raises PartsError if there is nothing to split."""
-    files = sorted(path for path in source.iterdir() if path.is_file())
+    files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
     if not files:
         raise PartsError(f"{source} has no files to split")
     parts.mkdir(parents=True, exist_ok=True)
@@ -53,8 +53,14 @@ def join(parts: Path, target: Path) -> list[Path]:
     PartsError for a part that is missing or damaged; nothing is then left of its file."""
     if not (parts / LIST).is_file():
         raise PartsError(f"{parts / LIST} is missing: it lists the parts and travels with them")
+    try:
+        listed = json.loads((parts / LIST).read_text(encoding="utf-8"))
+        names = [(entry["name"], entry["sha256"], [part["name"] for part in entry["parts"]]) for entry in listed]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PartsError(f"{parts / LIST} is damaged; bring it again") from error
+    if not names:
+        raise PartsError(f"{parts / LIST} lists nothing; split the files again")
     target.mkdir(parents=True, exist_ok=True)
-    listed = json.loads((parts / LIST).read_text(encoding="utf-8"))
     found = []
     for entry in listed:
         path = target / entry["name"]
@@ -119,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             for path in join(args.parts, args.wheels):
                 print(path)
-    except PartsError as error:
+    except (PartsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

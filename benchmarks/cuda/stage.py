@@ -39,8 +39,8 @@ def main() -> int:
         traceback.print_exc()
         document.finish(" ".join(f"{type(error).__name__}: {error}".split()))
         return 1
-    document.finish()
-    return 0
+    document.finish(plan.unknown)
+    return 0 if plan.unknown is None else 1
 
 
 if __name__ == "__main__":

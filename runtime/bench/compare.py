@@ -234,7 +234,8 @@ def _death(code: int | None) -> str:
 
 def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
-    execution = replace(settings.execution, provider=provider)
+    graph = settings.execution.cuda_graph and provider == "cuda"
+    execution = replace(settings.execution, provider=provider, cuda_graph=graph)
     try:
         sender.send(_measure_alone(folder, execution, settings))
     except IMSMRuntimeError as error:

@@ -11,7 +11,8 @@ from ..errors import SettingsError
 @dataclass(frozen=True)
 class BenchSettings:
     """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, after one that is
-    not counted; results are their medians. execution: how every measured provider runs; its own `provider` is ignored.
+    not counted; results are their medians. execution: how every measured provider runs; its own
+    `provider` is ignored, and `cuda_graph` is for CUDA alone.
     Raises SettingsError for values outside their range."""
 
     prompt_lengths: tuple[int, ...] = (32, 128)

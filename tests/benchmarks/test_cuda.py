@@ -46,6 +46,9 @@ def test_parts_become_the_files_that_were_split(travelling: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda folder: (folder / "parts.json").write_text("{"), r"parts\.json is damaged"),
+        (lambda folder: (folder / "parts.json").write_text("[{}]"), r"parts\.json is damaged"),
+        (lambda folder: (folder / "parts.json").write_text("{}"), r"parts\.json lists nothing"),
         (lambda folder: (folder / "large.whl.001").unlink(), r"large\.whl\.001 is missing"),
         (lambda folder: (folder / "large.whl.001").write_bytes(b"?" * 1000), r"large\.whl\.001 is damaged"),
         (lambda folder: (folder / "parts.json").unlink(), r"parts\.json is missing"),
@@ -225,3 +228,30 @@ def test_random_models_are_the_same_in_every_process_and_choose_clearly() -> Non
     largest = step.logits.topk(2).values
     assert largest[0] - largest[1] > stage_parity.NEAR_TIE
     assert (step.hidden_base - step.hidden_adapter).abs().max() > 0.1
+
+
+def test_what_a_stage_does_not_have_is_not_a_result(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, tmp_path, only=("nope",))
+    assert plan.unknown is None  # a stage without names
+    assert not plan.wants("fp16")
+    assert plan.unknown == "nothing here is called nope; there are fp16"
+    assert Plan(tmp_path, tmp_path, only=("fp16", "nope")).wants("fp16")
+
+
+def test_a_run_with_other_settings_is_not_skipped(tmp_path: Path) -> None:
+    arguments = [str(tmp_path), "--provider", "cpu", "--size", "small", "--parts", str(tmp_path / "none")]
+    assert driver.main([*arguments, "--stages", "versions"]) == 0
+    first = (tmp_path / "versions.json").stat().st_mtime_ns
+    assert driver.main([*arguments, "--stages", "versions"]) == 0
+    assert (tmp_path / "versions.json").stat().st_mtime_ns == first
+    assert driver.main([*arguments, "--stages", "versions", "--rehearse"]) == 0
+    assert (tmp_path / "versions.json").stat().st_mtime_ns != first
+
+
+@pytest.mark.parametrize("arguments", [["--seconds", "-1"], []])
+def test_odd_arguments_are_refused(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "file"
+    out.write_text("")
+    with pytest.raises(SystemExit):
+        driver.main([str(tmp_path if arguments else out), *arguments])
+    assert ("--seconds is -1" if arguments else "is no folder") in capsys.readouterr().err

@@ -340,3 +340,15 @@ def test_the_range_is_shown_by_inspect(tmp_path: Path) -> None:
     text = format_summary(summarize(exported.artifact))
     place = exported.manifest["activation_range"]
     assert f"range        largest activation {place['largest']:.3g} in {place['module']}; float16 holds 65504" in text
+
+
+@pytest.mark.parametrize("adapter", ["hra", "miss"])
+def test_layers_that_call_by_keywords_are_seen(base_folder: Path, adapter: str) -> None:
+    model = make_siamese_with(base_folder, adapter)
+    found = find_range(model, TEXTS, LAYERS, {}, False)
+    assert {place.what for place in found.found} >= {"input", "output", "query", "key", "attention"}
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path: Path) -> None:
+    for settings in (ExportSettings("fp16"), ExportSettings("int8", kv_cache="int8")):
+        assert export_tiny(tmp_path / settings.precision, "qwen2", head_dim=16, settings=settings).manifest["files"]

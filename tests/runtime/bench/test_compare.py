@@ -12,10 +12,11 @@ import pytest
 
 import cli
 from runtime.bench import compare as bench_module
-from runtime.bench.compare import named_providers
+from runtime.bench.compare import bench, named_providers
 from runtime.bench.measure import RunTimer
 from runtime.bench.placement import read_events
 from runtime.bench.settings import BenchSettings
+from runtime.engine.execution import Execution
 from runtime.engine.session import Session
 from runtime.errors import ProviderError, SettingsError
 from tests.exported import Exported
@@ -196,3 +197,11 @@ def test_bad_options_are_one_line(
     assert len(line.splitlines()) == 1
     with pytest.raises(error):
         cli.main(["--debug", "bench", str(tiny.artifact), *options.split()])
+
+
+def test_a_cuda_graph_is_for_cuda_alone(tiny: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(tiny.artifact), "--prompt-lengths", "4", "--cuda-graph", "--providers", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: --providers is cpu; --cuda-graph needs cuda\n"
+    settings = BenchSettings(prompt_lengths=(4,), new_tokens=2, repeats=1, execution=Execution("cuda", cuda_graph=True))
+    (facts,) = bench(tiny.artifact, ["cpu"], settings)["providers"]
+    assert "error" not in facts
