@@ -161,7 +161,8 @@ class Session(LoadedGraph):
         return found
 
     def _likeliest(self, k: int, probabilities: bool) -> Pick:
-        if not 1 <= k <= self.manifest.vocab_size:
+        whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+        if not whole or not 1 <= k <= self.manifest.vocab_size:
             raise SettingsError("k", k, f"it must be 1 to {self.manifest.vocab_size}, the vocabulary")
 
         def pick(logits: Logits) -> tuple[Array, ...]:

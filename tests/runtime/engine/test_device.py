@@ -141,8 +141,8 @@ def test_likeliest_outputs_are_those_of_whole_logits(tiny: Exported, on_device: 
     assert plain.decode_likeliest(states[0], [1, 1]).log_normalizer is None
 
 
-@pytest.mark.parametrize("k", [0, -1, 10**9])
-def test_a_number_of_likeliest_tokens_outside_the_vocabulary_is_refused(on_device: Session, k: int) -> None:
+@pytest.mark.parametrize("k", [0, -1, 10**9, 2.5, True])
+def test_a_number_of_likeliest_tokens_outside_the_vocabulary_is_refused(on_device: Session, k: Any) -> None:
     state = on_device.new_state()
     with pytest.raises(SettingsError, match=f"k is {k}; it must be 1 to"):
         on_device.prefill_likeliest(state, [PROMPT], k)
