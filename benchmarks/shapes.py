@@ -118,11 +118,13 @@ def random_siamese(base: PreTrainedModel, rank: int) -> SiameseModel:
     return model
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Of two tokens: the benchmarks feed token ids, but exporters want a tokenizer to copy."""
+def small_tokenizer(size: int = 2) -> PreTrainedTokenizerFast:
+    """Of `size` tokens, at least two: the benchmarks feed token ids, but exporters want a tokenizer to copy, and draw
+    random tokens from it for what they measure."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    tokens = {"<s>": 0, "</s>": 1, **{f"<{index}>": index for index in range(2, size)}}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE({"<s>": 0, "</s>": 1}, [])), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer(models.BPE(tokens, [])), bos_token="<s>", eos_token="</s>"
     )

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.shapes import GATE, GATE_RANK, SHAPES
+from benchmarks.shapes import GATE, GATE_RANK, SHAPES, small_tokenizer
 from export.settings import ExportSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from imsm_core.checkpoint import CheckpointInfo
     from imsm_core.siamese import SiameseModel
 
@@ -177,7 +175,7 @@ def export_unverified(
 
     peft_type = {"lora": "LORA", "prefix_tuning": "PREFIX_TUNING"}[recipe.adapter]
     info = CheckpointInfo("random weights", None, "", recipe.gate, GATE_RANK, peft_type)
-    tokenizer = _tokenizer(recipe.shape["vocab_size"])
+    tokenizer = small_tokenizer(recipe.shape["vocab_size"])
     return publish_unverified(model, tokenizer, info, recipe.settings, folder, recipe.layers, reference_on)
 
 
@@ -215,16 +213,6 @@ def publish_unverified(
         if layers is not None:
             deepen(draft, layers)
     return reference
-
-
-def _tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """With as many tokens as the model: the scales of int8 caches are found on random ones."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = {"<s>": 0, "</s>": 1, **{f"<{index}>": index for index in range(2, size)}}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(tokens, [])), bos_token="<s>", eos_token="</s>")
 
 
 def _say_nothing(line: str) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.cuda.decoding import Array, first_tokens, next_tokens
 from benchmarks.cuda.document import Document, Plan
 from runtime import Session
+from runtime.bench.measure import RunTimer, cache_bytes_read
 from runtime.engine.execution import Execution
 from runtime.engine.state import DecodeState
 
@@ -27,18 +28,14 @@ class _Subject:
 
     session: Session
     generator: np.random.Generator
-    inside: float = 0.0
     state: DecodeState | None = None
-    tokens: Array | None = None
+    tokens: NDArray[np.int64] | None = None
     first: list[float] = field(default_factory=list)
     blocks: list[list[tuple[float, float]]] = field(default_factory=list)
     """Of every step: all of it, and inside onnxruntime."""
 
     def __post_init__(self) -> None:
-        self.session.on_run = self._count
-
-    def _count(self, seconds: float) -> None:
-        self.inside += seconds
+        self.timer = RunTimer(self.session)
 
     def read(self, batch: int, context: int) -> None:
         """Prompts into a new state; the first token's time is noted."""
@@ -46,7 +43,7 @@ class _Subject:
         prompts = self.generator.integers(0, vocabulary, (batch, context)).tolist()
         start = time.perf_counter()
         self.state = self.session.new_state(batch)
-        self.tokens = first_tokens(self.session, self.state, prompts)
+        self.tokens = self.session.prefill_likeliest(self.state, prompts).ids[:, 0]
         self.first.append(1e3 * (time.perf_counter() - start))
 
     def decode(self, steps: int) -> list[tuple[float, float]]:
@@ -55,9 +52,9 @@ class _Subject:
         assert self.tokens is not None
         found = []
         for _ in range(steps):
-            inside, start = self.inside, time.perf_counter()
-            self.tokens = next_tokens(self.session, self.state, self.tokens)
-            found.append((1e3 * (time.perf_counter() - start), 1e3 * (self.inside - inside)))
+            inside, start = self.timer.seconds, time.perf_counter()
+            self.tokens = self.session.decode_likeliest(self.state, self.tokens).ids[:, 0]
+            found.append((1e3 * (time.perf_counter() - start), 1e3 * (self.timer.seconds - inside)))
         return found
 
 
@@ -101,7 +98,7 @@ def _summary(subject: _Subject, last: _Subject) -> dict[str, Any]:
     batch = subject.state.batch
     length = float(subject.state.lengths.mean())
     weights = manifest.reads.bytes_per_step(batch, len(manifest.streams))
-    caches = sum(cache.nbytes / cache.capacity * length for cache in subject.state.caches.values())
+    caches = cache_bytes_read(subject.state, length)
     ratios = [
         np.median([step[0] for step in own]) / np.median([step[0] for step in other])
         for own, other in zip(subject.blocks, last.blocks, strict=True)
@@ -117,7 +114,7 @@ def _summary(subject: _Subject, last: _Subject) -> dict[str, Any]:
         "ratio": round(float(np.median(ratios)), 4),
         "first_ms": round(float(np.median(subject.first[1:])), 3),
         "weight_bytes": round(weights),
-        "cache_bytes": round(caches),
+        "cache_bytes": caches,
         "gb_per_s": round((weights + caches) / median / 1e6, 1),
     }
 

@@ -20,6 +20,7 @@ from benchmarks.shapes import random_base, small_tokenizer
 PRECISIONS = {"cuda": ("fp16", "int4"), "cpu": ("fp32", "int4")}
 """What its builder writes for an execution provider."""
 BLOCK_SIZE = 32
+BUILDER = Path(__file__).parents[1] / "peers" / "build_genai.py"
 
 
 def run(plan: Plan, document: Document) -> None:
@@ -28,7 +29,7 @@ def run(plan: Plan, document: Document) -> None:
 
     document.note("version", _installed())
     size = SIZES[plan.size]
-    base = plan.work / "genai-base"
+    base = plan.work / "genai-backbone" / "base"
     if not base.is_dir():
         random_base(size.middle).half().save_pretrained(base)
         small_tokenizer().save_pretrained(base)
@@ -39,7 +40,7 @@ def run(plan: Plan, document: Document) -> None:
             entry: dict[str, Any] = {"title": precision, "cuda_graph": graph}
             start = time.perf_counter()
             try:
-                folder = _built(base, precision, graph, plan)
+                folder = _built(base.parent, precision, graph, plan)
                 entry["build_s"] = round(time.perf_counter() - start, 1)
                 entry["results"] = _measure(folder, size.middle["vocab_size"], size.contexts, size.steps)
             except Exception as error:  # another precision may do
@@ -58,16 +59,15 @@ def _installed() -> str:
     raise RuntimeError("onnxruntime-genai is not installed; join its wheel among the parts")
 
 
-def _built(base: Path, precision: str, graph: bool, plan: Plan) -> Path:
+def _built(backbone: Path, precision: str, graph: bool, plan: Plan) -> Path:
     """The builder's folder. Raises RuntimeError with the last line that it wrote."""
     folder = plan.work / f"genai-{precision}{'-graph' if graph else ''}"
     if folder.is_dir():
         return folder
-    options = [f"block_size={BLOCK_SIZE}", "hf_token=false", "prune_lm_head=true"]
-    options += ["enable_cuda_graph=true"] if graph else []
-    draft, cache = folder.with_suffix(".draft"), plan.work / "genai-cache"
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(draft)]
-    builder += ["-p", precision, "-e", plan.provider, "-c", str(cache), "--extra_options", *options]
+    draft = folder.with_suffix(".draft")
+    builder = [sys.executable, str(BUILDER), str(draft), "--backbone", str(backbone), "--precision", precision]
+    builder += ["--block-size", str(BLOCK_SIZE), "--prune-lm-head", "--provider", plan.provider]
+    builder += ["--cuda-graph"] if graph else []
     done = subprocess.run(builder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]

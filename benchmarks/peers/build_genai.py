@@ -20,16 +20,23 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, required=True)
     parser.add_argument("--lora", action="store_true", help="keep the adapter as nodes of the graph")
     parser.add_argument("--prune-lm-head", action="store_true", help="logits of the last prompt position alone")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cuda-graph", action="store_true", help="decode steps can be captured")
     args = parser.parse_args()
     # The builder ignores `int4_block_size`; `block_size` is the option that it reads.
-    options = [f"block_size={args.block_size}", "int4_accuracy_level=4", "hf_token=false"]
+    options = [f"block_size={args.block_size}", "hf_token=false"]
+    if args.provider == "cpu":
+        options.append("int4_accuracy_level=4")
+    if args.cuda_graph:
+        options.append("enable_cuda_graph=true")
     if args.lora:
         options.append(f"adapter_path={args.backbone / 'checkpoint' / 'adapter'}")
     if args.prune_lm_head:
         options.append("prune_lm_head=true")
     with tempfile.TemporaryDirectory() as cache:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(args.backbone / "base")]
-        builder += ["-o", str(args.out), "-p", args.precision, "-e", "cpu", "-c", cache, "--extra_options", *options]
+        builder += ["-o", str(args.out), "-p", args.precision, "-e", args.provider, "-c", cache]
+        builder += ["--extra_options", *options]
         subprocess.run(builder, check=True)
 
 

@@ -83,7 +83,7 @@ def measure(
         del runs[0]
         steps = np.array([run.step_ms for run in runs])
         inside = np.array([run.inside_ms for run in runs])
-        caches = _cache_bytes_read(runs[-1].state, length + settings.new_tokens / 2)
+        caches = cache_bytes_read(runs[-1].state, length + settings.new_tokens / 2)
         median = float(np.median(steps)) if steps.size else None
         found.append(
             BenchResult(
@@ -124,7 +124,7 @@ def _run(session: Session, timer: RunTimer, prompts: list[list[int]], new_tokens
     return Run(first, steps, (np.diff(inside) * 1e3).tolist(), np.stack(tokens, 1).tolist(), state)
 
 
-def _cache_bytes_read(state: DecodeState, length: float) -> int:
+def cache_bytes_read(state: DecodeState, length: float) -> int:
     """Bytes of the keys and values of `length` tokens of text per row; attention windows are not subtracted."""
     caches = state.caches.values()
     return round(sum(cache.nbytes / cache.capacity * (length + cache.virtual_tokens) for cache in caches))

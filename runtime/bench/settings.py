@@ -11,9 +11,8 @@ from ..errors import SettingsError
 @dataclass(frozen=True)
 class BenchSettings:
     """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, after one that is
-    not counted; results are their medians. execution: how every measured provider runs; its own
-    `provider` is ignored, and `cuda_graph` is for CUDA alone.
-    Raises SettingsError for values outside their range."""
+    not counted; results are their medians. execution: how every measured provider runs; its own `provider` is ignored,
+    and `cuda_graph` is for CUDA alone. Raises SettingsError for values outside their range."""
 
     prompt_lengths: tuple[int, ...] = (32, 128)
     new_tokens: int = field(default=64, metadata={"help": "tokens to generate", "metavar": "N"})
