@@ -21,7 +21,7 @@ from .model_facts import ModelFacts
 from .step_reads import step_reads
 from .streams import StreamLayout
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
@@ -69,9 +69,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     config = model.generation_config
     (folder / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")
     return {
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": tokenizer.pad_token,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_ids": _end_tokens(config.eos_token_id, tokenizer.eos_token_id),
         "pad_token_id": tokenizer.pad_token_id,

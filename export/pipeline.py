@@ -231,6 +231,7 @@ def describe(prepared: Prepared, written: Written, verified: Verified, folder: P
             "fingerprint": info.base_fingerprint,
         },
         "training": info.training,
+        "prompts": {"raw": bool(info.training.get("raw", False))},
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ArtifactError
 
 MANIFEST, GRAPH, VIRTUAL_TOKENS = "imsm_model.json", "model.onnx", "virtual_tokens.npz"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class StepReads:
 @dataclass(frozen=True)
 class Manifest:
     """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact. virtual_tokens:
-    per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to."""
+    per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to. special_tokens: by the name that a chat
+    template knows them by. raw_prompts: whether the model was tuned on prompts without the chat template."""
 
     architecture: str
     hidden_size: int
@@ -80,7 +81,8 @@ class Manifest:
     padding: int
     reads: StepReads
     eos_token_ids: tuple[int, ...]
-    special_tokens: dict[str, str | None]
+    special_tokens: dict[str, str]
+    raw_prompts: bool
     files: dict[str, FileEntry]
     raw: dict[str, Any]
 
@@ -161,7 +163,8 @@ def _parse(document: dict[str, Any]) -> Manifest:
         padding=_number(graph["padding"], 1),
         reads=_step_reads(document["reads"]),
         eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),
-        special_tokens={name: tokens[name] for name in ("bos_token", "eos_token", "pad_token")},
+        special_tokens={str(name): str(token) for name, token in tokens["special_tokens"].items()},
+        raw_prompts=bool(document["prompts"]["raw"]),
         files={name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()},
         raw=document,
     )

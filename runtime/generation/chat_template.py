@@ -42,12 +42,11 @@ def compile_template(source: str) -> jinja2.Template:
         raise ArtifactError(f"chat_template.jinja is not valid: {error}") from error
 
 
-def render_chat(template: jinja2.Template, messages: Sequence[Message], special_tokens: dict[str, str | None]) -> str:
+def render_chat(template: jinja2.Template, messages: Sequence[Message], special_tokens: dict[str, str]) -> str:
     """The text of a conversation, up to where the assistant's next turn begins. Raises PromptError if the template
     refuses the messages."""
-    tokens = {name: token for name, token in special_tokens.items() if token is not None}
     try:
-        return template.render(messages=list(messages), add_generation_prompt=True, **tokens)
+        return template.render(messages=list(messages), add_generation_prompt=True, **special_tokens)
     except jinja2.TemplateError as error:
         raise PromptError(f"the chat template refuses the messages: {error}") from error
 

@@ -15,7 +15,7 @@ from .chat_template import Message, compile_template, render_chat
 class TextCodec:
     """The artifact's tokenizer.json and chat template."""
 
-    def __init__(self, folder: Path, special_tokens: dict[str, str | None]) -> None:
+    def __init__(self, folder: Path, special_tokens: dict[str, str]) -> None:
         """Raises ArtifactError if a file cannot be read."""
         path = folder / "tokenizer.json"
         try:

@@ -54,7 +54,7 @@ def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> 
     [
         ('"name": "seqlens_k"', '"name": "lengths"', "names the input lengths, which the graph does not have"),
         ('"kv_heads": 2', '"kv_heads": "two"', "damaged: ValueError"),
-        ('"format_version": 4', '"format_version": 3', "format version 3; this program reads 4; export it again"),
+        ('"format_version": 5', '"format_version": 4', "format version 4; this program reads 5; export it again"),
         ('"padding": ', '"most_padding": ', "damaged: KeyError at 'padding'"),
         ('"reads": {', '"weights": {', "damaged: KeyError at 'reads'"),
         ('"model": {', '"modle": {', "damaged: KeyError at 'model'"),

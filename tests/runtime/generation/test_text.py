@@ -13,7 +13,7 @@ from runtime.generation.chat_template import compile_template, render_chat
 from runtime.generation.text import TextCodec
 from tests.builders import CHAT_TEMPLATE, make_tokenizer
 
-SPECIAL: dict[str, str | None] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": None}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXTS = ["plain", "Ünïcödé – 東京 🦊🦊 end", " leading and trailing ", "a\nb\tc", "👩‍👩‍👧"]
 
 
