@@ -25,6 +25,7 @@ from .passes.rewrite import Outcome
 from .prepare import Prepared, prepare
 from .report import (
     Report,
+    phase,
     report_cuda_kernels,
     report_other_backbone,
     report_parity,
@@ -59,8 +60,9 @@ def export_checkpoint(
     checkpoint, target = Path(checkpoint), Path(target)
     refuse_existing(target, MANIFEST, force)
     report(f"load      {checkpoint}")
-    model, info = load_checkpoint(checkpoint, base_model)
-    tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
+    with phase("load", report):
+        model, info = load_checkpoint(checkpoint, base_model)
+        tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
     settings = settings or ExportSettings()
     check_quantized_backbone(info, settings, report)
     return export_model(model, tokenizer, info, target, settings, force, report)
@@ -85,9 +87,10 @@ def export_adapter(
     adapter, target = Path(adapter), Path(target)
     refuse_existing(target, MANIFEST, force)
     report(f"load      {adapter}")
-    tokenizer = load_tokenizer(base_model)
     source = None if gate_from is None else Path(gate_from)
-    model, info = assemble(adapter, base_model, gate, source, adapter_name)
+    with phase("load", report):
+        tokenizer = load_tokenizer(base_model)
+        model, info = assemble(adapter, base_model, gate, source, adapter_name)
     return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
 
 
@@ -102,10 +105,13 @@ def export_model(
 ) -> dict[str, Any]:
     """Export a siamese model in memory (CPU, float32); returns the manifest. Raises as `export_checkpoint`."""
     model.eval()
-    prepared = prepare(model, tokenizer, info, settings, report)
+    with phase("prepare", report):
+        prepared = prepare(model, tokenizer, info, settings, report)
     with publish_folder(target, MANIFEST, force) as draft:
-        written = write(prepared, draft, report)
-        verified = verify(prepared, written, draft, report)
+        with phase("trace", report):
+            written = write(prepared, draft, report)
+        with phase("verify", report):
+            verified = verify(prepared, written, draft, report)
         manifest = describe(prepared, written, verified, draft)
     report(f"written   {target}")
     return manifest
@@ -187,7 +193,8 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
         if written.quantized is not None:
             passes |= finish(prepared, written, folder)
             finished = compare(rounded=True) if settings.verifiable else parity
-            parity.differences |= {f"{way}, finished": found for way, found in finished.differences.items()}
+            if finished is not parity:
+                parity.add(finished, ", finished")
     report_passes(passes, report)
     if written.quantized is not None:
         report_quantized(written.quantized, settings, report)
@@ -195,7 +202,8 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     quality = None
     if prepared.texts.evaluation:
         streams, texts = written.graph.streams, prepared.texts.evaluation
-        quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on)
+        with phase("quality", report):
+            quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on)
         report_quality(quality, settings, report)
     kernels = None
     if settings.dtype_name != "float32":

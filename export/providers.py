@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+import torch
 
 from imsm_core.backbone import first_line
 
@@ -38,6 +39,8 @@ def _open(source: str | bytes, provider: str) -> onnxruntime.InferenceSession:
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what matters is raised
+    options.intra_op_num_threads = torch.get_num_threads()  # one setting for both sides of a comparison
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch's turn follows
     names = [wanted] if wanted == CPU else [wanted, CPU]
     try:
         session = onnxruntime.InferenceSession(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,10 +18,18 @@ from .passes.quantization import Quantized
 from .passes.rewrite import Outcome
 from .settings import ExportSettings
 from .streams import StreamLayout
-from .verification.parity import ParityReport
+from .verification.parity import LIMIT_OF_ROUNDING, ParityReport
 from .verification.quality import QualityReport, quality_warnings
 
 Report = Callable[[str], None]
+
+
+@contextmanager
+def phase(name: str, report: Report) -> Iterator[None]:
+    """How long the block took, in seconds, on a line of its own; nothing if it fails."""
+    start = time.perf_counter()
+    yield
+    report(f"{name:<10}done in {time.perf_counter() - start:.1f} s")
 
 
 def report_adapter(adapter: Mapping[str, Any], model: nn.Module, report: Report) -> None:
@@ -81,14 +91,20 @@ def report_quantized(done: Quantized, settings: ExportSettings, report: Report) 
 
 
 def report_parity(parity: ParityReport, report: Report) -> None:
-    """One line per way of computing."""
+    """One line per way of computing. Of graphs that round as they compute, what is judged: the middle one of all
+    positions, for single positions may be far off."""
     if not parity.differences:
         report(
             "verify    not verified: onnxruntime's CPU provider has no bfloat16; where another provider starts, run "
             "`verify` with --checkpoint and --provider, or export with --verify-on"
         )
         return
+    for way, changes in parity.changes.items():
+        middle = ", ".join(f"{name} {value:.1%}" for name, value in changes.items())
+        report(f"verify    {way}: rounding changes the middle position by {middle} (limit {LIMIT_OF_ROUNDING:.0%})")
     for way, differences in parity.differences.items():
+        if way in parity.changes:
+            continue
         worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         report(f"verify    {way}: largest difference from PyTorch: {worst}")
     report(f"verify    greedy tokens equal: {parity.greedy_tokens_equal} of {parity.decode_steps}")

@@ -14,13 +14,13 @@ from types import FrameType
 
 import onnx_ir as ir
 import torch
-from onnxscript import optimizer
 from torch import Tensor
 
 from imsm_core.backbone import first_line, hidden_size
 
 from .attention.nodes import LayerCaches
 from .errors import TraceError, UnsupportedError
+from .simplify import simplify
 from .streams import StreamLayout
 from .two_stream import StepInputs, TwoStreamStep
 
@@ -56,7 +56,7 @@ def trace(step: TwoStreamStep) -> TracedGraph:
                 verbose=False,
             )
             assert program is not None
-            optimizer.optimize_ir(program.model, should_fold=_should_fold)
+            simplify(program.model)
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
             f"architecture {step.model.config.model_type!r} is not supported: {_why(error.__cause__ or error)}"
@@ -68,12 +68,6 @@ def trace(step: TwoStreamStep) -> TracedGraph:
     for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
     return TracedGraph(model, streams)
-
-
-def _should_fold(node: ir.Node) -> bool | None:
-    """Everything constant as usual, but weights: the passes know them by their names and lay them out themselves."""
-    weight = node.inputs[0] if node.op_type == "Transpose" else None
-    return False if weight is not None and weight.is_initializer() else None
 
 
 def _why(cause: BaseException) -> str:

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .errors import MissingPackageError
+from .machine import usable_cores
 from .options import add_options, read_options, spelt_option
 
 GROUP = "imsm.commands"
@@ -134,6 +135,7 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
     for register in registers:
         register(commands)
     args = parser.parse_args(argv)
+    _settle_openmp()
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -152,6 +154,13 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
             raise
         print(f"error: {message(error)}", file=sys.stderr)
         return exit_code
+
+
+def _settle_openmp() -> None:
+    """For commands that import PyTorch, whose OpenMP reads these when it is loaded: as many threads as this process may
+    use, which sleep while they wait. By default they spin, and starve each other where anything else runs."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 
 def message(error: Exception) -> str:

@@ -18,7 +18,7 @@ def verify_against_checkpoint(
     artifact: Path, checkpoint: Path, base_model: str | None = None, provider: str = "cpu"
 ) -> ParityReport:
     """Compare the graph in `artifact` with the model of `checkpoint` again. For a graph with quantized weights or
-    caches the differences are measured but not judged: the checkpoint has other weights.
+    caches the differences are measured but not judged: the checkpoint has other weights. The report then has `changes`.
 
     base_model: where the base model is now, if not where the checkpoint says. provider: the execution provider that
     runs the graph. Raises CheckpointError, BaseModelError, AdapterError, ExportError or VerificationError.
@@ -34,4 +34,4 @@ def verify_against_checkpoint(
     quantized = manifest["quantization"] is not None or manifest["kv_cache"] == "int8"
     tolerance = math.inf if quantized else ExportSettings(manifest["precision"]).tolerance
     streams, context = tuple(manifest["streams"]), manifest["model"]["context_length"]
-    return verify_graph(artifact, model, streams, context, tolerance, provider=provider)
+    return verify_graph(artifact, model, streams, context, tolerance, quantized, provider)

@@ -7,6 +7,7 @@ batch, a chunked prefill, cached decode steps that take the graph's own greedy t
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,18 +57,20 @@ class ParityReport:
     tolerance: both the absolute one and the one relative to an output's largest value. rounded: the graph rounds to
     int8 as it computes, so that LIMIT_OF_ROUNDING judges, in `judge_positions`. rounding: how far PyTorch's own float32
     is from its float64, by output; only where a difference is past the tolerance. provider: what ran the graph; None:
-    nothing did.
+    nothing did. changes: where `rounded`, by way and output, how much the middle position changes, relative to its root
+    mean square.
     """
 
     tolerance: float
     rounded: bool = False
     provider: str | None = None
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
+    changes: dict[str, dict[str, float]] = field(default_factory=dict)
     decode_steps: int = 0
     greedy_tokens_equal: int = 0
     rounding: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
-    _positions: dict[str, list[float]] = field(default_factory=dict)
+    _positions: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def compare(self, way: str, name: str, found: Array, expected: Array) -> None:
         """Note the differences at some positions, (..., values), and a failure where one is past the tolerance or not a
@@ -79,18 +82,29 @@ class ParityReport:
         if self.rounded:
             sizes = np.sqrt((expected.astype(np.float64) ** 2).mean(-1))
             changes = np.sqrt((differences**2).mean(-1)) / np.maximum(sizes, np.finfo(np.float32).tiny)
-            self._positions.setdefault(name, []).extend(np.atleast_1d(changes).tolist())
+            of_way = self._positions.setdefault(way, {})
+            of_way.setdefault(name, []).extend(np.atleast_1d(changes).tolist())
             return
         limit = self.tolerance * (1 + float(np.abs(expected).max()))
         if not difference <= limit:
             self.failures.append(Failure(way, name, difference, limit))
 
     def judge_positions(self) -> None:
-        """Note a failure for every output that rounding alone does not explain."""
-        for name, changes in self._positions.items():
-            middle = float(np.median(changes))
-            if not middle <= LIMIT_OF_ROUNDING:
-                self.failures.append(Failure("most positions", name, middle, LIMIT_OF_ROUNDING))
+        """Fill in `changes`, and note a failure for every output that rounding alone does not explain; with an
+        infinite tolerance only for what is not a number."""
+        for way, outputs in self._positions.items():
+            self.changes[way] = {name: float(np.median(changes)) for name, changes in outputs.items()}
+        for name in {name: None for outputs in self._positions.values() for name in outputs}:
+            everywhere = [change for outputs in self._positions.values() for change in outputs.get(name, [])]
+            middle = float(np.median(everywhere))
+            limit = LIMIT_OF_ROUNDING if math.isfinite(self.tolerance) else math.inf
+            if not middle <= limit:
+                self.failures.append(Failure("most positions", name, middle, limit))
+
+    def add(self, other: ParityReport, suffix: str) -> None:
+        """Take in the differences of another form of the graph; its ways get `suffix`."""
+        self.differences |= {way + suffix: found for way, found in other.differences.items()}
+        self.changes |= {way + suffix: found for way, found in other.changes.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -98,6 +112,7 @@ class ParityReport:
             "provider": self.provider,
             "tolerance": self.tolerance,
             "max_abs_difference": self.differences,
+            "middle_change": self.changes or None,
             "decode_steps": self.decode_steps,
             "greedy_tokens_equal": self.greedy_tokens_equal,
             "pytorch_rounding": self.rounding or None,

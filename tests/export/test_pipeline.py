@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,10 @@ def test_a_base_only_export_has_one_stream_and_no_gate(tmp_path: Path) -> None:
     assert not any("adapter" in name or "query" in name or "gate" in name for name in names - {"query_seqlens"})
     assert exported.manifest["shared_layers"] == 0
     assert [layer["groups"] for layer in exported.manifest["cache"]] == [["base"]] * 2
+
+
+def test_every_phase_says_how_long_it_took(tiny: Exported, tmp_path: Path) -> None:
+    lines: list[str] = []
+    export_checkpoint(tiny.checkpoint, tmp_path / "artifact", report=lines.append)
+    taken = [match[1] for line in lines if (match := re.fullmatch(r"(\w+) +done in \d+\.\d s", line))]
+    assert taken == ["load", "prepare", "trace", "verify"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from runtime import console
 from runtime.console import Commands, run_commands
 from runtime.errors import IMSMRuntimeError, SettingsError
+from runtime.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +81,24 @@ def test_a_command_whose_packages_are_missing_says_which_extra_brings_them(
     with pytest.raises(SystemExit):
         run(lambda args: 0, "--help", **how)
     assert "do something (needs pip install 'imsm-runtime[train]')" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_pytorchs_threads_sleep_and_fit_the_process(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "unset later")
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    seen: dict[str, str] = {}
+
+    def act(args: argparse.Namespace) -> int:
+        seen.update(os.environ)
+        return 0
+
+    assert run(act) == 0
+    assert seen["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert seen["OMP_NUM_THREADS"] == (given or str(usable_cores()))
 
 
 def test_the_reader_may_go_away(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export.errors import VerificationError
+from export.report import report_parity
 from export.verification.parity import Failure, ParityReport, _in_float64, _judge_failures, expected_outputs
 from tests.exported import PROMPT, Exported
 
@@ -61,6 +62,37 @@ def test_rounded_arithmetic_may_be_off_in_places_but_not_everywhere() -> None:
     strict.compare("decode", "logits", spiked, expected)
     strict.judge_positions()
     assert len(strict.failures) == 1
+
+
+def test_of_a_rounded_graph_what_is_judged_is_shown() -> None:
+    expected = np.random.default_rng(0).standard_normal((9, 50)).astype(np.float32)
+    found = expected * np.float32(1.03)
+    found[0, 0] += 29
+    exact, rounded = ParityReport(1e-4), ParityReport(1e-4, rounded=True)
+    exact.compare("prefill", "logits", expected, expected)
+    rounded.compare("prefill", "logits", found, expected)
+    rounded.judge_positions()
+    exact.add(rounded, ", finished")
+    lines: list[str] = []
+    report_parity(exact, lines.append)
+    assert lines[:2] == [
+        "verify    prefill, finished: rounding changes the middle position by logits 3.0% (limit 50%)",
+        "verify    prefill: largest difference from PyTorch: logits 0.0e+00",
+    ]
+    assert exact.as_dict()["middle_change"]["prefill, finished"]["logits"] == pytest.approx(0.03, rel=1e-3)
+    assert exact.as_dict()["max_abs_difference"]["prefill, finished"]["logits"] > 28
+
+
+def test_with_an_infinite_tolerance_only_what_is_not_a_number_fails() -> None:
+    expected, other = np.random.default_rng(0).standard_normal((2, 9, 50)).astype(np.float32)
+    report = ParityReport(np.inf, rounded=True)
+    report.compare("prefill", "logits", other, expected)
+    report.judge_positions()
+    assert report.changes["prefill"]["logits"] > 1
+    assert report.failures == []
+    report.compare("decode", "logits", other * np.float32("nan"), expected)
+    report.judge_positions()
+    assert len(report.failures) == 1
 
 
 def test_rounded_arithmetic_that_is_not_a_number_fails() -> None:
