@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
 import time
-import re
 from pathlib import Path
 
 import pytest
