@@ -167,7 +167,10 @@ static OrtStatus* wrong_shape(const ImsmInputs* before, const ImsmInput* input, 
       put(&wanted, "be (%s), or have %zu elements in one dimension", sizes.text, wanted_elements(before, input));
       break;
     case IMSM_ELEMENTS:
-      put(&wanted, "have %zu elements (%s)", wanted_elements(before, input), sizes.text);
+      if (input->dimensions)
+        put(&wanted, "have %zu elements (%s)", wanted_elements(before, input), sizes.text);
+      else
+        put(&wanted, "have one element");
       break;
     case IMSM_LINES:
       put(&wanted, "be (..., %s %zu)", before->operator->sizes[input->sizes[1]], before->sizes[input->sizes[1]]);
