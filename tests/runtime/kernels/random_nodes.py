@@ -140,22 +140,31 @@ class Nodes:
         name = self._given(node)
         values = node.inputs[name]
         assert values is not None
-        shape = list(values.shape)
-        kind = self.random.randrange(6)
+        kind = self.random.randrange(5)
         if kind == 0:
-            node.inputs[name] = None if len(node.inputs) > 1 and name not in ("x", "query") else values
+            node.inputs[name] = None if name not in ("x", "query") else values
         elif kind == 1:
             node.inputs[name] = values.reshape(-1)
         elif kind == 2:
             node.inputs[name] = values.T
         elif kind == 3:
-            node.inputs[name] = values.reshape([1] * self.random.randint(1, 9) + shape)
-        elif kind == 4:
+            node.inputs[name] = values.reshape([1] * self.random.randint(1, 9) + list(values.shape))
+        else:
             node.inputs[name] = np.zeros((), values.dtype)
-        elif shape:
-            at = self.random.randrange(len(shape))
-            shape[at] = self.random.choice([0, 1, max(shape[at] - 1, 0), shape[at] + 1, 2 * shape[at]])
-            node.inputs[name] = np.resize(values, shape)
+
+    def _resize(self, node: Node) -> None:
+        """Another size of a dimension, of one input or of all of the same shape: cos and sin, keys and values."""
+        name = self._given(node)
+        found = node.inputs[name]
+        assert found is not None
+        if found.ndim == 0:
+            return
+        shape, at = found.shape, self.random.randrange(found.ndim)
+        size = self.random.choice([0, 1, max(shape[at] - 1, 0), shape[at] + 1, 2 * shape[at], 4 * shape[at]])
+        alone = self.random.random() < 0.3
+        for other, values in node.inputs.items():
+            if values is not None and values.shape == shape and (other == name or not alone):
+                node.inputs[other] = np.resize(values, (*shape[:at], size, *shape[at + 1 :]))
 
     def _change_type(self, node: Node) -> None:
         name = self._given(node)
@@ -169,19 +178,27 @@ class Nodes:
         """Numbers that address memory, if the node has them."""
         names = [name for name in ("seqlens_k", "total", "query_seqlens", "rows") if node.inputs.get(name) is not None]
         if not names:
-            return self._change_shape(node)
+            return
         name = self.random.choice(names)
         values = node.inputs[name]
         assert values is not None
         changed = values.copy()
         if changed.size:
-            numbers: list[float] = [-1, 0, 1, 2, 5, 21, 1000]
+            place = self.random.randrange(changed.size)
+            numbers: list[float] = [
+                -1,
+                0,
+                1,
+                2,
+                5,
+                21,
+                1000,
+                *(float(changed.flat[place]) + step for step in (-1, 1, 60)),
+            ]
             if changed.dtype == np.int32 and name != "total":  # AddressSanitizer has no exception for lack of memory
                 numbers += [-5, 2**31 - 1, 2**31 - 2, -(2**31)]
             elif changed.dtype.kind == "f":
                 numbers += [float("nan"), float("inf"), 60000]
-            changed.flat[self.random.randrange(changed.size)] = np.array(self.random.choice(numbers)).astype(
-                changed.dtype
-            )
+            with np.errstate(all="ignore"):
+                changed.flat[place] = np.array(self.random.choice(numbers)).astype(changed.dtype)
         node.inputs[name] = changed
-        return None
