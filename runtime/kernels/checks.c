@@ -101,6 +101,7 @@ OrtStatus* imsm_create(const ImsmOperator* operator, const OrtKernelInfo* info, 
 // ---- inputs
 
 ImsmInputs imsm_inputs(const ImsmOperator* operator, const OrtKernelContext* context) {
+  imsm_reserve_failure();  // an earlier call may have returned the last one
   ImsmInputs inputs = {.operator = operator, .context = context};
   for (size_t i = 0; i < IMSM_MOST_SIZES; i++) inputs.sizes[i] = IMSM_UNKNOWN;
   return inputs;
