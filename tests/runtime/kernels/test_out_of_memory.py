@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def attention(tokens: int) -> Node:
     return Node("GroupQueryAttention", inputs, attributes, 3)
 
 
-NODES = {"product": product, "attention": lambda: attention(TOKENS), "attention in parts": lambda: attention(1)}
+NODES: dict[str, Callable[[], Node]] = {
+    "product": product,
+    "attention": lambda: attention(TOKENS),
+    "attention in parts": lambda: attention(1),
+}
 
 
 def try_with(session: Any, feed: dict[str, Array], more: int) -> int:
