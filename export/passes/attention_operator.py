@@ -11,7 +11,6 @@ from .graph import add_node, nodes_of, operand, replace_value
 from .rewrite import Declined, Rewrite
 
 HEAD_SIZE_STEP, LARGEST_HEAD_SIZE = 16, 256
-MOST_SHARING = 256  # heads that share a key; the kernel keeps all their queries at once
 NAME = "GroupQueryAttention"
 PORTABLE = Declined("the portable form has one node per stream")
 OPTIONAL = Declined("it has a bias, sinks or scales")
@@ -53,9 +52,6 @@ def _check(node: ir.Node) -> ir.Node | Declined:
     size = past.shape[-1]
     if not isinstance(size, int) or size % HEAD_SIZE_STEP or size > LARGEST_HEAD_SIZE:
         return Declined(f"heads of {size} have no kernel")
-    sharing = node.attributes.get_int("num_heads") // node.attributes.get_int("kv_num_heads")
-    if sharing > MOST_SHARING:
-        return Declined(f"{sharing} heads that share a key have no kernel")
     return node
 
 

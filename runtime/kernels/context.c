@@ -29,12 +29,11 @@ void imsm_reserve_failure(void) {
   if (made && !atomic_compare_exchange_strong(&reserve, &none, made)) ort->ReleaseStatus(made);
 }
 
-static OrtStatus* describe(const OrtTensorTypeAndShapeInfo* info, size_t index, ImsmTensor* tensor) {
+static OrtStatus* describe(const OrtTensorTypeAndShapeInfo* info, ImsmTensor* tensor) {
   int64_t shape[IMSM_MOST_DIMENSIONS];
   IMSM_TRY(ort->GetTensorElementType(info, &tensor->type));
   IMSM_TRY(ort->GetDimensionsCount(info, &tensor->dimensions));
-  if (tensor->dimensions > IMSM_MOST_DIMENSIONS)
-    return imsm_failure("input %zu has %zu dimensions, more than %d", index, tensor->dimensions, IMSM_MOST_DIMENSIONS);
+  if (tensor->dimensions > IMSM_MOST_DIMENSIONS) return NULL;
   IMSM_TRY(ort->GetDimensions(info, shape, tensor->dimensions));
   tensor->count = 1;
   for (size_t d = 0; d < tensor->dimensions; d++) {
@@ -44,7 +43,7 @@ static OrtStatus* describe(const OrtTensorTypeAndShapeInfo* info, size_t index, 
   return NULL;
 }
 
-OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, ImsmTensor* input) {
+OrtStatus* imsm_find_input(const OrtKernelContext* context, size_t index, ImsmTensor* input) {
   *input = (ImsmTensor){0};
   size_t inputs = 0;
   IMSM_TRY(ort->KernelContext_GetInputCount(context, &inputs));
@@ -54,7 +53,7 @@ OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, Im
   if (value == NULL) return NULL;
   OrtTensorTypeAndShapeInfo* info = NULL;
   IMSM_TRY(ort->GetTensorTypeAndShape(value, &info));
-  OrtStatus* status = describe(info, index, input);
+  OrtStatus* status = describe(info, input);
   ort->ReleaseTensorTypeAndShapeInfo(info);
   IMSM_TRY(status);
   void* data = NULL;
@@ -62,11 +61,6 @@ OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, Im
   input->data = data;
   input->given = 1;
   return NULL;
-}
-
-OrtStatus* imsm_input(const OrtKernelContext* context, size_t index, ImsmTensor* input) {
-  IMSM_TRY(imsm_optional_input(context, index, input));
-  return input->given ? NULL : imsm_failure("input %zu is missing", index);
 }
 
 OrtStatus* imsm_output(OrtKernelContext* context, size_t index, const size_t* shape, size_t dimensions,
@@ -79,6 +73,31 @@ OrtStatus* imsm_output(OrtKernelContext* context, size_t index, const size_t* sh
   if (made == NULL) return imsm_failure("output %zu is missing", index);
   IMSM_TRY(ort->GetTensorMutableData(made, &data));
   *values = data;
+  return NULL;
+}
+
+static OrtStatus* declared_type(const OrtKernelInfo* info, size_t index, ONNXTensorElementDataType* type) {
+  OrtTypeInfo* declared = NULL;
+  OrtStatus* status = ort->KernelInfo_GetInputTypeInfo(info, index, &declared);
+  if (status && ort->GetErrorCode(status) == ORT_INVALID_GRAPH) {  // so it says that an optional input is left out
+    ort->ReleaseStatus(status);
+    return NULL;
+  }
+  IMSM_TRY(status);
+  const OrtTensorTypeAndShapeInfo* tensor = NULL;  // belongs to `declared`
+  status = ort->CastTypeInfoToTensorInfo(declared, &tensor);
+  if (status == NULL && tensor) status = ort->GetTensorElementType(tensor, type);
+  ort->ReleaseTypeInfo(declared);
+  return status;
+}
+
+OrtStatus* imsm_declared_types(const OrtKernelInfo* info, size_t count, ONNXTensorElementDataType* types) {
+  size_t inputs = 0;
+  IMSM_TRY(ort->KernelInfo_GetInputCount(info, &inputs));
+  for (size_t i = 0; i < count; i++) {
+    types[i] = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    if (i < inputs) IMSM_TRY(declared_type(info, i, &types[i]));
+  }
   return NULL;
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: what one reads and writes in a call, and how an operator is described.
+// What the kernels share: what one reads and writes in a call. checks.h is how an operator is described.
 //
 // This folder holds what is the same for every instruction set. The folder of an instruction set, avx512/, holds whole
 // operators, one file each, with the arithmetic that they share: what an operator accepts (sizes of heads, of blocks)
@@ -34,11 +34,8 @@ typedef struct {
 // A failure with a message in printf's format. Never NULL.
 OrtStatus* imsm_failure(const char* format, ...) __attribute__((format(printf, 1, 2), returns_nonnull));
 
-// Finds an optional input. Fails where it has more dimensions than IMSM_MOST_DIMENSIONS.
-OrtStatus* imsm_optional_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
-
-// Finds a required input.
-OrtStatus* imsm_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
+// Finds an input. One with more than IMSM_MOST_DIMENSIONS dimensions has no shape.
+OrtStatus* imsm_find_input(const OrtKernelContext* context, size_t index, ImsmTensor* input);
 
 // Makes an output of float32.
 OrtStatus* imsm_output(OrtKernelContext* context, size_t index, const size_t* shape, size_t dimensions, float** values);
@@ -46,6 +43,9 @@ OrtStatus* imsm_output(OrtKernelContext* context, size_t index, const size_t* sh
 // An attribute of a node; `otherwise` where the node has none of that name. Fails where it has another type.
 OrtStatus* imsm_int_attribute(const OrtKernelInfo* info, const char* name, int64_t otherwise, int64_t* value);
 OrtStatus* imsm_float_attribute(const OrtKernelInfo* info, const char* name, float otherwise, float* value);
+
+// The types that a node's first `count` inputs are declared with; UNDEFINED for those that are left out.
+OrtStatus* imsm_declared_types(const OrtKernelInfo* info, size_t count, ONNXTensorElementDataType* types);
 
 // a b, or SIZE_MAX where that is too large: no tensor has so many elements, and no memory so many bytes.
 static inline size_t imsm_times(size_t a, size_t b) {
@@ -62,21 +62,7 @@ typedef void (*ImsmTask)(void* arguments, size_t index);
 // Runs `task` for 0 .. total - 1 in the session's pool of threads.
 OrtStatus* imsm_parallel_for(const OrtKernelContext* context, ImsmTask task, size_t total, void* arguments);
 
-typedef struct {
-  ONNXTensorElementDataType type;  // UNDEFINED: float32 or float16, as the kernel checks
-  int optional;
-} ImsmInput;
-
-// An operator of domain "imsm". Its outputs are float32, and none is optional.
-typedef struct ImsmOperator ImsmOperator;
-struct ImsmOperator {
-  const char* name;
-  const ImsmInput* inputs;
-  size_t input_count, output_count;
-  // Makes a kernel of a node's attributes; free() releases it.
-  OrtStatus* (*create)(const ImsmOperator* operator, const OrtKernelInfo* info, void** kernel);
-  OrtStatus* (*compute)(void* kernel, OrtKernelContext* context);
-};
+typedef struct ImsmOperator ImsmOperator;  // checks.h
 
 // The operators for x86-64 with AVX-512 VNNI, and whether this processor has that.
 enum { IMSM_AVX512_OPERATORS = 5 };

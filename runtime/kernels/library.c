@@ -3,7 +3,7 @@
 // A graph's own functions say what these operators compute; where they are not registered, onnxruntime runs those.
 #include <pthread.h>
 
-#include "kernels.h"
+#include "checks.h"
 
 typedef struct {
   OrtCustomOp op;  // first: onnxruntime gives its address to the functions below
@@ -17,7 +17,7 @@ static const char* cpu_provider(const OrtCustomOp* op) { return (void)op, NULL; 
 static size_t input_count(const OrtCustomOp* op) { return description_of(op)->input_count; }
 static size_t output_count(const OrtCustomOp* op) { return description_of(op)->output_count; }
 static ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
-  return description_of(op)->inputs[index].type;
+  return imsm_only_type(description_of(op)->inputs[index].types);
 }
 static ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
   return (void)op, (void)index, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -34,7 +34,7 @@ static int last_version(const OrtCustomOp* op) { return (void)op, INT32_MAX; }
 static OrtStatus* create(const OrtCustomOp* op, const OrtApi* ort, const OrtKernelInfo* info, void** kernel) {
   (void)ort;
   imsm_reserve_failure();
-  return description_of(op)->create(description_of(op), info, kernel);
+  return imsm_create(description_of(op), info, kernel);
 }
 
 static Registered registered(const ImsmOperator* description) {

@@ -2,12 +2,16 @@
 
 #include "target.h"
 
-// Rounds up to 32 floats; returns their scale. Sums are of rounded values.
+// Rounds up to 32 floats; returns their scale, which is not a number if one of them is none, and infinite if one of
+// them is: their products are then no numbers. Sums are of rounded values.
 TARGET static float round_block(const float* x, size_t count, int bits, int8_t* even, int8_t* odd, int32_t* lane_sums) {
   const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
   const __mmask16 high = count >= 32 ? 0xffff : count <= 16 ? 0 : (__mmask16)((1u << (count - 16)) - 1);
   const __m512 a = _mm512_maskz_loadu_ps(low, x), b = _mm512_maskz_loadu_ps(high, x + 16);
-  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+  // The bits of floats without a sign are ordered as they are; what is not a number has the largest.
+  const __m512i bits_a = _mm512_castps_si512(_mm512_abs_ps(a)), bits_b = _mm512_castps_si512(_mm512_abs_ps(b));
+  const __m128i largest_bits = _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_max_epi32(bits_a, bits_b)));
+  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(largest_bits));
   const __m512 factor = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
   const __m128i first = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, factor)));
   const __m128i second = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, factor)));

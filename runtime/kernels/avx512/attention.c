@@ -111,7 +111,7 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
   __m512 weight = _mm512_setzero_ps();
   for (size_t t = whole / LANES * LANES; t < to; t += LANES) {
     const __m512 these = _mm512_load_ps(scores + t);
-    const __mmask16 seen = _mm512_cmp_ps_mask(these, least, _CMP_GT_OQ);
+    const __mmask16 seen = _mm512_cmp_ps_mask(these, least, _CMP_NLE_UQ);  // not a number is seen
     const __m512 weights = _mm512_maskz_mov_ps(seen, imsm_exponential(_mm512_sub_ps(these, highest)));
     _mm512_store_ps(scores + t, weights);
     weight = _mm512_add_ps(weight, weights);
@@ -139,88 +139,113 @@ TARGET static void attend(const float* query, State* state, float* sums, const f
   }
 }
 
+// What a part of the cache gives for a query of a key head: sums, largest score, sum of weights.
+static float* partial(const ImsmAttention* attention, size_t row, size_t kv_head, size_t part, size_t query) {
+  const size_t place = (row * attention->kv_heads + kv_head) * attention->parts + part;
+  return attention->partial + (place * attention->group + query) * (attention->size + 2);
+}
+
 // Merges the parts of one row and key head.
 static void merge(const ImsmAttention* attention, size_t row, size_t kv_head) {
-  const size_t width = attention->size + 2;
+  const size_t size = attention->size;
   for (size_t g = 0; g < attention->group; g++) {
-    const float* parts =
-        attention->partial + ((row * attention->kv_heads + kv_head) * attention->parts * attention->group + g) * width;
     float largest = -INFINITY, weight = 0;
     for (size_t part = 0; part < attention->parts; part++) {
-      const float found = parts[part * attention->group * width + attention->size];
+      const float found = partial(attention, row, kv_head, part, g)[size];
       if (found > largest) largest = found;
     }
-    float* y = attention->y + (row * attention->heads + kv_head * attention->group + g) * attention->size;
-    memset(y, 0, attention->size * sizeof(float));
+    float* y = attention->y + (row * attention->heads + kv_head * attention->group + g) * size;
+    memset(y, 0, size * sizeof(float));
     for (size_t part = 0; part < attention->parts; part++) {
-      const float* these = parts + part * attention->group * width;
-      if (these[attention->size + 1] == 0) continue;
-      const float factor = expf(these[attention->size] - largest);
-      weight += factor * these[attention->size + 1];
-      for (size_t d = 0; d < attention->size; d++) y[d] += factor * these[d];
+      const float* these = partial(attention, row, kv_head, part, g);
+      if (these[size + 1] == 0) continue;
+      const float factor = expf(these[size] - largest);
+      weight += factor * these[size + 1];
+      for (size_t d = 0; d < size; d++) y[d] += factor * these[d];
     }
-    for (size_t d = 0; d < attention->size; d++) y[d] /= weight;
+    for (size_t d = 0; d < size; d++) y[d] /= weight;
   }
 }
 
-// Some tokens of one row, all heads that share a key head, the whole cache or a part of it.
-TARGET static void attend_task(void* arguments, size_t task) {
-  const ImsmAttention* attention = arguments;
+// A task: some tokens of one row, all heads that share a key head, the whole cache or a part of it.
+typedef struct {
+  size_t row, kv_head, part;
+  size_t start, first;  // the first of the tokens: of the new ones, and as a position
+  size_t from, end;     // positions of the cache
+} Task;
+
+static float* result(const ImsmAttention* attention, const Task* task, size_t query) {
+  const size_t token = task->start + query / attention->group;
+  const size_t head = task->kv_head * attention->group + query % attention->group;
+  return attention->y + ((task->row * attention->tokens + token) * attention->heads + head) * attention->size;
+}
+
+// Queries [query, query + count) of a task, VECTORS at most.
+TARGET static void attend_queries(const ImsmAttention* attention, const Task* task, size_t query, size_t count) {
   const size_t size = attention->size, group = attention->group, window = attention->window;
-  const size_t part = task % attention->parts, block = task / attention->parts % attention->blocks;
-  const size_t kv_head = task / attention->parts / attention->blocks % attention->kv_heads;
-  const size_t row = task / attention->parts / attention->blocks / attention->kv_heads;
-  const size_t first = first_position(attention, row), start = block * attention->block;
-  const size_t stop = start + attention->block < attention->tokens ? start + attention->block : attention->tokens;
-  const size_t there = new_tokens(attention, row) < stop ? new_tokens(attention, row) : stop;
-  for (size_t token = there > start ? there : start; token < stop; token++)  // padding
-    memset(attention->y + ((row * attention->tokens + token) * attention->heads + kv_head * group) * size, 0,
-           group * size * sizeof(float));
-  if (there <= start && attention->parts == 1) return;
-  const size_t known = first + there, queries = (there > start ? there - start : 0) * group;
-  size_t from = part * PART, end = attention->parts > 1 && from + PART < known ? from + PART : known;
-  if (attention->tokens == 1 && queries > 0 && part == first / PART) append(attention, row, kv_head);
-  // IMSM_LARGEST_GROUP and IMSM_LARGEST_HEAD limit these to 256 KB each. They are as small as the call allows because a
-  // thread's stack may be small, and because arrays of the largest size would lie a multiple of 4 KB apart, where a
-  // processor may take a load for one that depends on an earlier store.
-  float vectors[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
-  float sums[queries > 0 ? queries : 1][size] __attribute__((aligned(64)));
-  State states[queries > 0 ? queries : 1];
+  // As small as the call allows, and 32 KB each at most, because a thread's stack may be small, and because arrays of
+  // the largest size would lie a multiple of 4 KB apart, where a processor may take a load for one that depends on an
+  // earlier store.
+  float vectors[count][size] __attribute__((aligned(64)));
+  float sums[count][size] __attribute__((aligned(64)));
+  State states[count];
   memset(sums, 0, sizeof sums);
-  for (size_t i = 0; i < queries; i++) {
-    const size_t token = start + i / group, position = first + token;
+  for (size_t i = 0; i < count; i++) {
+    const size_t token = (query + i) / group, position = task->first + token;
     rotate(attention,
-           attention->query + (row * attention->tokens + token) * attention->query_stride +
-               (kv_head * group + i % group) * size,
+           attention->query + (task->row * attention->tokens + task->start + token) * attention->query_stride +
+               (task->kv_head * group + (query + i) % group) * size,
            position, attention->scale, vectors[i]);
     states[i] = (State){-INFINITY, 0, window && position + 1 > window ? position + 1 - window : 0, position + 1};
   }
-  if (window && first + start + 1 > window && first + start + 1 - window > from)
-    from = from + (first + start + 1 - window - from) / TILE * TILE;  // nothing before it is seen
-  const float* keys = cached(attention, attention->keys, row, kv_head, 0);
-  const float* values = cached(attention, attention->values, row, kv_head, 0);
-  for (; from < end; from += TILE)
-    for (size_t i = 0; i < queries; i++)
+  size_t from = task->from;
+  const size_t seen = window && task->first + 1 > window ? task->first + 1 - window : 0;
+  if (seen > from) from += (seen - from) / TILE * TILE;  // nothing before it is seen
+  const float* keys = cached(attention, attention->keys, task->row, task->kv_head, 0);
+  const float* values = cached(attention, attention->values, task->row, task->kv_head, 0);
+  for (; from < task->end; from += TILE)
+    for (size_t i = 0; i < count; i++)
       attend(vectors[i], &states[i], sums[i], keys + from * size, values + from * size, from,
-             from + TILE < end ? from + TILE : end, size);
+             from + TILE < task->end ? from + TILE : task->end, size);
   if (attention->parts == 1) {
-    for (size_t i = 0; i < queries; i++) {
-      float* y =
-          attention->y +
-          ((row * attention->tokens + start + i / group) * attention->heads + kv_head * group + i % group) * size;
+    for (size_t i = 0; i < count; i++) {
+      float* y = result(attention, task, query + i);
       for (size_t d = 0; d < size; d++) y[d] = sums[i][d] / states[i].weight;
     }
     return;
   }
-  const size_t place = row * attention->kv_heads + kv_head;
-  float* to = attention->partial + (place * attention->parts + part) * group * (size + 2);
-  for (size_t i = 0; i < group; i++, to += size + 2) {
-    if (i < queries) memcpy(to, sums[i], size * sizeof(float));
-    to[size] = i < queries ? states[i].largest : -INFINITY;
-    to[size + 1] = i < queries ? states[i].weight : 0;
+  float* to = partial(attention, task->row, task->kv_head, task->part, query);
+  for (size_t i = 0; i < count; i++, to += size + 2) {
+    memcpy(to, sums[i], size * sizeof(float));
+    to[size] = states[i].largest;
+    to[size + 1] = states[i].weight;
   }
-  if (atomic_fetch_add(&attention->finished[place], 1) + 1 == attention->parts && queries > 0)
-    merge(attention, row, kv_head);
+}
+
+TARGET static void attend_task(void* arguments, size_t number) {
+  const ImsmAttention* attention = arguments;
+  const size_t group = attention->group, parts = attention->parts;
+  Task task = {.part = number % parts,
+               .start = number / parts % attention->blocks * attention->block,
+               .kv_head = number / parts / attention->blocks % attention->kv_heads,
+               .row = number / parts / attention->blocks / attention->kv_heads};
+  const size_t first = first_position(attention, task.row), news = new_tokens(attention, task.row);
+  const size_t last =
+      task.start + attention->block < attention->tokens ? task.start + attention->block : attention->tokens;
+  const size_t there = news < task.start ? task.start : news < last ? news : last;  // behind it is padding
+  const size_t queries = (there - task.start) * group;
+  for (size_t query = queries; task.part == 0 && query < (last - task.start) * group; query++)
+    memset(result(attention, &task, query), 0, attention->size * sizeof(float));
+  if (queries == 0) return;
+  task.first = first + task.start;
+  task.from = task.part * PART;
+  task.end = parts > 1 && task.from + PART < first + there ? task.from + PART : first + there;
+  if (attention->tokens == 1 && task.part == first / PART) append(attention, task.row, task.kv_head);
+  for (size_t query = 0; query < queries; query += VECTORS)
+    attend_queries(attention, &task, query, queries - query < VECTORS ? queries - query : VECTORS);
+  const size_t place = task.row * attention->kv_heads + task.kv_head;
+  if (parts > 1 && atomic_fetch_add(&attention->finished[place], 1) + 1 == parts)
+    merge(attention, task.row, task.kv_head);
 }
 
 OrtStatus* imsm_attention(ImsmAttention* attention, const OrtKernelContext* context) {

@@ -6,9 +6,8 @@
 #include "../kernels.h"
 
 enum {
-  IMSM_HEAD_STEP = 16,       // sizes of heads are multiples of it
-  IMSM_LARGEST_HEAD = 256,   // elements of a head
-  IMSM_LARGEST_GROUP = 256,  // heads that share a key
+  IMSM_HEAD_STEP = 16,      // sizes of heads are multiples of it
+  IMSM_LARGEST_HEAD = 256,  // elements of a head
 };
 
 // The caller fills the first part, and has checked that its sizes fit one another and the limits above.

@@ -1,4 +1,5 @@
 // GroupQueryAttention: the operator of com.microsoft for float32 caches that are continued in place, without biases.
+#include <math.h>
 #include <string.h>
 
 #include "attention.h"
@@ -7,139 +8,130 @@
 enum { QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS_K, TOTAL, COS, SIN, QUERY_SEQLENS, INPUTS };
 enum { Y, PRESENT_KEY, PRESENT_VALUE, OUTPUTS };
 
+enum { NUM_HEADS, KV_NUM_HEADS, DO_ROTARY, ROTARY_INTERLEAVED, LOCAL_WINDOW_SIZE, ATTRIBUTES };
+
+static const ImsmAttribute attributes[ATTRIBUTES] = {
+    [NUM_HEADS] = {"num_heads", .least = 1, .most = INT32_MAX},
+    [KV_NUM_HEADS] = {"kv_num_heads", .least = 1, .most = INT32_MAX},
+    [DO_ROTARY] = {"do_rotary", .least = 0, .most = 1},
+    [ROTARY_INTERLEAVED] = {"rotary_interleaved", .least = 0, .most = 1},
+    [LOCAL_WINDOW_SIZE] = {"local_window_size", .otherwise = -1, .least = -1, .most = INT32_MAX},
+};
+
+enum { ROWS, TOKENS, WIDTH, KV_WIDTH, KV_HEADS, POSITIONS, HEAD_SIZE, TABLE_POSITIONS, HALF, SIZES };
+
+static const char* const sizes[SIZES] = {
+    [ROWS] = "rows",
+    [TOKENS] = "tokens",
+    [WIDTH] = "width",
+    [KV_WIDTH] = "width",
+    [KV_HEADS] = "kv_num_heads",
+    [POSITIONS] = "positions",
+    [HEAD_SIZE] = "head size",
+    [TABLE_POSITIONS] = "positions",
+    [HALF] = "half of the rotated part",
+};
+
+static const ImsmInput inputs_table[INPUTS] = {
+    [QUERY] = {"query", IMSM_FLOAT32, IMSM_SHAPE, 3, {ROWS, TOKENS, WIDTH}},
+    [KEY] = {"key", IMSM_FLOAT32, IMSM_SHAPE, 3, {ROWS, TOKENS, KV_WIDTH}, .optional = 1},
+    [VALUE] = {"value", IMSM_FLOAT32, IMSM_SHAPE, 3, {ROWS, TOKENS, KV_WIDTH}, .optional = 1},
+    [PAST_KEY] = {"past_key", IMSM_FLOAT32, IMSM_SHAPE, 4, {ROWS, KV_HEADS, POSITIONS, HEAD_SIZE}},
+    [PAST_VALUE] = {"past_value", IMSM_FLOAT32, IMSM_SHAPE, 4, {ROWS, KV_HEADS, POSITIONS, HEAD_SIZE}},
+    [SEQLENS_K] = {"seqlens_k", IMSM_INT32, IMSM_ELEMENTS, 1, {ROWS}},
+    [TOTAL] = {"total", IMSM_INT32, IMSM_ELEMENTS, 0},
+    [COS] = {"cos", IMSM_FLOAT32, IMSM_SHAPE, 2, {TABLE_POSITIONS, HALF}, .optional = 1},
+    [SIN] = {"sin", IMSM_FLOAT32, IMSM_SHAPE, 2, {TABLE_POSITIONS, HALF}, .optional = 1},
+    [QUERY_SEQLENS] = {"query_seqlens", IMSM_INT32, IMSM_ELEMENTS, 1, {ROWS}},
+};
+
 typedef struct {
+  const ImsmOperator* operator;
   size_t heads, kv_heads, window;
-  float scale;
+  float scale;  // 0: by the size of a head
   int rotary, interleaved;
 } Kernel;
 
-static const char NAME[] = "GroupQueryAttention";
-
-static OrtStatus* read_heads(const OrtKernelInfo* info, const char* name, size_t* heads) {
-  int64_t value = 0;
-  IMSM_TRY(imsm_int_attribute(info, name, 1, &value));
-  if (value < 1 || value > INT32_MAX)
-    return imsm_failure("%s: %s is %lld; it must be 1 to %d", NAME, name, (long long)value, INT32_MAX);
-  *heads = (size_t)value;
-  return NULL;
-}
-
-static OrtStatus* read_attributes(const OrtKernelInfo* info, Kernel* kernel) {
-  int64_t window = 0, rotary = 0, interleaved = 0;
-  IMSM_TRY(read_heads(info, "num_heads", &kernel->heads));
-  IMSM_TRY(read_heads(info, "kv_num_heads", &kernel->kv_heads));
-  IMSM_TRY(imsm_int_attribute(info, "local_window_size", -1, &window));
-  IMSM_TRY(imsm_int_attribute(info, "do_rotary", 0, &rotary));
-  IMSM_TRY(imsm_int_attribute(info, "rotary_interleaved", 0, &interleaved));
-  IMSM_TRY(imsm_float_attribute(info, "scale", 1.0f, &kernel->scale));
-  if (kernel->heads % kernel->kv_heads)
-    return imsm_failure("%s: num_heads %zu is not a multiple of kv_num_heads %zu", NAME, kernel->heads,
-                        kernel->kv_heads);
-  if (kernel->heads / kernel->kv_heads > IMSM_LARGEST_GROUP)
-    return imsm_failure("%s: %zu heads share a key; at most %d may", NAME, kernel->heads / kernel->kv_heads,
-                        IMSM_LARGEST_GROUP);
-  kernel->window = window > 0 ? (size_t)window : 0;
-  kernel->rotary = rotary != 0;
-  kernel->interleaved = interleaved != 0;
-  return NULL;
-}
-
-static OrtStatus* create(const ImsmOperator* operator, const OrtKernelInfo* info, void** kernel) {
-  (void)operator;
-  Kernel found = {0};
-  IMSM_TRY(read_attributes(info, &found));
+static OrtStatus* create(const ImsmOperator* operator, const OrtKernelInfo* info, const int64_t* values,
+                         void** kernel) {
+  Kernel found = {.operator = operator,
+                  .heads = (size_t)values[NUM_HEADS],
+                  .kv_heads = (size_t)values[KV_NUM_HEADS],
+                  .window = values[LOCAL_WINDOW_SIZE] > 0 ? (size_t)values[LOCAL_WINDOW_SIZE] : 0,
+                  .rotary = (int)values[DO_ROTARY],
+                  .interleaved = (int)values[ROTARY_INTERLEAVED]};
+  IMSM_TRY(imsm_float_attribute(info, "scale", 0.0f, &found.scale));
+  if (!isfinite(found.scale)) return imsm_failure("%s: scale is %g; it must be finite", operator->name, found.scale);
+  if (found.heads % found.kv_heads)
+    return imsm_failure("%s: num_heads is %zu; it must be a multiple of kv_num_heads %zu", operator->name, found.heads,
+                        found.kv_heads);
   IMSM_TRY(imsm_allocate(1, sizeof found, kernel));
   *(Kernel*)*kernel = found;
   return NULL;
 }
 
-// The old caches: how many rows there are, the size of a head, and whether the kernel supports that size.
-static OrtStatus* read_caches(const OrtKernelContext* context, ImsmAttention* to, ImsmTensor* key, ImsmTensor* value) {
-  IMSM_TRY(imsm_input(context, PAST_KEY, key));
-  IMSM_TRY(imsm_input(context, PAST_VALUE, value));
-  if (key->dimensions != 4 || key->shape[1] != to->kv_heads)
-    return imsm_failure("%s: past_key is not (rows, %zu, positions, head size)", NAME, to->kv_heads);
-  if (value->dimensions != 4 || memcmp(key->shape, value->shape, sizeof key->shape) != 0)
-    return imsm_failure("%s: past_key and past_value differ in shape", NAME);
-  to->rows = key->shape[0];
-  to->size = key->shape[3];
-  if (to->size == 0 || to->size % IMSM_HEAD_STEP || to->size > IMSM_LARGEST_HEAD)
-    return imsm_failure("%s: the head size is %zu; it must be a multiple of %d up to %d", NAME, to->size,
-                        IMSM_HEAD_STEP, IMSM_LARGEST_HEAD);
-  return NULL;
-}
-
-// The new tokens: queries, keys and values apart, or all in one tensor.
-static OrtStatus* read_tokens(const OrtKernelContext* context, ImsmAttention* to) {
+// The new tokens, their queries, keys and values apart or all in one tensor.
+static OrtStatus* read_tokens(ImsmInputs* inputs, ImsmAttention* to) {
   ImsmTensor query, key, value;
-  IMSM_TRY(imsm_input(context, QUERY, &query));
-  IMSM_TRY(imsm_optional_input(context, KEY, &key));
-  IMSM_TRY(imsm_optional_input(context, VALUE, &value));
-  if (key.given != value.given) return imsm_failure("%s: one of key and value is missing", NAME);
+  size_t* const size = inputs->sizes;
   const size_t kv_width = to->kv_heads * to->size, queries_width = to->heads * to->size;
-  const size_t width = queries_width + (key.given ? 0 : 2 * kv_width);
-  if (query.dimensions != 3 || query.shape[0] != to->rows || query.shape[2] != width)
-    return imsm_failure("%s: query is not (%zu, tokens, %zu)", NAME, to->rows, width);
-  to->tokens = query.shape[1];
+  size[KV_WIDTH] = kv_width;
+  IMSM_TRY(imsm_read(inputs, KEY, &key));
+  IMSM_TRY(imsm_read(inputs, VALUE, &value));
+  if (key.given != value.given)
+    return imsm_failure("%s: %s is missing; key and value must be given both, or neither", inputs->operator->name,
+                        key.given ? "value" : "key");
+  size[WIDTH] = queries_width + (key.given ? 0 : 2 * kv_width);
+  IMSM_TRY(imsm_read(inputs, QUERY, &query));
+  to->tokens = size[TOKENS];
   to->query = query.data;
-  to->query_stride = width;
-  if (!key.given) {
-    to->key = to->query + queries_width;
-    to->value = to->key + kv_width;
-    to->kv_stride = width;
-    return NULL;
-  }
-  const size_t shape[IMSM_MOST_DIMENSIONS] = {to->rows, to->tokens, kv_width};
-  if (key.dimensions != 3 || memcmp(key.shape, shape, sizeof shape) != 0)
-    return imsm_failure("%s: key is not (%zu, %zu, %zu)", NAME, to->rows, to->tokens, kv_width);
-  if (value.dimensions != 3 || memcmp(value.shape, shape, sizeof shape) != 0)
-    return imsm_failure("%s: value is not (%zu, %zu, %zu)", NAME, to->rows, to->tokens, kv_width);
-  to->key = key.data;
-  to->value = value.data;
-  to->kv_stride = kv_width;
+  to->query_stride = size[WIDTH];
+  to->key = key.given ? key.data : to->query + queries_width;
+  to->value = key.given ? value.data : to->query + queries_width + kv_width;
+  to->kv_stride = key.given ? kv_width : size[WIDTH];
   return NULL;
 }
 
-// The rotary tables; `positions` is how many they have.
-static OrtStatus* read_tables(const OrtKernelContext* context, ImsmAttention* to, size_t* positions) {
+static OrtStatus* read_tables(ImsmInputs* inputs, ImsmAttention* to) {
   ImsmTensor cos, sin;
-  IMSM_TRY(imsm_input(context, COS, &cos));
-  IMSM_TRY(imsm_input(context, SIN, &sin));
-  if (cos.dimensions != 2 || 2 * cos.shape[1] > to->size)
-    return imsm_failure("%s: cos is not (positions, at most half of the head size %zu)", NAME, to->size);
-  if (sin.dimensions != 2 || memcmp(cos.shape, sin.shape, sizeof cos.shape) != 0)
-    return imsm_failure("%s: cos and sin differ in shape", NAME);
+  IMSM_TRY(imsm_read_needed(inputs, COS, &cos));
+  IMSM_TRY(imsm_read_needed(inputs, SIN, &sin));
   to->cos = cos.data;
   to->sin = sin.data;
-  to->half = cos.shape[1];
-  *positions = cos.shape[0];
-  return NULL;
+  to->half = inputs->sizes[HALF];
+  if (to->half <= to->size / 2) return NULL;
+  return imsm_failure("%s: cos is (%zu, %zu); it must have at most %zu columns, half of the head size",
+                      inputs->operator->name, inputs->sizes[TABLE_POSITIONS], to->half, to->size / 2);
 }
 
 // How many tokens each row has after this step and how many of them are new; the caches grow to `total` if they are
-// shorter. `positions` is how many the rotary tables have.
-static OrtStatus* read_lengths(const OrtKernelContext* context, ImsmAttention* to, size_t past, size_t positions) {
+// shorter.
+static OrtStatus* read_lengths(ImsmInputs* inputs, ImsmAttention* to) {
+  const char* name = inputs->operator->name;
+  const size_t past = inputs->sizes[POSITIONS], positions = inputs->sizes[TABLE_POSITIONS];
   ImsmTensor lengths, news, total;
-  IMSM_TRY(imsm_input(context, SEQLENS_K, &lengths));
-  IMSM_TRY(imsm_input(context, TOTAL, &total));
-  IMSM_TRY(imsm_input(context, QUERY_SEQLENS, &news));
-  if (lengths.count != to->rows || news.count != to->rows)
-    return imsm_failure("%s: there are %zu seqlens_k and %zu query_seqlens for %zu rows", NAME, lengths.count,
-                        news.count, to->rows);
-  if (total.count != 1) return imsm_failure("%s: total has %zu elements instead of 1", NAME, total.count);
+  IMSM_TRY(imsm_read(inputs, SEQLENS_K, &lengths));
+  IMSM_TRY(imsm_read(inputs, TOTAL, &total));
+  IMSM_TRY(imsm_read(inputs, QUERY_SEQLENS, &news));
   const int32_t wanted = *(const int32_t*)total.data;
-  if (wanted < 0) return imsm_failure("%s: total is %d", NAME, wanted);
+  if (wanted < 0) return imsm_failure("%s: total is %d; it must be 0 or more", name, wanted);
   to->lengths = lengths.data;
   to->news = news.data;
   to->capacity = (size_t)wanted > past ? (size_t)wanted : past;
   for (size_t row = 0; row < to->rows; row++) {
     const int64_t known = (int64_t)to->lengths[row] + 1, fresh = to->news[row];
-    if (fresh < 0 || fresh > (int64_t)to->tokens || known < fresh || known > (int64_t)to->capacity)
-      return imsm_failure("%s: row %zu has %lld tokens, %lld of them new; the step has %zu and the cache holds %zu",
-                          NAME, row, (long long)known, (long long)fresh, to->tokens, to->capacity);
+    if (fresh < 0 || fresh > (int64_t)to->tokens)
+      return imsm_failure("%s: query_seqlens is %lld for row %zu; it must be 0 to the tokens of the step, %zu", name,
+                          (long long)fresh, row, to->tokens);
+    const int64_t room = (int64_t)to->capacity, old = (int64_t)past + fresh, most = room < old ? room : old;
+    if (known < fresh || known > most)
+      return imsm_failure(
+          "%s: seqlens_k is %lld for row %zu; it must be %lld to %lld, as %lld tokens are new, past_key "
+          "holds %zu and total is %d",
+          name, (long long)known - 1, row, (long long)fresh - 1, (long long)most - 1, (long long)fresh, past, wanted);
     if (to->rotary && (size_t)known > positions)
-      return imsm_failure("%s: row %zu has %lld tokens, but the rotary tables end at %zu", NAME, row, (long long)known,
-                          positions);
+      return imsm_failure("%s: seqlens_k is %lld for row %zu; it must be below the %zu positions of cos and sin", name,
+                          (long long)known - 1, row, positions);
   }
   return NULL;
 }
@@ -158,15 +150,22 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
                         .kv_heads = kernel->kv_heads,
                         .group = kernel->heads / kernel->kv_heads,
                         .window = kernel->window,
-                        .scale = kernel->scale,
                         .rotary = kernel->rotary,
                         .interleaved = kernel->interleaved};
+  ImsmInputs inputs = imsm_inputs(kernel->operator, context);
   ImsmTensor past_key, past_value;
-  size_t positions = 0;
-  IMSM_TRY(read_caches(context, &call, &past_key, &past_value));
-  IMSM_TRY(read_tokens(context, &call));
-  if (call.rotary) IMSM_TRY(read_tables(context, &call, &positions));
-  IMSM_TRY(read_lengths(context, &call, past_key.shape[2], positions));
+  inputs.sizes[KV_HEADS] = kernel->kv_heads;
+  IMSM_TRY(imsm_read(&inputs, PAST_KEY, &past_key));
+  IMSM_TRY(imsm_read(&inputs, PAST_VALUE, &past_value));
+  call.rows = inputs.sizes[ROWS];
+  call.size = inputs.sizes[HEAD_SIZE];
+  if (call.size == 0 || call.size % IMSM_HEAD_STEP || call.size > IMSM_LARGEST_HEAD)
+    return imsm_failure("%s: the head size is %zu; it must be a multiple of %d up to %d", kernel->operator->name,
+                        call.size, IMSM_HEAD_STEP, IMSM_LARGEST_HEAD);
+  call.scale = kernel->scale != 0 ? kernel->scale : 1 / sqrtf((float)call.size);
+  IMSM_TRY(read_tokens(&inputs, &call));
+  if (call.rotary) IMSM_TRY(read_tables(&inputs, &call));
+  IMSM_TRY(read_lengths(&inputs, &call));
   const size_t y_shape[3] = {call.rows, call.tokens, call.heads * call.size};
   const size_t shape[4] = {call.rows, call.kv_heads, call.capacity, call.size};
   IMSM_TRY(imsm_output(context, Y, y_shape, 3, &call.y));
@@ -177,17 +176,12 @@ static OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
   return call.rows && call.tokens ? imsm_attention(&call, context) : NULL;
 }
 
-static const ImsmInput inputs[INPUTS] = {
-    [QUERY] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [KEY] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [VALUE] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [PAST_KEY] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [PAST_VALUE] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [SEQLENS_K] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
-    [TOTAL] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
-    [COS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [SIN] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [QUERY_SEQLENS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
-};
-
-const ImsmOperator imsm_group_query_attention = {"GroupQueryAttention", inputs, INPUTS, OUTPUTS, create, compute};
+const ImsmOperator imsm_group_query_attention = {.name = "GroupQueryAttention",
+                                                 .attributes = attributes,
+                                                 .attribute_count = ATTRIBUTES,
+                                                 .inputs = inputs_table,
+                                                 .input_count = INPUTS,
+                                                 .sizes = sizes,
+                                                 .output_count = OUTPUTS,
+                                                 .create = create,
+                                                 .compute = compute};

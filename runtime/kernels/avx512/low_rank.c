@@ -21,38 +21,24 @@ TARGET static inline __m512 load(const void* values, int half, size_t at, __mmas
 
 static __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-// A factor of the change, (rows, columns) of float32 or float16.
-static OrtStatus* find_factor(const OrtKernelContext* context, size_t index, size_t rows, ImsmTensor* to, int* half) {
-  IMSM_TRY(imsm_input(context, index, to));
-  *half = to->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-  if (!*half && to->type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
-    return imsm_failure("input %zu, a factor of a low-rank change, is neither float32 nor float16", index);
-  if (to->dimensions != 2 || to->shape[0] != rows)
-    return imsm_failure("input %zu, a factor of a low-rank change, is not a matrix with %zu rows", index, rows);
-  return NULL;
-}
-
-OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* context, size_t factors_index,
-                               size_t a_index, const float* x, size_t rows, size_t k, size_t n) {
+OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, ImsmInputs* inputs, size_t factors_index, size_t a_index,
+                               const float* x, size_t rows, size_t k, size_t n) {
   ImsmTensor row_factors, a, b;
-  IMSM_TRY(imsm_optional_input(context, factors_index, &row_factors));
-  if (!row_factors.given) return NULL;
-  const size_t count = row_factors.count;
-  if (count == 0 || rows % count)
-    return imsm_failure("%zu factors of a low-rank change do not divide %zu rows evenly", count, rows);
-  IMSM_TRY(find_factor(context, a_index, k, &a, &change->half_a));
-  IMSM_TRY(find_factor(context, a_index + 1, a.shape[1], &b, &change->half_b));
-  if (b.shape[1] != n)
-    return imsm_failure("the second factor of a low-rank change has %zu columns instead of %zu", b.shape[1], n);
+  IMSM_TRY(imsm_read(inputs, factors_index, &row_factors));
+  IMSM_TRY(imsm_read(inputs, a_index, &a));
+  IMSM_TRY(imsm_read(inputs, a_index + 1, &b));
+  if (rows == 0) return NULL;
   change->x = x;
   change->k = k;
   change->n = n;
   change->a = a.data;
   change->b = b.data;
+  change->half_a = a.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  change->half_b = b.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   change->rank = a.shape[1];
   change->width = (change->rank + LANES - 1) / LANES * LANES;
   const float* factors = row_factors.data;
-  const size_t repeated = rows / count;
+  const size_t repeated = rows / row_factors.count;
   for (size_t row = 0; row < rows; row++) change->rows += factors[row / repeated] != 0;
   const int few = change->rows <= GROUP;
   change->parts = few ? (change->k + PART - 1) / PART : 1;

@@ -3,7 +3,7 @@
 
 #include <stdatomic.h>
 
-#include "../kernels.h"
+#include "../checks.h"
 
 typedef struct {
   const float* x;     // (all rows, k)
@@ -13,17 +13,17 @@ typedef struct {
   size_t rows;               // that are changed
   size_t* index;             // (rows) which ones those are
   float* factor;             // (rows)
-  float* low;                // (parts, rows, width): f x A, the first part becomes the sum once `ready`; NULL: none
+  float* low;                // (parts, rows, width): f x A, the first part becomes the sum once `ready`
   size_t parts, groups;      // x A is divided into parts of k, or groups of rows
   atomic_size_t claimed, done;
   atomic_int ready;
 } ImsmLowRank;
 
 // Finds the changed rows of x (rows, k): the factors are at input `factors`, one per row, or one per run of equally
-// many rows, A at input `a`, B after it. Does nothing where there are no factors. imsm_low_rank_end frees what `change`
-// holds, even after a failure; `change` must be zero before the call.
-OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, const OrtKernelContext* context, size_t factors, size_t a,
-                               const float* x, size_t rows, size_t k, size_t n);
+// many rows, A (k, rank) at input `a`, B (rank, n) after it. imsm_low_rank_end frees what `change` holds, even after a
+// failure; `change` must be zero before the call.
+OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, ImsmInputs* inputs, size_t factors, size_t a, const float* x,
+                               size_t rows, size_t k, size_t n);
 void imsm_low_rank_end(ImsmLowRank* change);
 
 // Every thread that needs `low` calls this: the callers compute it together.

@@ -1,7 +1,7 @@
 // The operators, each in the file of its name. Those with a low-rank change take the plain ones' inputs first.
 #pragma once
 
-#include "../kernels.h"
+#include "../checks.h"
 
 extern const ImsmOperator imsm_quantized_matmul, imsm_quantized_matmul_low_rank;
 extern const ImsmOperator imsm_quantized_swiglu, imsm_quantized_swiglu_low_rank;

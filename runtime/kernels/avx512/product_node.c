@@ -1,78 +1,71 @@
 #include "product_node.h"
 
-static OrtStatus* read_size(const ImsmOperator* operator, const OrtKernelInfo* info, const char* name, size_t* size) {
-  int64_t value = 0;
-  IMSM_TRY(imsm_int_attribute(info, name, 0, &value));
-  if (value < 1 || value > INT32_MAX)
-    return imsm_failure("%s: %s is %lld; it must be 1 to %d", operator->name, name, (long long)value, INT32_MAX);
-  *size = (size_t)value;
+const char* const imsm_product_sizes[IMSM_PRODUCT_SIZES] = {
+    [IMSM_ROWS] = "rows",
+    [IMSM_K] = "K",
+    [IMSM_N] = "N",
+    [IMSM_BLOCKS] = "blocks",
+    [IMSM_BLOCK_BYTES] = "bytes of a block",
+    [IMSM_ZERO_BYTES] = "bytes of zero points",
+    [IMSM_RANK] = "rank",
+    [IMSM_OTHER_RANK] = "rank",
+};
+
+enum { K, N, BITS, BLOCK_SIZE };
+
+const ImsmAttribute imsm_product_attributes[IMSM_PRODUCT_ATTRIBUTES] = {
+    [K] = {"K", .least = 1, .most = INT32_MAX},
+    [N] = {"N", .least = 1, .most = INT32_MAX},
+    [BITS] = {"bits", .allowed = {4, 8}},
+    [BLOCK_SIZE] = {"block_size", .allowed = {32, 64, 128}},
+};
+
+OrtStatus* imsm_product_create(const ImsmOperator* operator, const OrtKernelInfo* info, const int64_t* attributes,
+                               void** kernel) {
+  (void)info;
+  IMSM_TRY(imsm_allocate(1, sizeof(ImsmProductKernel), kernel));
+  *(ImsmProductKernel*)*kernel = (ImsmProductKernel){.operator = operator,
+                                                     .k = (size_t)attributes[K],
+                                                     .n = (size_t)attributes[N],
+                                                     .block_size = (size_t)attributes[BLOCK_SIZE],
+                                                     .bits = (int)attributes[BITS]};
   return NULL;
 }
 
-static OrtStatus* read_attributes(const ImsmOperator* operator, const OrtKernelInfo* info, ImsmProductKernel* kernel) {
-  size_t bits = 0;
-  IMSM_TRY(read_size(operator, info, "K", &kernel->k));
-  IMSM_TRY(read_size(operator, info, "N", &kernel->n));
-  IMSM_TRY(read_size(operator, info, "block_size", &kernel->block_size));
-  IMSM_TRY(read_size(operator, info, "bits", &bits));
-  if (kernel->block_size != 32 && kernel->block_size != 64 && kernel->block_size != 128)
-    return imsm_failure("%s: block_size is %zu; it must be 32, 64 or 128", operator->name, kernel->block_size);
-  if (bits != 4 && bits != 8) return imsm_failure("%s: bits is %zu; it must be 4 or 8", operator->name, bits);
-  kernel->bits = (int)bits;
-  return NULL;
+ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelContext* context) {
+  const size_t bits = (size_t)kernel->bits, blocks = (kernel->k + kernel->block_size - 1) / kernel->block_size;
+  ImsmInputs inputs = imsm_inputs(kernel->operator, context);
+  inputs.sizes[IMSM_K] = kernel->k;
+  inputs.sizes[IMSM_N] = kernel->n;
+  inputs.sizes[IMSM_BLOCKS] = blocks;
+  inputs.sizes[IMSM_BLOCK_BYTES] = kernel->block_size * bits / 8;
+  inputs.sizes[IMSM_ZERO_BYTES] = (blocks * bits + 7) / 8;
+  return inputs;
 }
 
-OrtStatus* imsm_product_create(const ImsmOperator* operator, const OrtKernelInfo* info, void** kernel) {
-  ImsmProductKernel found = {.name = operator->name};
-  IMSM_TRY(read_attributes(operator, info, &found));
-  IMSM_TRY(imsm_allocate(1, sizeof found, kernel));
-  *(ImsmProductKernel*)*kernel = found;
-  return NULL;
-}
-
-OrtStatus* imsm_product_x_and_y(OrtKernelContext* context, const ImsmProductKernel* kernel, const float** x,
-                                size_t* rows, float** y) {
+OrtStatus* imsm_product_x_and_y(ImsmInputs* inputs, OrtKernelContext* context, const ImsmProductKernel* kernel,
+                                const float** x, size_t* rows, float** y) {
   ImsmTensor input;
-  IMSM_TRY(imsm_input(context, 0, &input));
-  const size_t columns = input.dimensions ? input.shape[input.dimensions - 1] : 0;
-  if (columns != kernel->k)
-    return imsm_failure("%s: the input has %zu columns, but K is %zu", kernel->name, columns, kernel->k);
+  IMSM_TRY(imsm_read(inputs, 0, &input));
   *x = input.data;
-  *rows = input.count / kernel->k;
+  *rows = inputs->sizes[IMSM_ROWS];
   input.shape[input.dimensions - 1] = kernel->n;
   return imsm_output(context, 0, input.shape, input.dimensions, y);
 }
 
-static OrtStatus* check_count(const ImsmProductKernel* kernel, const char* what, const ImsmTensor* found,
-                              size_t wanted) {
-  if (found->count == wanted) return NULL;
-  return imsm_failure("%s: there are %zu %s, but K %zu and N %zu need %zu", kernel->name, found->count, what, kernel->k,
-                      kernel->n, wanted);
-}
-
-OrtStatus* imsm_product_matrix(const OrtKernelContext* context, const ImsmProductKernel* kernel, size_t index,
+OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index,
                                ImsmQuantizedMatrix* to) {
   ImsmTensor weights, scales, zeros, bias;
-  IMSM_TRY(imsm_input(context, index, &weights));
-  IMSM_TRY(imsm_input(context, index + 1, &scales));
-  IMSM_TRY(imsm_optional_input(context, index + 2, &zeros));
-  IMSM_TRY(imsm_optional_input(context, index + 3, &bias));
-  const size_t n = kernel->n, bits = (size_t)kernel->bits;
-  const size_t blocks = (kernel->k + kernel->block_size - 1) / kernel->block_size;
-  // Two sizes below 2^32 each, so that their products do not overflow.
-  IMSM_TRY(check_count(kernel, "bytes of weights", &weights, n * (blocks * kernel->block_size / 8 * bits)));
-  IMSM_TRY(check_count(kernel, "scales", &scales, n * blocks));
-  if (zeros.given) IMSM_TRY(check_count(kernel, "bytes of zero points", &zeros, n * ((blocks * bits + 7) / 8)));
-  if (bias.given) IMSM_TRY(check_count(kernel, "biases", &bias, n));
-  const int half = scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-  if (!half && scales.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
-    return imsm_failure("%s: the scales are neither float32 nor float16", kernel->name);
+  IMSM_TRY(imsm_read(inputs, index, &weights));
+  IMSM_TRY(imsm_read(inputs, index + 1, &scales));
+  IMSM_TRY(imsm_read(inputs, index + 2, &zeros));
+  IMSM_TRY(imsm_read(inputs, index + 3, &bias));
   *to = (ImsmQuantizedMatrix){.weights = weights.data,
                               .scales = scales.data,
-                              .half = half,
+                              .half = scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                               .zeros = zeros.data,
                               .bias = bias.data,
-                              .n = n,
+                              .n = kernel->n,
                               .block_size = kernel->block_size};
   return NULL;
 }

@@ -2,7 +2,7 @@
 #include "operators.h"
 #include "product_node.h"
 
-enum { X, WEIGHTS, SCALES, ZEROS, BIAS, ROWS, A, B, INPUTS };  // ROWS: the factors f
+enum { X, WEIGHTS, ROWS = WEIGHTS + IMSM_MATRIX, A, INPUTS = A + IMSM_CHANGE };  // ROWS: the factors f
 
 typedef struct {
   ImsmActivations x;
@@ -18,13 +18,16 @@ static void columns_task(void* arguments, size_t task) {
 }
 
 static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext* context, Call* call) {
+  ImsmInputs inputs = imsm_product_inputs(kernel, context);
   const float* x = NULL;
   size_t rows = 0;
-  IMSM_TRY(imsm_product_matrix(context, kernel, WEIGHTS, &call->matrix));
-  IMSM_TRY(imsm_product_x_and_y(context, kernel, &x, &rows, &call->y));
+  IMSM_TRY(imsm_product_x_and_y(&inputs, context, kernel, &x, &rows, &call->y));
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, WEIGHTS, &call->matrix));
+  if (kernel->operator->input_count > ROWS) {
+    IMSM_TRY(imsm_low_rank_begin(&call->change, &inputs, ROWS, A, x, rows, kernel->k, kernel->n));
+    call->matrix.change = &call->change;
+  }
   if (rows == 0) return NULL;
-  IMSM_TRY(imsm_low_rank_begin(&call->change, context, ROWS, A, x, rows, kernel->k, kernel->n));
-  if (call->change.low) call->matrix.change = &call->change;
   IMSM_TRY(imsm_activations_begin(&call->x, context, x, rows, kernel->k, kernel->bits));
   return imsm_parallel_for(context, columns_task, imsm_product_tasks(&call->x, kernel->n), call);
 }
@@ -38,16 +41,12 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 }
 
 static const ImsmInput inputs[INPUTS] = {
-    [X] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [WEIGHTS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},
-    [SCALES] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [ZEROS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .optional = 1},
-    [BIAS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [ROWS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [A] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [B] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
+    IMSM_X_INPUT(X),
+    IMSM_MATRIX_INPUTS(WEIGHTS, ""),
+    IMSM_FACTORS_INPUT(ROWS),
+    IMSM_CHANGE_INPUTS(A, "", IMSM_RANK),
 };
 
-const ImsmOperator imsm_quantized_matmul = {"QuantizedMatMul", inputs, ROWS, 1, imsm_product_create, compute};
-const ImsmOperator imsm_quantized_matmul_low_rank = {"QuantizedMatMulLowRank", inputs, INPUTS, 1,
-                                                     imsm_product_create,      compute};
+const ImsmOperator imsm_quantized_matmul = IMSM_PRODUCT_OPERATOR("QuantizedMatMul", inputs, ROWS, compute);
+const ImsmOperator imsm_quantized_matmul_low_rank =
+    IMSM_PRODUCT_OPERATOR("QuantizedMatMulLowRank", inputs, INPUTS, compute);

@@ -7,19 +7,11 @@
 enum {
   X,
   GATE,
-  GATE_SCALES,
-  GATE_ZEROS,
-  GATE_BIAS,
-  UP,
-  UP_SCALES,
-  UP_ZEROS,
-  UP_BIAS,
-  ROWS,  // the factors of the low-rank change
+  UP = GATE + IMSM_MATRIX,
+  ROWS = UP + IMSM_MATRIX,  // the factors of the low-rank change
   GATE_A,
-  GATE_B,
-  UP_A,
-  UP_B,
-  INPUTS
+  UP_A = GATE_A + IMSM_CHANGE,
+  INPUTS = UP_A + IMSM_CHANGE
 };
 
 typedef struct {
@@ -48,19 +40,22 @@ TARGET static void columns_task(void* arguments, size_t task) {
 
 static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext* context, Call* call) {
   const size_t k = kernel->k, n = kernel->n;
+  ImsmInputs inputs = imsm_product_inputs(kernel, context);
   const float* x = NULL;
   size_t rows = 0;
   void* other;
-  IMSM_TRY(imsm_product_matrix(context, kernel, GATE, &call->gate));
-  IMSM_TRY(imsm_product_matrix(context, kernel, UP, &call->up));
-  IMSM_TRY(imsm_product_x_and_y(context, kernel, &x, &rows, &call->y));
+  IMSM_TRY(imsm_product_x_and_y(&inputs, context, kernel, &x, &rows, &call->y));
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, GATE, &call->gate));
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, UP, &call->up));
+  if (kernel->operator->input_count > ROWS) {
+    IMSM_TRY(imsm_low_rank_begin(&call->gate_change, &inputs, ROWS, GATE_A, x, rows, k, n));
+    IMSM_TRY(imsm_low_rank_begin(&call->up_change, &inputs, ROWS, UP_A, x, rows, k, n));
+    call->gate.change = &call->gate_change;
+    call->up.change = &call->up_change;
+  }
   if (rows == 0) return NULL;
   IMSM_TRY(imsm_allocate(imsm_times(rows, n), sizeof(float), &other));
   call->other = other;
-  IMSM_TRY(imsm_low_rank_begin(&call->gate_change, context, ROWS, GATE_A, x, rows, k, n));
-  IMSM_TRY(imsm_low_rank_begin(&call->up_change, context, ROWS, UP_A, x, rows, k, n));
-  if (call->gate_change.low) call->gate.change = &call->gate_change;
-  if (call->up_change.low) call->up.change = &call->up_change;
   IMSM_TRY(imsm_activations_begin(&call->x, context, x, rows, k, kernel->bits));
   return imsm_parallel_for(context, columns_task, imsm_product_tasks(&call->x, n), call);
 }
@@ -76,22 +71,14 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 }
 
 static const ImsmInput inputs[INPUTS] = {
-    [X] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [GATE] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},
-    [GATE_SCALES] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [GATE_ZEROS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .optional = 1},
-    [GATE_BIAS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [UP] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8},
-    [UP_SCALES] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [UP_ZEROS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .optional = 1},
-    [UP_BIAS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = 1},
-    [ROWS] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
-    [GATE_A] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [GATE_B] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [UP_A] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
-    [UP_B] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED},
+    IMSM_X_INPUT(X),
+    IMSM_MATRIX_INPUTS(GATE, "gate_"),
+    IMSM_MATRIX_INPUTS(UP, "up_"),
+    IMSM_FACTORS_INPUT(ROWS),
+    IMSM_CHANGE_INPUTS(GATE_A, "gate_", IMSM_RANK),
+    IMSM_CHANGE_INPUTS(UP_A, "up_", IMSM_OTHER_RANK),
 };
 
-const ImsmOperator imsm_quantized_swiglu = {"QuantizedSwiGLU", inputs, ROWS, 1, imsm_product_create, compute};
-const ImsmOperator imsm_quantized_swiglu_low_rank = {"QuantizedSwiGLULowRank", inputs, INPUTS, 1,
-                                                     imsm_product_create,      compute};
+const ImsmOperator imsm_quantized_swiglu = IMSM_PRODUCT_OPERATOR("QuantizedSwiGLU", inputs, ROWS, compute);
+const ImsmOperator imsm_quantized_swiglu_low_rank =
+    IMSM_PRODUCT_OPERATOR("QuantizedSwiGLULowRank", inputs, INPUTS, compute);

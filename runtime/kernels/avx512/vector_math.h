@@ -3,9 +3,10 @@
 
 #include "target.h"
 
-// e^x, to 2 units in the last place; e^-87 below and e^88 above.
+// e^x, to 2 units in the last place; e^-87 below and e^88 above. What is not a number stays so: of two operands of
+// which one is none, min and max give the second.
 TARGET static inline __m512 imsm_exponential(__m512 x) {
-  const __m512 clamped = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  const __m512 clamped = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), clamped);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

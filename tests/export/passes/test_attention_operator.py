@@ -42,12 +42,11 @@ def test_plain_attention_becomes_the_projects_operator() -> None:
         ({"dtype": "float16"}, Declined("its caches are float16")),
         ({"size": 24}, Declined("heads of 24 have no kernel")),
         ({"size": 272}, Declined("heads of 272 have no kernel")),
-        ({"heads": 257}, Declined("257 heads that share a key have no kernel")),
         ({"attributes": ", softcap=30.0"}, SOFTCAP),
         ({"more": "bias"}, OPTIONAL),
         ({"news": ""}, PORTABLE),
     ],
-    ids=["float16", "size", "large", "sharing", "soft-capping", "bias", "portable"],
+    ids=["float16", "size", "large", "soft-capping", "bias", "portable"],
 )
 def test_other_attention_stays(arguments: dict[str, Any], reason: Declined) -> None:
     model = attention_model(**arguments)

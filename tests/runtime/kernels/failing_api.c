@@ -111,6 +111,9 @@ struct OrtKernelInfo {
   } attributes[MOST_ATTRIBUTES];
 };
 
+static OrtKernelInfo node;
+static OrtKernelContext context;  // of the node
+
 static size_t elements(const OrtValue* value) {
   size_t count = 1;
   for (size_t d = 0; d < value->dimensions; d++) count *= (size_t)value->shape[d];
@@ -187,6 +190,30 @@ static OrtStatus* get_data(OrtValue* value, void** data) NO_EXCEPTION {
   *data = value->data;
   return NULL;
 }
+static OrtStatus* get_declared_count(const OrtKernelInfo* info, size_t* count) NO_EXCEPTION {
+  MAY_FAIL();
+  (void)info;
+  *count = context.inputs;
+  return NULL;
+}
+static OrtStatus* get_declared(const OrtKernelInfo* info, size_t index, OrtTypeInfo** type) NO_EXCEPTION {
+  MAY_FAIL();
+  (void)info;
+  CHECK(index < context.inputs, "asks for the type of input %zu of %zu", index, context.inputs);
+  if (!context.given[index]) return new_status(ORT_INVALID_GRAPH, "the input has no type");
+  held++;
+  *type = (OrtTypeInfo*)&context.input[index];
+  return NULL;
+}
+static OrtStatus* get_tensor_type(const OrtTypeInfo* type, const OrtTensorTypeAndShapeInfo** info) NO_EXCEPTION {
+  MAY_FAIL();
+  *info = (const OrtTensorTypeAndShapeInfo*)type;
+  return NULL;
+}
+static void release_type(OrtTypeInfo* type) NO_EXCEPTION {
+  CHECK(type != NULL, "releases no type");
+  held--;
+}
 static OrtStatus* get_int(const OrtKernelInfo* info, const char* name, int64_t* value) NO_EXCEPTION {
   MAY_FAIL();
   for (size_t i = 0; i < MOST_ATTRIBUTES && info->attributes[i].name; i++)
@@ -205,10 +232,10 @@ static OrtStatus* get_string(const OrtKernelInfo* info, const char* name, char* 
   MAY_FAIL();
   return (void)info, (void)name, (void)value, (void)size, new_status(ORT_FAIL, "no attribute of that name and type");
 }
-static OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total,
+static OrtStatus* parallel_for(const OrtKernelContext* called, void (*task)(void*, size_t), size_t total,
                                size_t batches, void* arguments) NO_EXCEPTION {
   MAY_FAIL();
-  (void)context, (void)batches;
+  (void)called, (void)batches;
   for (size_t i = 0; i < total; i++) task(arguments, i);
   return NULL;
 }
@@ -253,6 +280,10 @@ static const OrtApi api = {
     .GetDimensionsCount = get_dimensions_count,
     .GetDimensions = get_dimensions,
     .GetTensorMutableData = get_data,
+    .KernelInfo_GetInputCount = get_declared_count,
+    .KernelInfo_GetInputTypeInfo = get_declared,
+    .CastTypeInfoToTensorInfo = get_tensor_type,
+    .ReleaseTypeInfo = release_type,
     .KernelInfoGetAttribute_int64 = get_int,
     .KernelInfoGetAttribute_float = get_float,
     .KernelInfoGetAttribute_string = get_string,
@@ -266,9 +297,6 @@ static const OrtApi* get_api(uint32_t version) NO_EXCEPTION { return (void)versi
 static const OrtApiBase base = {.GetApi = get_api};
 
 // ---- nodes
-
-static OrtKernelInfo node;
-static OrtKernelContext context;
 
 static void set_attribute(const char* name, int64_t integer) {
   size_t i = 0;
