@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ..errors import ArtifactError, ProviderError, setting
 from ..machine import usable_cores
 from . import own_kernels
 from .execution import Execution
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1" and hasattr(onnxruntime, "disable_telemetry_events"):
+    onnxruntime.disable_telemetry_events()  # where something else has imported onnxruntime before this package
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
