@@ -15,7 +15,8 @@ from runtime import ArtifactError, DecodeState, Execution, PromptError, Provider
 from runtime.engine import cache
 from runtime.engine.place import Host
 from runtime.engine.session import CPU_PREFILL_ROWS
-from runtime.manifest import check_files, read_manifest
+from runtime.folder import check_files
+from runtime.manifest import read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 
@@ -52,11 +53,19 @@ def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("find", "put", "message"),
     [
-        ('"name": "seqlens_k"', '"name": "lengths"', "names the input lengths, which the graph does not have"),
-        ('"kv_heads": 2', '"kv_heads": "two"', "damaged: ValueError"),
+        (
+            '"name": "seqlens_k"',
+            '"name": "lengths"',
+            "graph.inputs has no seqlens_k, which follows",
+        ),
+        (
+            '"kv_heads": 2',
+            '"kv_heads": "two"',
+            r"cache\[0\].kv_heads is .two.; it must be a whole number from 1 to 65536",
+        ),
         ('"format_version": 5', '"format_version": 4', "format version 4; this program reads 5; export it again"),
-        ('"padding": ', '"most_padding": ', "damaged: KeyError at 'padding'"),
-        ('"reads": {', '"weights": {', "damaged: KeyError at 'reads'"),
+        ('"padding": ', '"most_padding": ', "graph.padding is missing"),
+        ('"reads": {', '"weights": {', "reads is missing"),
         ('"model": {', '"modle": {', "damaged: model is missing"),
         ('"padding": 512', '"padding": 0', "damaged: graph.padding is 0; it must be a whole number from 1"),
         ('"padding": 512', '"padding": 1e999', "damaged: the number 1e999 is too large"),
