@@ -10,7 +10,9 @@ from pathlib import Path
 import onnxruntime
 
 from ..errors import ArtifactError, ProviderError, setting
+from ..files import shown
 from ..machine import usable_cores
+from ..printable import printable
 from . import own_kernels
 from .execution import Execution
 
@@ -155,7 +157,7 @@ def full_name(provider: str) -> str:
 
 
 def _name(model: Path | bytes) -> str:
-    return "a probe graph" if isinstance(model, bytes) else str(model)
+    return "a probe graph" if isinstance(model, bytes) else shown(model)
 
 
 def _advice(error: Exception) -> str:
@@ -171,4 +173,4 @@ def _advice(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

@@ -255,10 +255,5 @@ def test_values_in_messages_are_short_and_on_one_line() -> None:
     assert printable("a\x1b[31m\nb\u202e\udc80") == r"a\x1b[31m\nb\u202e\udc80"
     assert shortened("x" * 99) == '"' + "x" * 60 + '..."'
     assert shortened(10**10000) == "a number of more than 100 digits"
-    assert [shortened(value) for value in (None, True, 1.5, [1], {})] == [
-        "null",
-        "true",
-        "1.5",
-        "a list of 1",
-        "an object of 0",
-    ]
+    values: list[Any] = [None, True, 1.5, [1], {}]
+    assert [shortened(value) for value in values] == ["null", "true", "1.5", "a list of 1", "an object of 0"]
