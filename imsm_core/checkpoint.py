@@ -97,7 +97,15 @@ def read_info(folder: Path) -> CheckpointInfo:
         raise CheckpointError(f"{shown(path)} is damaged: gate_kind is {_short(info.gate_kind)}; {rule}")
     if not 0 <= info.gate_rank < 2**31:
         raise CheckpointError(f"{shown(path)} is damaged: gate_rank is {_short(info.gate_rank)}")
+    for name, value in info.quantized_backbone.items():  # values beyond types are `round_backbone`'s business
+        if name not in ("precision", "block_size") or (name == "block_size" and not _is_block_size(value)):
+            raise CheckpointError(f"{shown(path)} is damaged: quantized_backbone has {_short(name)}: {_short(value)}")
     return info
+
+
+def _is_block_size(value: Any) -> bool:
+    """Whether it is a whole number of a size that matrices have."""
+    return type(value) is int and 0 < value <= 2**20
 
 
 def _short(value: Any) -> str:

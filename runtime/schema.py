@@ -30,6 +30,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 _name = text("(?s).+", "text that is not empty")
 _sha256 = text("[0-9a-f]{64}", "a sha256 of 64 hexadecimal digits")
 check_file_name = text(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+", "the name of a file in the folder, without a path")
+_digits = text("[0-9a-f]*", "hexadecimal digits")
 _bytes = whole(0, MOST_BYTES)
 _measured = optional(number())
 _size = either(whole(0), _name, f"a size from 0 to {MOST} or a name")
@@ -102,7 +103,7 @@ SCHEMA = Record(
             )
         ),
         "virtual_tokens": table(whole()),
-        "base_model": Record({"name": text(), "revision": optional(text()), "fingerprint": _sha256}),
+        "base_model": Record({"name": text(), "revision": optional(text()), "fingerprint": _digits}),
         "training": table(anything),
         "passes": table(Record({"fired": whole()}, {"declined": table(whole())})),
         "activation_range": optional(

@@ -178,6 +178,13 @@ def test_gate_that_is_not_finite_is_refused(checkpoint: Path) -> None:
         ({"gate_rank": "3"}, "is damaged: gate_rank is '3'"),
         ({"base_model": None}, "is damaged: base_model is None"),
         ({"metrics": []}, r"is damaged: metrics is \[\]"),
+        (
+            {"quantized_backbone": {"precision": "int4", "block_size": 2**100}},
+            "quantized_backbone has 'block_size': 1267",
+        ),
+        ({"quantized_backbone": {"precision": "int4", "block_size": "x"}}, "quantized_backbone has 'block_size': 'x'"),
+        ({"quantized_backbone": {"precision": "int3"}}, "damaged in quantized_backbone: .* is int3"),
+        ({"quantized_backbone": {"bits\n": 4}}, r"quantized_backbone has 'bits\\n': 4"),
     ],
 )
 def test_bad_field_is_named(checkpoint: Path, changes: dict[str, object], message: str) -> None:
