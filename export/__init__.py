@@ -5,9 +5,12 @@
 Names are imported when they are first used, so that importing an error class does not import PyTorch.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported, which writes a device's id
 
 _MODULES = {
     "ExportError": "errors",

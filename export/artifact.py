@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from .streams import StreamLayout
 
 FORMAT_VERSION = 5
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
+SECTIONS = "imsm.sections"
+"""The graph's metadata of this name holds a sha256 of every section of its manifest."""
 PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "optimum", "onnxruntime")
 
 
@@ -108,13 +112,47 @@ def write_manifest(
         },
         "reads": step_reads(ir.load(folder / GRAPH)),
         **sections,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            for path in sorted(folder.iterdir())
-        },
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    vocabulary = manifest["model"]["vocab_size"]  # a tokenizer may have tokens that the model never gives
+    ends = [token for token in sections["tokens"]["eos_token_ids"] if 0 <= token < vocabulary]
+    manifest["tokens"] = sections["tokens"] | {"eos_token_ids": ends}
+    return seal(folder, manifest)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write imsm_model.json with the sizes and sha256 of the files, and what each of its sections is into model.onnx,
+    so that neither is taken for another's. Returns the manifest, in which null stands for numbers that JSON has not."""
+    manifest = _in_json(manifest)
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    manifest["files"] = {path.name: _entry(path) for path in paths if path.name != GRAPH}
+    proto = onnx.load(str(folder / GRAPH), load_external_data=False)
+    written = {name: _hash(section) for name, section in manifest.items() if name != "format_version"}
+    onnx.helper.set_model_props(proto, {SECTIONS: json.dumps(written)})
+    onnx.save(proto, str(folder / GRAPH))
+    manifest["files"] = {path.name: _entry(path) for path in paths}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return manifest
+
+
+def _hash(section: Any) -> str:
+    """sha256 of a section as JSON, keys sorted, without spaces, in ASCII."""
+    canonical = json.dumps(section, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _in_json(value: Any) -> Any:
+    """A value as it is read again: keys are texts, tuples are lists, and what is not a finite number is null."""
+    if isinstance(value, dict):
+        return {str(key): _in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(item) for item in value]
+    if isinstance(value, str):  # a path that is not UTF-8 has half characters
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _signature(value: ir.Value) -> dict[str, Any]:

@@ -8,17 +8,18 @@ imsm.json            base model, its fingerprint, its rounding, gate kind and ra
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .adapters.attach import load_adapter, save_adapter
-from .backbone import fingerprint, hidden_size, load_base_model
-from .errors import BaseModelError, CheckpointError, SettingsError
+from .backbone import fingerprint, first_line, hidden_size, load_base_model
+from .choices import GATE_KINDS
+from .errors import BaseModelError, CheckpointError, SettingsError, shown
 from .files import publish_folder
 from .gates import Gate, make_gate
 from .quantized_backbone import round_backbone
@@ -60,25 +61,59 @@ def save_checkpoint(model: SiameseModel, info: CheckpointInfo, target: Path, for
 def read_info(folder: Path) -> CheckpointInfo:
     """Parse imsm.json. Raises CheckpointError naming what is missing or unknown."""
     path = folder / INFO
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}: the folder does not exist")
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"no checkpoint at {shown(folder)}: the folder does not exist")
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{shown(folder)} is not a checkpoint: it has no {INFO}")
+    if not os.path.isfile(path):  # opening a pipe would wait for whoever writes into it
+        raise CheckpointError(f"{shown(path)} is not a regular file")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no imsm.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
-    try:
-        info = CheckpointInfo(**{_RENAMED.get(name, name): value for name, value in fields.items()})
-    except TypeError as error:
-        raise CheckpointError(f"{path} has missing or unknown fields: {str(error).split('() ')[-1]}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{shown(path)} is damaged: it is nested too deeply") from error
+    except (OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{shown(path)} is damaged: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(fields, dict) or "format_version" not in fields:
+        raise CheckpointError(f"{shown(path)} is damaged: it has no format_version")
+    version = fields["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{shown(path)} has format version {_short(version)}; this program reads {FORMAT_VERSION}"
+        )
+    fields = {_RENAMED.get(name, name): value for name, value in fields.items()}
+    known = CheckpointInfo.__dataclass_fields__
     for name, kind in get_type_hints(CheckpointInfo).items():
-        if not isinstance(getattr(info, name), dict if get_origin(kind) is dict else kind):
-            raise CheckpointError(f"{path} is damaged: {name} is {getattr(info, name)!r}")
+        if name not in fields and known[name].default is MISSING and known[name].default_factory is MISSING:
+            raise CheckpointError(f"{shown(path)} is damaged: it has no {name}")
+        value = fields.get(name, {})
+        wanted = dict if get_origin(kind) is dict else kind
+        if name in fields and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise CheckpointError(f"{shown(path)} is damaged: {name} is {_short(value)}")
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise CheckpointError(f"{shown(path)} is damaged: it has the unknown field {_short(unknown[0])}")
+    info = CheckpointInfo(**fields)
+    if info.gate_kind not in GATE_KINDS:
+        rule = f"it must be one of {', '.join(GATE_KINDS)}"
+        raise CheckpointError(f"{shown(path)} is damaged: gate_kind is {_short(info.gate_kind)}; {rule}")
+    if not 0 <= info.gate_rank < 2**31:
+        raise CheckpointError(f"{shown(path)} is damaged: gate_rank is {_short(info.gate_rank)}")
+    for name, value in info.quantized_backbone.items():  # values beyond types are `round_backbone`'s business
+        if name not in ("precision", "block_size") or (name == "block_size" and not _is_block_size(value)):
+            raise CheckpointError(f"{shown(path)} is damaged: quantized_backbone has {_short(name)}: {_short(value)}")
     return info
+
+
+def _is_block_size(value: Any) -> bool:
+    """Whether it is a whole number of a size that matrices have."""
+    return type(value) is int and 0 < value <= 2**20
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of more than 50 digits"
+    written = repr(value)
+    return written if len(written) <= 60 else f"{written[:60]}..."
 
 
 def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[SiameseModel, CheckpointInfo]:
@@ -119,14 +154,17 @@ def _load_gate(path: Path, info: CheckpointInfo, width: int) -> Gate:
     try:
         tensors = load_file(path)
         gate = make_gate(info.gate_kind, width, info.gate_rank)
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise CheckpointError(f"{shown(path)} holds values that are no floating-point numbers")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise CheckpointError(f"{shown(path)} holds values that are not finite")
         gate.load_state_dict(tensors)
-    except (SafetensorError, SettingsError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except CheckpointError:
+        raise
     except RuntimeError as error:  # torch lists each mismatch on its own line
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} does not fit a {info.gate_kind} gate of rank {info.gate_rank}: {reason}"
-        ) from error
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise CheckpointError(f"{path} holds values that are not finite")
+        kind, rank = info.gate_kind, info.gate_rank
+        raise CheckpointError(f"{shown(path)} does not fit a {kind} gate of rank {rank}: {shown(reason)}") from error
+    except Exception as error:  # safetensors raises several types
+        raise CheckpointError(f"{shown(path)} cannot be read: {shown(first_line(error))}") from error
     return gate

@@ -8,6 +8,7 @@ Names are imported when they are first used, so that the command line can report
 installed.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     )
     from .generation.sampling import greedy, make_sampler
     from .generation.settings import GenerationSettings
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+"""onnxruntime 1.32 reads this when it is imported. It would write a device's id into the home folder and report to
+Microsoft."""
 
 _HOMES = {
     "engine.execution": ("Execution",),

@@ -93,16 +93,23 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(args: argparse.Namespace, commands: Commands) -> int:
+    from .engine.signature import check_sections
+    from .folder import check_files, unlisted_files
     from .generation.generation import load
-    from .manifest import check_files, read_manifest
+    from .manifest import read_manifest
+    from .printable import printable
 
     if args.base is not None and args.checkpoint is None:
         raise SettingsError("base", args.base, "it needs {checkpoint}")
     manifest = read_manifest(args.artifact)
     check_files(args.artifact, manifest, hashes=True)
     print(f"files    {len(manifest.files)} files have the sizes and sha256 of the manifest")
-    load(args.artifact, Execution(args.provider))
+    for name in unlisted_files(args.artifact, manifest):
+        print(f"beside   {printable(name)} is not part of the artifact and is not read")
+    model = load(args.artifact, Execution(args.provider))
+    check_sections(model.session.onnx, manifest, edited=False)
     print(f"graph    {len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs are those of the manifest")
+    print("manifest it is the one that the graph was exported with")
     if args.checkpoint is not None:
         parity = commands.service("check_parity")(args.artifact, args.checkpoint, args.base, args.provider)
         print(f"parity   {_parity_line(parity)} on {args.provider}")

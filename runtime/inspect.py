@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .manifest import Manifest, check_files, read_manifest
+from .files import CHAT_TEMPLATE
+from .folder import check_files
+from .manifest import Manifest, read_manifest
+from .printable import printable
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -16,7 +19,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "architecture": manifest.architecture,
-        "base_model": raw.get("base_model"),
+        "base_model": raw["base_model"],
         "precision": manifest.precision,
         "streams": list(manifest.streams),
         "layers": len(manifest.layers),
@@ -25,17 +28,17 @@ def summarize(folder: Path) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "context_length": manifest.context_length,
         "gate": raw["gate"],
-        "adapter": raw.get("adapter"),
+        "adapter": raw["adapter"],
         "cache_bytes_per_token": cache_bytes_per_token(manifest),
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "eos_token_ids": list(manifest.eos_token_ids),
-        "chat_template": "chat_template.jinja" in manifest.files,
-        "activation_range": raw.get("activation_range"),
-        "parity": raw.get("parity"),
-        "passes": raw.get("passes"),
-        "producers": raw.get("producers"),
-        "created": raw.get("created"),
+        "chat_template": CHAT_TEMPLATE in manifest.files,
+        "activation_range": raw["activation_range"],
+        "parity": raw["parity"],
+        "passes": raw["passes"],
+        "producers": raw["producers"],
+        "created": raw["created"],
     }
 
 
@@ -50,12 +53,11 @@ def cache_bytes_per_token(manifest: Manifest) -> int:
 
 
 def format_summary(facts: dict[str, Any]) -> str:
-    """The facts as lines."""
-    gate, adapter, parity = facts["gate"], facts["adapter"], facts["parity"] or {}
-    worst = [value for differences in parity.get("max_abs_difference", {}).values() for value in differences.values()]
+    """The facts as lines, each a single one whatever the artifact's texts hold."""
+    gate, adapter = facts["gate"], facts["adapter"]
     lines = [
         f"artifact     {facts['folder']}, {facts['bytes'] / 1e6:.1f} MB, {facts['precision']}",
-        f"base model   {facts['architecture']}: {(facts['base_model'] or {}).get('name')}",
+        f"base model   {facts['architecture']}: {facts['base_model']['name']}",
         f"shape        hidden size {facts['hidden_size']}, vocabulary {facts['vocab_size']}, "
         f"context {facts['context_length']}",
         f"streams      {', '.join(facts['streams'])}; {facts['layers']} layers"
@@ -65,13 +67,19 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"cache        {facts['cache_bytes_per_token']} bytes a token",
         f"prompts      {'chat template' if facts['chat_template'] else 'as they are, no chat template'}; "
         f"end tokens {facts['eos_token_ids']}",
-        f"parity       largest difference from PyTorch {max(worst):.1e}, greedy tokens equal "
-        f"{parity['greedy_tokens_equal']} of {parity['decode_steps']}"
-        if worst
-        else "parity       not recorded",
-        f"created      {facts['created']}",
+        f"parity       {_parity(facts['parity'])}",
     ]
     if found := facts["activation_range"]:
         where = f"in {found['module']}; float16 holds 65504"
-        lines.insert(-1, f"range        largest activation {found['largest']:.3g} {where}")
-    return "\n".join(lines)
+        lines.append(f"range        largest activation {found['largest']:.3g} {where}")
+    lines.append(f"created      {facts['created']}")
+    return "\n".join(map(printable, lines))
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    found = [value for differences in parity["max_abs_difference"].values() for value in differences.values()]
+    measured = [value for value in found if value is not None]
+    if not measured:
+        return "not recorded"
+    equal, steps = parity["greedy_tokens_equal"], parity["decode_steps"]
+    return f"largest difference from PyTorch {max(measured):.1e}, greedy tokens equal {equal} of {steps}"

@@ -1,20 +1,24 @@
-"""imsm_model.json: the only contract between the exporter and this package. docs/ARTIFACT.md is its schema.
+"""imsm_model.json: the only contract between the exporter and this package. docs/ARTIFACT.md explains it, `schema` and
+`relations` check it.
 
 Knows nothing about onnxruntime.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks import parse_json
 from .errors import ArtifactError
+from .files import MANIFEST, read_file, reason, shown
+from .relations import check_relations
+from .schema import FORMAT_VERSION, SCHEMA
 
-MANIFEST, GRAPH, VIRTUAL_TOKENS = "imsm_model.json", "model.onnx", "virtual_tokens.npz"
-FORMAT_VERSION = 5
+MOST_BYTES = 2**26
+"""Of the manifest's own file: the largest known has 2**20."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class StepReads:
 @dataclass(frozen=True)
 class Manifest:
     """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact. virtual_tokens:
-    per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to. special_tokens: by the name that a chat
-    template knows them by. raw_prompts: whether the model was tuned on prompts without the chat template."""
+    per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to.
+    special_tokens: by the name that a chat template knows them by. raw_prompts: whether the model was tuned on prompts
+    without the chat template."""
 
     architecture: str
     hidden_size: int
@@ -102,70 +107,50 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse the manifest. Raises ArtifactError naming what is missing or damaged."""
-    if not folder.is_dir():
-        raise ArtifactError(f"no artifact at {folder}: the folder does not exist")
+    """Read and check the manifest. Raises ArtifactError naming what is missing, damaged or contradicts itself."""
+    if not os.path.isdir(folder):  # pathlib raises where a folder may not be searched
+        raise ArtifactError(f"no artifact at {shown(folder)}: the folder does not exist")
     path = folder / MANIFEST
+    if not os.path.lexists(path):
+        raise ArtifactError(f"{shown(folder)} is not an artifact: it has no {MANIFEST}")
+    content = read_file(path, MOST_BYTES)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} is not an artifact: it has no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}; this program reads {FORMAT_VERSION}; export it again"
-        )
-    try:
-        return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ArtifactError(f"{path} is damaged: {type(error).__name__} at {error}") from error
-
-
-def check_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
-    """Every file that the manifest names exists and has the right size and, with `hashes`, the right sha256.
-
-    Raises ArtifactError naming the first file that does not.
-    """
-    if GRAPH not in manifest.files:
-        raise ArtifactError(f"{folder / MANIFEST} names no {GRAPH}")
-    for name, entry in manifest.files.items():
-        if Path(name).name != name:
-            raise ArtifactError(f"{folder / MANIFEST} names {name!r}, which is outside the folder")
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{folder} has no {name}; export it again")
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise ArtifactError(f"{path} has {size} bytes, not {entry.bytes}: it is truncated or was replaced")
-        if hashes and _sha256(path) != entry.sha256:
-            raise ArtifactError(f"{path} was changed: its sha256 differs from the manifest's")
+        document = parse_json(content)
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{shown(path)} has format version {version}; this program reads {FORMAT_VERSION}; export it again"
+            )
+        SCHEMA(document, "")
+        check_relations(document)
+    except (ValueError, MemoryError) as error:
+        raise ArtifactError(f"{shown(path)} is damaged: {reason(error)}; export it again") from error
+    return _parse(document)
 
 
 def _parse(document: dict[str, Any]) -> Manifest:
+    """document: one that the schema lets pass."""
     model, graph, gate, tokens = document["model"], document["graph"], document["gate"], document["tokens"]
     return Manifest(
-        architecture=str(model["architecture"]),
-        hidden_size=int(model["hidden_size"]),
-        vocab_size=int(model["vocab_size"]),
-        context_length=int(model["context_length"]),
-        precision=str(document["precision"]),
+        architecture=model["architecture"],
+        hidden_size=model["hidden_size"],
+        vocab_size=model["vocab_size"],
+        context_length=model["context_length"],
+        precision=document["precision"],
         streams=tuple(document["streams"]),
-        gate_kind=None if gate is None else str(gate["kind"]),
+        gate_kind=None if gate is None else gate["kind"],
         layers=tuple(
-            LayerCache(int(layer["kv_heads"]), int(layer["head_size"]), tuple(layer["groups"]))
-            for layer in document["cache"]
+            LayerCache(layer["kv_heads"], layer["head_size"], tuple(layer["groups"])) for layer in document["cache"]
         ),
-        virtual_tokens={stream: int(count) for stream, count in document["virtual_tokens"].items()},
+        virtual_tokens=document["virtual_tokens"],
         inputs=tuple(map(_signature, graph["inputs"])),
         outputs=tuple(map(_signature, graph["outputs"])),
-        padding=_number(graph["padding"], 1),
+        padding=graph["padding"],
         reads=_step_reads(document["reads"]),
-        eos_token_ids=tuple(int(token) for token in tokens["eos_token_ids"]),
-        special_tokens={str(name): str(token) for name, token in tokens["special_tokens"].items()},
-        raw_prompts=bool(document["prompts"]["raw"]),
-        files={name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in document["files"].items()},
+        eos_token_ids=tuple(tokens["eos_token_ids"]),
+        special_tokens=tokens["special_tokens"],
+        raw_prompts=document["prompts"]["raw"],
+        files={name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in document["files"].items()},
         raw=document,
     )
 
@@ -174,23 +159,9 @@ def _signature(entry: dict[str, Any]) -> TensorSignature:
     return TensorSignature(entry["name"], entry["dtype"], tuple(entry["shape"]))
 
 
-def _number(value: Any, least: int = 0) -> int:
-    number = int(value)
-    if number < least:
-        raise ValueError(f"{number}, which is below {least}")
-    return number
-
-
 def _step_reads(entry: dict[str, Any]) -> StepReads:
     return StepReads(
-        whole=_number(entry["bytes"]),
-        rows=tuple((_number(table["bytes"]), _number(table["rows"])) for table in entry["rows"]),
-        experts=tuple(
-            (_number(part["bytes"]), _number(part["experts"]), _number(part["top_k"])) for part in entry["experts"]
-        ),
+        whole=entry["bytes"],
+        rows=tuple((table["bytes"], table["rows"]) for table in entry["rows"]),
+        experts=tuple((part["bytes"], part["experts"], part["top_k"]) for part in entry["experts"]),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,8 +14,7 @@ from typing import Any
 
 import onnx
 
-from export.artifact import GRAPH, MANIFEST
-from imsm_core.files import sha256_of_file
+from export.artifact import GRAPH, MANIFEST, seal
 
 REPEATED = 1
 """The layer whose copies follow it; the model has to have one before it and one after it."""
@@ -41,9 +40,7 @@ def deepen(folder: Path, layers: int) -> None:
         manifest["graph"][side] = _signatures(manifest["graph"][side], layers)
     manifest["reads"]["bytes"] += added
     manifest["repeated_layer"] = {"index": REPEATED, "copies": copies}
-    path = folder / GRAPH
-    manifest["files"][GRAPH] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    seal(folder, manifest)
 
 
 def _repeat(graph: onnx.GraphProto, layers: int) -> int:

@@ -10,22 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..errors import ArtifactError, PromptError, SettingsError
-from ..manifest import GRAPH, VIRTUAL_TOKENS, Manifest, check_files, read_manifest
+from ..errors import PromptError, SettingsError
+from ..files import GRAPH
+from ..folder import check_files
+from ..manifest import read_manifest
 from .cache import KVCache
 from .device import Device
 from .execution import Execution
 from .marks import Marks
 from .place import Host, Logits, Place
 from .providers import ON_DEVICE, PROVIDERS, open_session
-from .signature import check_signature
+from .signature import check_sections, check_signature
 from .state import DecodeState
+from .virtual_tokens import read_virtual_tokens
 
 Array = NDArray[Any]
 NO_GRAPH = -1
@@ -58,10 +60,11 @@ class LoadedGraph:
         check_files(self.folder, self.manifest, hashes=False)
         self.onnx = open_session(self.folder / GRAPH, execution, profile)
         check_signature(self.onnx, self.manifest)
+        check_sections(self.onnx, self.manifest, edited=True)
         in_use = PROVIDERS[execution.provider] in self.onnx.get_providers()
         self.place: Place = _place(execution) if in_use else Host()
         self.cuda_graph = execution.cuda_graph and in_use
-        self.virtual = _read_virtual_tokens(self.folder, self.manifest)
+        self.virtual = read_virtual_tokens(self.folder, self.manifest)
         self.artifact = "+".join(entry.sha256 for _, entry in sorted(self.manifest.files.items()))
         self.input_names = {signature.name for signature in self.manifest.inputs}
         self.on_run: Callable[[float], None] | None = None
@@ -205,26 +208,6 @@ class LoadedGraph:
                 raise PromptError(
                     f"the prompt has {length + len(text)} tokens; the model's context is {self.manifest.context_length}"
                 )
-
-
-def _read_virtual_tokens(folder: Path, manifest: Manifest) -> dict[str, Array]:
-    """layer.part -> (kv_heads, V, head_size): what the adapter stream's cache begins with. Raises ArtifactError."""
-    count = manifest.virtual_tokens.get("adapter", 0)
-    if not count:
-        return {}
-    expected = {
-        f"{index}.{part}": (layer.kv_heads, count, layer.head_size)
-        for index, layer in enumerate(manifest.layers)
-        for part in ("key", "value")
-    }
-    try:
-        with np.load(folder / VIRTUAL_TOKENS) as arrays:
-            found = dict(arrays)
-    except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} cannot be read: {error}") from error
-    if {name: array.shape for name, array in found.items()} != expected:
-        raise ArtifactError(f"{folder / VIRTUAL_TOKENS} does not hold the virtual tokens that the manifest describes")
-    return found
 
 
 def _place(execution: Execution) -> Place:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnxruntime
 
 from ..errors import ArtifactError, ProviderError, setting
+from ..files import shown
 from ..machine import usable_cores
+from ..printable import printable
 from . import own_kernels
 from .execution import Execution
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") == "1" and hasattr(onnxruntime, "disable_telemetry_events"):
+    onnxruntime.disable_telemetry_events()  # where something else has imported onnxruntime before this package
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -151,7 +157,7 @@ def full_name(provider: str) -> str:
 
 
 def _name(model: Path | bytes) -> str:
-    return "a probe graph" if isinstance(model, bytes) else str(model)
+    return "a probe graph" if isinstance(model, bytes) else shown(model)
 
 
 def _advice(error: Exception) -> str:
@@ -167,4 +173,4 @@ def _advice(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

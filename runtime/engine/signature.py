@@ -1,12 +1,37 @@
-"""The graph against the manifest: the same inputs and outputs, by name, dtype and shape."""
+"""The graph against the manifest: the same inputs and outputs, by name, dtype and shape, and the same export."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import Any
+
 import onnxruntime
 
+from ..checks import DamagedError, parse_json, table, text
 from ..errors import ArtifactError
+from ..files import GRAPH, MANIFEST
 from ..manifest import Manifest
+from ..printable import printable
 
+SECTIONS = "imsm.sections"
+"""The graph's metadata of this name says what each section of its manifest was when it was written."""
+OF_THE_GRAPH = (
+    "activations",
+    "cache",
+    "gate",
+    "graph",
+    "kv_cache",
+    "model",
+    "opset",
+    "precision",
+    "quantization",
+    "reads",
+    "shared_layers",
+    "streams",
+    "virtual_tokens",
+)
+"""Sections that only a new export can change. The others may be edited; `verify` says so."""
 _NUMPY_NAMES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -35,8 +60,39 @@ def check_signature(onnx: onnxruntime.InferenceSession, manifest: Manifest) -> N
                     f"{signature.dtype} {list(signature.shape)} in the manifest"
                 )
         if graph:
-            raise ArtifactError(f"the graph has the {side} {next(iter(graph))}, which the manifest does not name")
-    for group, layers in manifest.groups.items():
-        names = {value.name for value in manifest.inputs if value.name.startswith(f"past_key_values.{group}.")}
-        if len(names) != 2 * len(layers):
-            raise ArtifactError(f"the manifest's cache of the group {group!r} does not fit the graph's inputs")
+            other = printable(next(iter(graph)))
+            raise ArtifactError(f"the graph has the {side} {other}, which the manifest does not name")
+
+
+def check_sections(onnx: onnxruntime.InferenceSession, manifest: Manifest, edited: bool) -> None:
+    """The manifest is the one that was written with the graph: in the sections that only a new export can change, or,
+    unless it may be `edited`, in all of them. Raises ArtifactError naming the first other one."""
+    written = _written_sections(onnx)
+    found = manifest.raw.keys() - {"format_version"}
+    for name in sorted(OF_THE_GRAPH) if edited else sorted(found | written.keys()):
+        if name not in found or written.get(name) != section_hash(name, manifest.raw[name]):
+            raise ArtifactError(
+                f"{MANIFEST} was changed, or belongs to another {GRAPH}: its section {name!r} is not the one that the "
+                "graph was exported with; export it again"
+            )
+
+
+def section_hash(name: str, section: Any) -> str:
+    """sha256 of a section as JSON, keys sorted, without spaces, in ASCII. `files` without the graph's own entry, whose
+    file holds the hash."""
+    if name == "files":
+        section = {file: entry for file, entry in section.items() if file != GRAPH}
+    canonical = json.dumps(section, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _written_sections(onnx: onnxruntime.InferenceSession) -> dict[str, str]:
+    try:
+        content = onnx.get_modelmeta().custom_metadata_map[SECTIONS]
+        sections = parse_json(content.encode())
+        table(text())(sections, SECTIONS)
+    except KeyError as error:
+        raise ArtifactError(f"{GRAPH} does not say which {MANIFEST} belongs to it; export it again") from error
+    except (DamagedError, ValueError) as error:
+        raise ArtifactError(f"the metadata {SECTIONS} of {GRAPH} is damaged: {error}; export it again") from error
+    return dict(sections)

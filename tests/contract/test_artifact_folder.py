@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +15,10 @@ from onnx.external_data_helper import uses_external_data
 from tokenizers import Tokenizer
 
 from export.passes import Stage, ordered_passes
-from tests.exported import Exported, export_tiny
+from runtime.checks import Record
+from runtime.schema import SCHEMA
+from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
+from tests.exported import Exported, export_existing, export_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +97,48 @@ def test_the_schema_document_describes_every_key_and_tensor(tiny: Exported) -> N
         if name.startswith(("past_key_values.", "present.")):
             name = name.split(".")[0] + ".{group}.{layer}.{part}"
         assert f"`{name}`" in text, f"docs/ARTIFACT.md does not describe {name}"
+
+
+def keys_of(check: Any) -> set[str]:
+    """The names of what a manifest must hold, at every depth."""
+    found: set[str] = set()
+    for cell in getattr(check, "__closure__", None) or ():
+        found |= keys_of(cell.cell_contents) if callable(cell.cell_contents) else set()
+    for name, inner in check.fields.items() if isinstance(check, Record) else ():
+        found |= {name} | keys_of(inner)
+    return found
+
+
+def test_the_schema_document_and_the_runtimes_schema_have_the_same_keys(tiny: Exported) -> None:
+    text = (ROOT / "docs" / "ARTIFACT.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", text.split("## The manifest")[1].split("## The graph")[0], re.MULTILINE)
+    documented = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    assert documented == {*SCHEMA.fields} == {*tiny.manifest}
+    manifest_part = text.split("## The manifest")[1].split("### What is checked")[0]
+    known = keys_of(SCHEMA)
+    assert len(known) > 60
+    for key in known:
+        assert f"`{key}`" in manifest_part, f"docs/ARTIFACT.md does not describe {key}"
+
+
+def test_the_graph_holds_the_hash_of_every_section(tiny: Exported, proto: onnx.ModelProto) -> None:
+    written = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}["imsm.sections"]
+    assert written.keys() == tiny.manifest.keys() - {"format_version"}
+    for name, found in written.items():
+        section = tiny.manifest[name]
+        if name == "files":
+            section = {file: entry for file, entry in section.items() if file != "model.onnx"}
+        canonical = json.dumps(section, sort_keys=True, separators=(",", ":"))
+        assert found == hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def test_end_tokens_that_the_model_cannot_give_are_left_out(tmp_path: Path) -> None:
+    base = make_base_folder(tmp_path / "base")
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 259, 10**6]}))
+    model = make_siamese(base)
+    info = save_tiny_checkpoint(model, base, tmp_path / "checkpoint")
+    assert export_existing(tmp_path, base, model, info).manifest["tokens"]["eos_token_ids"] == [1]
 
 
 def test_every_pass_says_how_often_it_fired_and_why_it_did_not(tiny: Exported) -> None:

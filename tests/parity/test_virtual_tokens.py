@@ -100,6 +100,6 @@ def test_a_damaged_file_of_virtual_tokens_is_one_error(
     else:
         path.write_bytes(content)
     manifest = json.loads((artifact / "imsm_model.json").read_text())
-    edit_manifest(artifact, files=manifest["files"] | {path.name: {"bytes": path.stat().st_size, "sha256": ""}})
+    edit_manifest(artifact, files=manifest["files"] | {path.name: {"bytes": path.stat().st_size, "sha256": "0" * 64}})
     with pytest.raises(ArtifactError, match=r"virtual_tokens\.npz"):
         Session(artifact)

@@ -15,7 +15,8 @@ from runtime import ArtifactError, DecodeState, Execution, PromptError, Provider
 from runtime.engine import cache
 from runtime.engine.place import Host
 from runtime.engine.session import CPU_PREFILL_ROWS
-from runtime.manifest import check_files, read_manifest
+from runtime.folder import check_files
+from runtime.manifest import read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 
@@ -52,16 +53,24 @@ def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("find", "put", "message"),
     [
-        ('"name": "seqlens_k"', '"name": "lengths"', "names the input lengths, which the graph does not have"),
-        ('"kv_heads": 2', '"kv_heads": "two"', "damaged: ValueError"),
+        (
+            '"name": "seqlens_k"',
+            '"name": "lengths"',
+            "graph.inputs has no seqlens_k, which follows",
+        ),
+        (
+            '"kv_heads": 2',
+            '"kv_heads": "two"',
+            r"cache\[0\].kv_heads is .two.; it must be a whole number from 1 to 65536",
+        ),
         ('"format_version": 5', '"format_version": 4', "format version 4; this program reads 5; export it again"),
-        ('"padding": ', '"most_padding": ', "damaged: KeyError at 'padding'"),
-        ('"reads": {', '"weights": {', "damaged: KeyError at 'reads'"),
-        ('"model": {', '"modle": {', "damaged: KeyError at 'model'"),
-        ('"padding": 512', '"padding": 0', "damaged: ValueError at 0, which is below 1"),
-        ('"padding": 512', '"padding": 1e999', "damaged: OverflowError"),
-        ('"dtype": "int32"', '"dtype": "int64"', "seqlens_k is int32"),
-        ('"tokenizer.json": {', '"../tokenizer.json": {', "outside the folder"),
+        ('"padding": ', '"most_padding": ', "graph.padding is missing"),
+        ('"reads": {', '"weights": {', "reads is missing"),
+        ('"model": {', '"modle": {', "damaged: model is missing"),
+        ('"padding": 512', '"padding": 0', "damaged: graph.padding is 0; it must be a whole number from 1"),
+        ('"padding": 512', '"padding": 1e999', "damaged: the number 1e999 is too large"),
+        ('"dtype": "int32"', '"dtype": "int64"', r"graph.inputs\[2\] \(seqlens_k\) is .int64"),
+        ('"tokenizer.json": {', '"../tokenizer.json": {', "the name of a file in the folder, without a path"),
     ],
 )
 def test_a_manifest_that_disagrees_is_one_error(
@@ -79,7 +88,7 @@ def test_an_output_that_the_manifest_does_not_name_is_found(tiny: Exported, tmp_
     artifact = copied(tiny.artifact, tmp_path / "artifact")
     graph = json.loads((artifact / "imsm_model.json").read_text())["graph"]
     edit_manifest(artifact, graph=graph | {"outputs": [value for value in graph["outputs"] if value["name"] != "gate"]})
-    with pytest.raises(ArtifactError, match="has the output gate, which the manifest does not name"):
+    with pytest.raises(ArtifactError, match=r"graph\.outputs has no gate, which follows from the rest of the manifest"):
         Session(artifact)
 
 
