@@ -52,7 +52,7 @@ class Journal:
     note: Note | None = field(default=None, init=False, repr=False)
 
     def noted(self) -> Note:
-        """What the state is, for `put_back`. Raises PromptError while another thread changes it."""
+        """What the state is, for `restore`. Raises PromptError while another thread changes it."""
         self.settle()
         return Note(
             get_ident(),
@@ -77,15 +77,19 @@ class Journal:
             return
         if self.note.thread != get_ident():
             raise PromptError(IN_USE)
-        self.put_back(self.note)
+        self._put_back(self.note)
 
     def undo(self) -> None:
         """After an exception: put back what this thread's change left unfinished."""
-        if self.note is not None and self.note.thread == get_ident():
-            self.put_back(self.note)
+        if self.note is not None:
+            self.restore(self.note)
 
-    def put_back(self, note: Note) -> None:
-        """Make the state what it was."""
+    def restore(self, note: Note) -> None:
+        """Make the state what it was, once; unless another thread changes it by now."""
+        if self.note is None or self.note.thread == get_ident():
+            self._put_back(note)
+
+    def _put_back(self, note: Note) -> None:
         self.note = note  # until all of it is done
         self.caches = note.caches
         for array, values in zip(note.arrays, note.values, strict=True):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..checks import instance
 from ..engine.execution import Execution
+from ..engine.journal import Note
 from ..engine.session import Session
 from ..engine.state import DecodeState, LikeliestOutput, StepOutput
 from ..errors import PromptError, SettingsError, shown
@@ -114,21 +115,31 @@ def generate_step(
     if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
     steps = _Steps(session, state, sampler)
-    before = state.noted()
+    before, token, given = state.noted(), None, None
     try:
         token = steps.first(prompt_ids)
+        while True:
+            read = state.lengths[0]
+            state.pending[0] = token.id
+            given = token
+            yield token
+            if state.batch != 1 or state.lengths[0] != read or state.pending[0] != token.id:
+                raise PromptError("the state was used by others since the last token; continue it by a new call")
+            if read >= session.manifest.context_length:
+                return
+            token = steps.next(token.id)
     except BaseException:
-        state.put_back(before)
+        _take_back(state, before, token, given)
         raise
-    while True:
-        read = state.lengths[0]
-        state.pending[0] = token.id
-        yield token
-        if state.batch != 1 or state.lengths[0] != read or state.pending[0] != token.id:
-            raise PromptError("the state was used by others since the last token; continue it by another generate_step")
-        if read >= session.manifest.context_length:
-            return
-        token = steps.next(token.id)
+
+
+def _take_back(state: DecodeState, before: Note, chosen: Token | None, given: Token | None) -> None:
+    """After an exception: a token that was chosen and not given out has not been, nor a prompt without any token.
+    before: what the state was then. chosen, given: the last ones that were."""
+    if given is None:
+        state.restore(before)
+    elif given is not chosen:
+        state.pending[0] = None
 
 
 class _Steps:
@@ -197,22 +208,21 @@ def stream_generate(
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
     instance("state", state, DecodeState)
-    before = state.noted()
     sampler = settings.sampler() if sampler is None else sampler
     steps = generate_step(model.session, prompt_ids, sampler=sampler, state=state)
-    for count, token in enumerate(steps, 1):
-        try:
+    before, token, given = state.noted(), None, None
+    try:
+        for count, token in enumerate(steps, 1):
             text, reason = stream.push(token.id), _finish_reason(model, settings, token, count)
             chunk = Chunk(text if reason is None else text + stream.finish(), token, reason)
-        except BaseException:
-            if count == 1:
-                state.put_back(before)
-            state.pending[0] = None
-            raise
-        yield chunk
-        if reason is not None:
-            return
-    yield Chunk(stream.finish(), None, "length")
+            given = token
+            yield chunk
+            if reason is not None:
+                return
+        yield Chunk(stream.finish(), None, "length")
+    except BaseException:
+        _take_back(state, before, token, given)
+        raise
 
 
 def _finish_reason(model: Model, settings: GenerationSettings, token: Token, count: int) -> FinishReason | None:
@@ -240,7 +250,7 @@ def generate(
     try:
         return _collected(model, prompt_ids, settings, sampler, state)
     except BaseException:
-        state.put_back(before)
+        state.restore(before)
         raise
 
 
