@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 from .errors import PromptError, SettingsError, shown
 
 _SPELT = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
+_NO_SEQUENCES = (str, bytes, bytearray, memoryview)
+"""Sequences of characters and bytes, which are no sequences of numbers or names."""
 
 
 def check_fields(settings: Any) -> None:
@@ -33,7 +35,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return None
         (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
     if typing.get_origin(kind) in (tuple, list, Sequence):
-        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        if isinstance(value, _NO_SEQUENCES) or not isinstance(value, Sequence):
             raise SettingsError(name, value, f"it must be a sequence, not {type(value).__name__}")
         found = [typed(name, part, typing.get_args(kind)[0]) for part in value]
         return found if isinstance(value, list) and typing.get_origin(kind) is not tuple else tuple(found)
@@ -96,7 +98,7 @@ def _elements(values: Any, what: str) -> Sequence[Any]:
             raise PromptError(f"{what}: an array of shape {array.shape} is given where one of shape (N,) is wanted")
         elements: list[Any] = array.tolist()
         return elements
-    if isinstance(values, str | bytes | bytearray | memoryview | Mapping) or not isinstance(values, Sequence):
+    if isinstance(values, _NO_SEQUENCES) or not isinstance(values, Sequence):
         raise PromptError(f"{what}: {shown(values)} is not a sequence of whole numbers")
     return values
 
@@ -105,7 +107,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if kind is Path:
-        return isinstance(value, str | Path)
+        return isinstance(value, str | Path) and "\0" not in str(value)
     return isinstance(value, kind)
 
 
@@ -113,7 +115,7 @@ def _plain(value: Any, kind: Any) -> Any:
     if kind is float:
         number = float(value)
         return int(value) if isinstance(value, Integral) else number
-    return kind(value) if kind in (int, Path) else value
+    return kind(value) if kind in (int, str, Path) else value
 
 
 def _spelt(kind: Any) -> str:

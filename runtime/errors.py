@@ -29,7 +29,7 @@ class IMSMRuntimeError(Exception):
 
     def told(self, spell: Callable[[str], str]) -> str:
         """The message, with settings' names as `spell` writes them: a command line has options instead."""
-        return re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__())
+        return _one_line(re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__()))
 
     def __str__(self) -> str:
         return self.told(str)
@@ -74,6 +74,11 @@ def shown(value: object) -> str:
     except ValueError:  # a whole number of more digits than Python writes
         text = f"a huge {type(value).__name__}"
     return " ".join(text.split())
+
+
+def _one_line(text: str) -> str:
+    """A message in which a path, say, has line breaks or what else cannot be seen."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def setting(name: str) -> str:

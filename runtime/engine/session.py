@@ -50,7 +50,7 @@ class Session(LoadedGraph):
         if execution is not None:
             instance("execution", execution, Execution)
         execution = replace(execution or Execution(), **changes)
-        super().__init__(folder, execution, profile)
+        super().__init__(folder, execution, typed("profile", profile, Path | None))
         self.prefill_rows = CPU_PREFILL_ROWS if execution.provider == "cpu" else PREFILL_ROWS
         self._bindings: WeakKeyDictionary[DecodeState, DecodeBinding] = WeakKeyDictionary()
 
@@ -158,7 +158,7 @@ class Session(LoadedGraph):
 
     def _texts(self, state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What every row reads: its pending token and its prompt. Raises PromptError for what cannot be read."""
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
+        if np.ndim(prompts) == 0 if isinstance(prompts, np.ndarray) else not isinstance(prompts, list | tuple):
             raise PromptError(f"prompts are {shown(prompts)}, not a sequence of prompts")
         if len(prompts) != state.batch:
             raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")

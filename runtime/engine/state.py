@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import instance, integers
-from ..errors import PromptError
+from ..errors import PromptError, shown
 from .journal import ARRAYS, Journal
 from .marks import Mark
 
@@ -170,14 +170,14 @@ class DecodeState(Journal):
         chosen = integers(rows, "row")
         for row in chosen:
             if not 0 <= row < self.batch:
-                raise PromptError(f"row {row} is not in a state of {self.batch} rows")
+                raise PromptError(f"row {shown(row)} is not in a state of {self.batch} rows")
         return chosen
 
     def _mark(self, row: int, length: int) -> Mark | None:
         """What the sums were when the row had `length` tokens; None where nothing reads them."""
         now = int(self.lengths[row])
         if not 0 <= length <= now:
-            raise PromptError(f"row {row} has {now} tokens and cannot be cut back to {length}")
+            raise PromptError(f"row {row} has {now} tokens and cannot be cut back to {shown(length)}")
         if length == now:
             return None
         if length == 0:
