@@ -57,8 +57,11 @@ class LoadedGraph:
         """Open the artifact in `folder`. profile: as in `open_session`. Raises ArtifactError or ProviderError."""
         self.folder = typed("folder", folder, Path)
         self.execution = execution
-        self.manifest = read_manifest(self.folder)
-        check_files(self.folder, self.manifest, hashes=False)
+        try:
+            self.manifest = read_manifest(self.folder)
+            check_files(self.folder, self.manifest, hashes=False)
+        except OSError as error:
+            raise ArtifactError(f"{self.folder} cannot be read: {error.strerror}") from error
         self.onnx = open_session(self.folder / GRAPH, execution, profile)
         check_signature(self.onnx, self.manifest)
         in_use = PROVIDERS[execution.provider] in self.onnx.get_providers()
