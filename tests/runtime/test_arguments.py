@@ -336,7 +336,8 @@ def test_random_token_ids_are_read_as_they_are_or_refused(model: Model, seed: in
         assert odd or right
         if right:
             found = session.prefill(session.new_state(), [prompt]).logits
-            expected = session.prefill(session.new_state(), [np.array(prompt, np.int64)]).logits
+            array: Any = np.array([prompt], np.int64)
+            expected = session.prefill(session.new_state(), array).logits
             np.testing.assert_array_equal(found, expected)
         else:
             with pytest.raises(PromptError, match=r"token id|prompt 1"):
@@ -344,13 +345,16 @@ def test_random_token_ids_are_read_as_they_are_or_refused(model: Model, seed: in
 
 
 def test_numbers_of_numpy_are_those_of_python(model: Model) -> None:
-    settings = GenerationSettings(max_new_tokens=np.int64(4), temperature=np.float32(0.5), seed=np.uint8(3))
+    changes: dict[str, Any] = {"max_new_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.uint8(3)}
+    settings = GenerationSettings(**changes)
     assert settings == GenerationSettings(max_new_tokens=4, temperature=0.5, seed=3)
     assert type(settings.max_new_tokens) is int
     session = model.session
-    one, other = session.new_state(), session.new_state(np.int32(1), np.float32(0))
+    numbers: list[Any] = [np.int32(1), np.float32(0)]
+    prompts: Any = np.array([PROMPT], np.uint16)
+    one, other = session.new_state(), session.new_state(*numbers)
     session.prefill(one, [PROMPT])
-    session.prefill(other, np.array([PROMPT], np.uint16))
+    session.prefill(other, prompts)
     tokens = np.array([7], np.int8)
     np.testing.assert_array_equal(session.decode_step(one, [7]).logits, session.decode_step(other, tokens).logits)
 
@@ -386,7 +390,8 @@ def test_a_sampler_that_raises_or_returns_nonsense_leaves_the_state_usable(model
 
     for sampler, error in ((raising, Odd), (nonsense, SettingsError)):
         calls: list[int] = []
-        state, said = model.session.new_state(), []
+        said: list[int] = []
+        state = model.session.new_state()
         tokens = generate_step(model.session, PROMPT, sampler=sampler, state=state)
         with pytest.raises(error):
             said.extend(token.id for token in tokens)

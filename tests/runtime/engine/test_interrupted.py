@@ -113,7 +113,7 @@ CHANGES: dict[str, tuple[list[int], Callable[[Model, DecodeState], Any]]] = {
         [0, 1],
         lambda model, state: likeliest(model.session.prefill_likeliest(state, [[7], [6]], 2)),
     ),
-    "decode_step": ([0, 1], lambda model, state: model.session.decode_step(state, state.pending).logits.tolist()),
+    "decode_step": ([0, 1], lambda model, state: model.session.decode_step(state, [50, 51]).logits.tolist()),
     "decode_likeliest": ([1], lambda model, state: likeliest(model.session.decode_likeliest(state, [3], 1, True))),
     "join": ([0], lambda model, state: state.join(state.take([0]))),
     "drop": ([0, 1], lambda model, state: state.drop([0])),
@@ -177,7 +177,8 @@ def test_a_conversation_goes_on_from_the_tokens_that_were_given_out(
         found[length] = generate(model, more, max_new_tokens=2, state=fresh).token_ids
     lengths = set()
     for injection in disturbed():
-        state, said = prepared.take([0]), []
+        state = prepared.take([0])
+        said: list[int] = []
         with injection:
             stream(model, state, said)
         assert said == whole[: len(said)]

@@ -118,8 +118,8 @@ def test_a_step_raises_and_its_state_goes_on(session: Session, name: str, value:
     session.onnx = real
     assert states[0].pending == [41]
     assert states[0].lengths.tolist() == [len(PROMPT) + 1]
-    outputs = [session.prefill(state, [[50, 51]]).logits for state in states]
-    np.testing.assert_array_equal(*outputs)
+    one, other = (session.prefill(state, [[50, 51]]).logits for state in states)
+    np.testing.assert_array_equal(one, other)
 
 
 def test_a_score_raises_in_its_continuation_too(session: Session) -> None:
@@ -134,7 +134,7 @@ def test_a_masked_token_has_no_probability(session: Session) -> None:
     assert session.prefill(session.new_state(), [PROMPT]).logits[0, 7] == -INF
 
 
-def test_only_the_rows_that_a_chunk_ends_are_judged(session: Session) -> None:
+def test_only_the_rows_that_a_chunk_ends_are_judged(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that is over has outputs that mean nothing in the chunks that follow."""
     state = session.new_state(2)
     seen: list[tuple[int, ...]] = []
@@ -149,7 +149,7 @@ def test_only_the_rows_that_a_chunk_ends_are_judged(session: Session) -> None:
                 table[1 if len(seen) > 1 else 0] = NAN
         return outputs
 
-    session.run_tokens = poisoned  # type: ignore[method-assign]
+    monkeypatch.setattr(session, "run_tokens", poisoned)
     output = session.prefill(state, [[5] * 9, [6] * 3], chunk=4)
     assert len(seen) == 3
     assert np.isfinite(output.logits).all()
@@ -176,7 +176,8 @@ def test_the_command_line_says_it_in_one_line(damaged: Path, options: str, capsy
 def test_damage_that_begins_in_a_reply_is_an_error_after_the_text_so_far(tiny: Exported) -> None:
     model = load(tiny.artifact, threads=1)
     expected = generate(model, "Hello", max_new_tokens=8).token_ids
-    said, state = [], model.session.new_state()
+    said: list[int] = []
+    state = model.session.new_state()
     model.session.onnx = Poisoned(model.session.onnx, model.session.manifest.vocab_size, NAN, start=3)
     tokens = generate_step(model.session, model.codec.encode_prompt("Hello"), state=state)
     with pytest.raises(ArtifactError, match="after 9 tokens"):  # 6 of the prompt, 3 of the reply
