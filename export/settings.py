@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imsm_core.checks import check_fields
 from imsm_core.choices import check_block_size, one_of
 from imsm_core.errors import SettingsError
 
@@ -28,7 +30,7 @@ class ExportSettings:
     10^6 bytes; None is any size. verify_on: the execution provider that runs the graph to verify it and to measure its
     quality; the CPU's cannot run bf16, which is then not verified.
 
-    Raises SettingsError for a value outside its range and for settings that contradict each other.
+    Raises SettingsError for a value of another type or outside its range and for settings that contradict each other.
     """
 
     precision: str = field(
@@ -99,6 +101,7 @@ class ExportSettings:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of("precision", self.precision, PRECISIONS)
         if self.activations is not None:
             if self.precision in FLOATS:
@@ -116,6 +119,8 @@ class ExportSettings:
             raise SettingsError("eval_data", self.eval_data, rule)
         if self.eval_texts < 1:
             raise SettingsError("eval_texts", self.eval_texts, "it must be at least 1")
+        if math.isnan(self.max_perplexity_change):
+            raise SettingsError("max_perplexity_change", self.max_perplexity_change, "it must be a number")
         if self.max_delta_mb is not None and not self.max_delta_mb >= 0:  # nor "not a number"
             raise SettingsError("max_delta_mb", self.max_delta_mb, "it must be a number, at least 0")
 

@@ -96,7 +96,10 @@ def shown(value: object) -> str:
         return "not given"
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value)) or "empty"
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a huge {type(value).__name__}"
     return text if text.strip() and text.isprintable() else repr(text)
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import typed
 from .choices import check_gate_kind
 from .errors import SettingsError
 
@@ -153,7 +154,10 @@ GATES: dict[str, type[Gate]] = {
 
 
 def make_gate(kind: str, hidden_size: int, rank: int = 8, dropout: float = 0.0) -> Gate:
-    """A new gate of `kind` for d = hidden_size. Raises SettingsError for an unknown kind or a rank below 1."""
-    check_gate_kind(kind)
+    """A new gate of `kind` for d = hidden_size. Raises SettingsError for an unknown kind, a rank below 1, and arguments
+    of another type."""
+    check_gate_kind(typed("gate", kind, str))
     gate_class: type[Gate] = GATES[kind]
-    return gate_class(hidden_size, rank, dropout)
+    return gate_class(
+        typed("hidden_size", hidden_size, int), typed("gate_rank", rank, int), typed("gate_dropout", dropout, float)
+    )

@@ -1,203 +1,122 @@
-"""Checks of a JSON document, put together from small ones.
+"""The types of arguments and of settings' fields, checked once, where they come in.
 
-A check takes a value and where it stands, and raises DamagedError if the value is none of what it must be. Types are
-strict: true is no number, 1.0 is no whole number, "5" is neither.
+NumPy's numbers count as Python's and become those. True is not 1, 1.0 is not a whole number, and text is no number.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-from .printable import shortened
+import numpy as np
 
-Check = Callable[[Any, str], None]
-MOST = 2**31 - 1
-MOST_BYTES = 2**63 - 1
-DEEPEST = 50
-"""How deeply a document may be nested; the manifest needs 6."""
-_LARGEST = 1.7e308  # what a float can hold
+from .errors import PromptError, SettingsError, shown
 
-
-class DamagedError(ValueError):
-    """What stands at a place of a document, and what it must be: one line."""
-
-    def __init__(self, place: str, value: Any, rule: str) -> None:
-        super().__init__(f"{place} is {shortened(value)}; it must be {rule}")
+_SPELT = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
+_NO_SEQUENCES = (str, bytes, bytearray, memoryview)
+"""Sequences of characters and bytes, which are no sequences of numbers or names."""
 
 
-class MissingError(DamagedError):
-    """Nothing stands where something must."""
-
-    def __init__(self, place: str) -> None:
-        ValueError.__init__(self, f"{place} is missing")
-
-
-def whole(least: int = 0, most: int = MOST, multiple: int = 1) -> Check:
-    """A whole number from `least` to `most`, a multiple of `multiple`."""
-    rule = f"a whole number from {least} to {most}" if least < most else str(least)
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not int or not least <= value <= most or value % multiple:
-            raise DamagedError(place, value, rule if multiple == 1 else f"{rule}, a multiple of {multiple}")
-
-    return check
+def check_fields(settings: Any) -> None:
+    """Check every field of a dataclass against its annotation. Raises SettingsError."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        object.__setattr__(settings, name, typed(name, getattr(settings, name), kind))  # the dataclass is frozen
 
 
-def number(least: float = -_LARGEST, most: float = _LARGEST) -> Check:
-    """A number from `least` to `most`."""
-    rule = "a number" + (f" from {least:g}" if least != -_LARGEST else "") + (f" to {most:g}" if most < 1e300 else "")
-
-    def check(value: Any, place: str) -> None:
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise DamagedError(place, value, rule)
-
-    return check
-
-
-def text(pattern: str = "(?s).*", rule: str = "text") -> Check:
-    """Text that matches the whole pattern."""
-    wanted = re.compile(pattern)
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not str or not wanted.fullmatch(value):
-            raise DamagedError(place, value, rule)
-
-    return check
-
-
-def flag(value: Any, place: str) -> None:
-    """true or false."""
-    if type(value) is not bool:
-        raise DamagedError(place, value, "true or false")
-
-
-def anything(value: Any, place: str) -> None:
-    """Whatever JSON holds."""
-
-
-def one_of(*choices: str) -> Check:
-    """One of these texts."""
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not str or value not in choices:
-            raise DamagedError(place, value, ("one of " if len(choices) > 1 else "") + ", ".join(choices))
-
-    return check
-
-
-def either(first: Check, second: Check, rule: str) -> Check:
-    """What one of two checks lets pass."""
-
-    def check(value: Any, place: str) -> None:
-        for attempt in (first, second):
-            try:
-                return attempt(value, place)
-            except DamagedError:
-                continue
-        raise DamagedError(place, value, rule)
-
-    return check
-
-
-def optional(inner: Check) -> Check:
-    """null, or what `inner` lets pass."""
-
-    def check(value: Any, place: str) -> None:
-        if value is not None:
-            inner(value, place)
-
-    return check
-
-
-def items(inner: Check, least: int = 0) -> Check:
-    """A list of at least `least` values, each of which `inner` lets pass."""
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not list or len(value) < least:
-            raise DamagedError(place, value, "a list" + (f" of at least {least}" if least else ""))
-        for index, item in enumerate(value):
-            inner(item, f"{place}[{index}]")
-
-    return check
-
-
-def table(inner: Check) -> Check:
-    """An object of any keys, whose values `inner` lets pass."""
-
-    def check(value: Any, place: str) -> None:
-        if type(value) is not dict:
-            raise DamagedError(place, value, "an object")
-        for key, item in value.items():
-            inner(item, f"{place}.{shortened(key, quoted=False)}")
-
-    return check
-
-
-class Record:
-    """An object that has these keys. What it has besides is not looked at: a later program may have written it."""
-
-    def __init__(self, fields: dict[str, Check], may_lack: dict[str, Check] | None = None) -> None:
-        self.fields = fields
-        self.may_lack = may_lack or {}
-
-    def __call__(self, value: Any, place: str) -> None:
-        if type(value) is not dict:
-            raise DamagedError(place or "the document", value, "an object")
-        for name, check in (self.fields | self.may_lack).items():
-            inner = f"{place}.{name}" if place else name
-            if name in value:
-                check(value[name], inner)
-            elif name in self.fields:
-                raise MissingError(inner)
-
-
-def parse_json(content: bytes) -> Any:
-    """JSON as its standard has it: UTF-8, no NaN and no infinite numbers, no key twice, no half characters. Raises
-    ValueError, whose text is one line."""
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A setting's value in its type: one of Python's simple ones, a class, `... | None`, or a tuple or sequence of
+    those. Raises SettingsError if it is of another type."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+    if typing.get_origin(kind) in (tuple, list, Sequence):
+        if isinstance(value, _NO_SEQUENCES) or not isinstance(value, Sequence):
+            raise SettingsError(name, value, f"it must be a sequence, not {type(value).__name__}")
+        found = [typed(name, part, typing.get_args(kind)[0]) for part in value]
+        return found if isinstance(value, list) and typing.get_origin(kind) is not tuple else tuple(found)
+    if not _is(value, kind):
+        raise SettingsError(name, value, f"it must be {_spelt(kind)}, not {type(value).__name__}")
     try:
-        document = json.loads(
-            content.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            object_pairs_hook=_without_duplicates,
-        )
-        json.dumps(document, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair has no bytes
-        _check_depth(document, DEEPEST)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise ValueError("it holds half a character (a lone surrogate)") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 at byte {error.start}") from error
-    return document
+        return _plain(value, kind)
+    except OverflowError:
+        raise SettingsError(name, value, "it must be a number that a float can hold") from None
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if left == 0:
-        raise ValueError("it is nested too deeply")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(item, left - 1)
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An argument that counts something. Raises SettingsError for another type, and outside `least` to `most`."""
+    number: int = typed(name, value, int)
+    if number < least or (most is not None and number > most):
+        rule = f"it must be at least {least}" if most is None else f"it must be {least} to {most}"
+        raise SettingsError(name, number, rule)
+    return number
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+def instance(name: str, value: Any, kind: type[Any]) -> None:
+    """Raise SettingsError for an argument that is not of a class."""
+    if not isinstance(value, kind):
+        raise SettingsError(name, value, f"it must be a {kind.__name__}, not {type(value).__name__}")
 
 
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {shortened(digits, quoted=False)} is too large")
-    return value
+def integers(values: Any, what: str) -> list[int]:
+    """Whole numbers of a sequence or a NumPy array (N,). Raises PromptError for anything else: a mask of booleans names
+    nothing, and the bytes of a text are not its tokens."""
+    if not isinstance(values, list | tuple):
+        values = _elements(values, what)
+    if set(map(type, values)) <= {int}:
+        return list(values)
+    for value in values:
+        if not _is(value, int):
+            raise PromptError(f"{what} {shown(value)} is not a whole number but of type {type(value).__name__}")
+    return [int(value) for value in values]
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {shortened(key)} is there twice")
-        found[key] = value
-    return found
+def numbers(name: str, value: Any, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(count,) float64: one number for all, or one for each. Raises SettingsError, for "not a number" too."""
+    each = "it must be a number, or one for each row"
+    several = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(several, list | tuple):
+        if len(several) != count:
+            raise SettingsError(name, value, f"{each}, of which there are {count}")
+        found = [typed(name, part, float) for part in several]
+    else:
+        found = [typed(name, several, float)] * count
+    array = np.array(found, np.float64)
+    if np.isnan(array).any():
+        raise SettingsError(name, "nan", "it must be a number")
+    return array
+
+
+def _elements(values: Any, what: str) -> Sequence[Any]:
+    if hasattr(values, "__array__"):
+        array = np.asarray(values)
+        if array.ndim != 1:
+            raise PromptError(f"{what}: an array of shape {array.shape} is given where one of shape (N,) is wanted")
+        elements: list[Any] = array.tolist()
+        return elements
+    if isinstance(values, _NO_SEQUENCES) or not isinstance(values, Sequence):
+        raise PromptError(f"{what}: {shown(values)} is not a sequence of whole numbers")
+    return values
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind is Path:
+        return isinstance(value, str | Path) and "\0" not in str(value)
+    return isinstance(value, kind)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    if kind is float:
+        number = float(value)
+        return int(value) if isinstance(value, Integral) else number
+    return kind(value) if kind in (int, str, Path) else value
+
+
+def _spelt(kind: Any) -> str:
+    return _SPELT.get(kind, f"a {kind.__name__}")

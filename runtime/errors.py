@@ -11,7 +11,15 @@ IMSMRuntimeError          a user's mistake; the command line prints its one line
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
+from numbers import Number
+from pathlib import Path
+
+LONGEST_SHOWN = 200
+"""Characters of a value that a message shows."""
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST_SHOWN
 
 
 class IMSMRuntimeError(Exception):
@@ -21,7 +29,7 @@ class IMSMRuntimeError(Exception):
 
     def told(self, spell: Callable[[str], str]) -> str:
         """The message, with settings' names as `spell` writes them: a command line has options instead."""
-        return re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__())
+        return _one_line(re.sub("\x02(.*?)\x03", lambda match: spell(match[1]), super().__str__()))
 
     def __str__(self) -> str:
         return self.told(str)
@@ -53,8 +61,24 @@ class SettingsError(IMSMRuntimeError):
 
     def told(self, spell: Callable[[str], str]) -> str:
         rule = re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), self.rule)
-        value = repr(self.value) if self.value == "" else self.value
-        return f"{spell(self.name)} is {value}; {rule}"
+        return f"{spell(self.name)} is {shown(self.value)}; {rule}"
+
+
+def shown(value: object) -> str:
+    """A value in one line, whatever it is: text as it is where that is visible and short, else as Python writes it."""
+    text = str(value) if isinstance(value, str | Path) else ""
+    if text.strip() and text.isprintable() and (len(text) <= LONGEST_SHOWN or isinstance(value, Path)):
+        return text
+    try:
+        text = str(value) if isinstance(value, Number) else _REPR.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = f"a huge {type(value).__name__}"
+    return " ".join(text.split())
+
+
+def _one_line(text: str) -> str:
+    """A message in which a path, say, has line breaks or what else cannot be seen."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def setting(name: str) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import parse_json
 from .errors import ArtifactError
 from .files import MANIFEST, read_file, reason, shown
+from .json_checks import parse_json
 from .relations import check_relations
 from .schema import FORMAT_VERSION, SCHEMA
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .checks import MOST, DamagedError
 from .files import DATA, GRAPH, MANIFEST, TOKENIZER, VIRTUAL_TOKENS
+from .json_checks import MOST, DamagedError
 from .printable import shortened
 from .schema import check_file_name
 

@@ -5,7 +5,7 @@ What one key says about another is in `relations`.
 
 from __future__ import annotations
 
-from .checks import (
+from .json_checks import (
     MOST,
     MOST_BYTES,
     Record,

@@ -38,16 +38,23 @@ GRAPHS = {
             both = Concat<axis = 0>(first, second)
             joined = Gather<axis = 0>(both, rows)
         }""",
+    # The logarithm of a probability is finite only if the logits are numbers, and all of them go into it, whatever an
+    # operator takes for the largest of numbers and "not a number".
     "likeliest": """
-        (float[N, V] logits) => (int64[N, 1] ids, float[N, 1] values)
+        (float[N, V] logits) => (int64[N, 1] ids, float[N, 1] values, float[N, 1] logarithm)
         {
             ids = ArgMax<axis = -1, keepdims = 1>(logits)
             values = GatherElements<axis = -1>(logits, ids)
+            logarithms = LogSoftmax<axis = -1>(logits)
+            logarithm = GatherElements<axis = -1>(logarithms, ids)
         }""",
     "top": """
-        (float[N, V] logits, int64[1] k) => (int64[N, K] ids, float[N, K] values)
+        (float[N, V] logits, int64[1] k) => (int64[N, K] ids, float[N, K] values, float[N, 1] logarithm)
         {
             values, ids = TopK<axis = -1, largest = 1, sorted = 1>(logits, k)
+            likeliest = ArgMax<axis = -1, keepdims = 1>(logits)
+            logarithms = LogSoftmax<axis = -1>(logits)
+            logarithm = GatherElements<axis = -1>(logarithms, likeliest)
         }""",
     # ReduceLogSumExp needs cuDNN on CUDA. The difference is taken where the logit is largest, and loses least.
     "log_normalizer": """

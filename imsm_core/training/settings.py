@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.options import PEFT_METHODS, SETTINGS, check_options
+from ..checks import check_fields
 from ..choices import BITS, BLOCK_SIZE, GATE_KINDS, check_gate_kind, check_rounding
 from ..errors import SettingsError
 
@@ -23,7 +24,7 @@ LONGEST = 1024
 class TuneSettings:
     """What is tuned, and on which text. None stands for the default that the field's help gives.
 
-    Raises SettingsError for a value outside its range, or two that contradict each other.
+    Raises SettingsError for a value of another type or outside its range, or two that contradict each other.
     """
 
     prompt_field: str = field(default="prompt", metadata={"help": "the field with the prompt", "metavar": "NAME"})
@@ -108,6 +109,7 @@ class TuneSettings:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_length is not None and self.max_length < 2:
             rule = "it must be at least 2: one token of a prompt and one of an answer"
             raise SettingsError("max_length", self.max_length, rule)
@@ -150,7 +152,7 @@ class TrainSettings:
     """How the training runs. One optimizer step sees batch_size * gradient_accumulation examples; the learning rates
     follow a cosine after the warm-up. None stands for the default that the field's help gives.
 
-    Raises SettingsError for a value outside its range.
+    Raises SettingsError for a value of another type or outside its range.
     """
 
     learning_rate: float | None = field(
@@ -185,6 +187,7 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("batch_size", "gradient_accumulation", "save_every", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:

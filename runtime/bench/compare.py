@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 
 from ..engine.execution import Execution
-from ..engine.providers import PROVIDERS, usable_providers
+from ..engine.providers import PROVIDERS, is_onnxruntimes, usable_providers
 from ..engine.session import Session
 from ..errors import IMSMRuntimeError, ProviderError, SettingsError
 from ..machine import describe_machine, usable_cores
@@ -241,7 +241,7 @@ def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -
     except IMSMRuntimeError as error:
         sender.send(error)
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
+        if not is_onnxruntimes(error):
             raise
         sender.send(ProviderError(" ".join(str(error).split())))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..checks import check_fields
 from ..engine.execution import Execution
 from ..errors import SettingsError
 
@@ -12,7 +13,8 @@ from ..errors import SettingsError
 class BenchSettings:
     """prompt_lengths, new_tokens: in tokens. batch: texts at once. repeats: runs per prompt length, after one that is
     not counted; results are their medians. execution: how every measured provider runs; its own `provider` is ignored,
-    and `cuda_graph` is for CUDA alone. Raises SettingsError for values outside their range."""
+    and `cuda_graph` is for CUDA alone. Raises SettingsError for values of another type or
+    outside their range."""
 
     prompt_lengths: tuple[int, ...] = (32, 128)
     new_tokens: int = field(default=64, metadata={"help": "tokens to generate", "metavar": "N"})
@@ -21,6 +23,7 @@ class BenchSettings:
     execution: Execution = field(default_factory=Execution)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.prompt_lengths or min(self.prompt_lengths) < 1:
             raise SettingsError("prompt_lengths", self.prompt_lengths, "each must be at least 1")
         for name in ("new_tokens", "batch", "repeats"):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from .place import WORD
+from .providers import run_bound
 
 Array = NDArray[Any]
 GRAPHS = Path(__file__).parent / "device_graphs"
@@ -79,7 +80,7 @@ class Device:
         binding.bind_cpu_input("used", np.array([used]))
         binding.bind_cpu_input("room", np.array([len(rows), heads, capacity - used, words]))
         binding.bind_ortvalue_output("copied", made)
-        session.run_with_iobinding(binding)
+        run_bound(session, binding)
         return made
 
     def _joined(
@@ -92,7 +93,7 @@ class Device:
         binding.bind_ortvalue_input("second", second)
         binding.bind_cpu_input("rows", np.arange(count) if order is None else order)
         binding.bind_ortvalue_output("joined", made)
-        session.run_with_iobinding(binding)
+        run_bound(session, binding)
         return made
 
 
@@ -146,13 +147,13 @@ class DeviceLogits:
         found: Array = self.value.numpy().reshape(-1, self.vocab).copy()  # a view where the device is the host
         return found
 
-    def likeliest(self, k: int) -> tuple[Array, Array]:
+    def likeliest(self, k: int) -> tuple[Array, Array, Array]:
         """See `Logits`. The order of equally likely tokens is the provider's."""
         if k == 1:
-            ids, values = self._run("likeliest", ("ids", "values"))
+            ids, values, logarithm = self._run("likeliest", ("ids", "values", "logarithm"))
         else:
-            ids, values = self._run("top", ("ids", "values"), k=np.array([k]))
-        return ids, values
+            ids, values, logarithm = self._run("top", ("ids", "values", "logarithm"), k=np.array([k]))
+        return ids, values, np.isfinite(logarithm[:, 0])
 
     def log_normalizer(self) -> Array:
         """See `Logits`; float32."""
@@ -172,29 +173,35 @@ class DeviceLogits:
             binding.bind_cpu_input(name, array)
         for name in outputs:
             binding.bind_output(name, "cpu")
-        session.run_with_iobinding(binding)
+        run_bound(session, binding)
         return [value.numpy() for value in binding.get_outputs()]
 
 
 class StepLogits(DeviceLogits):
-    """The logits of a step that is bound once, and whose other results are in a pack: the likeliest token's id and
-    logit, (rows, 1), join them there, so that all come to the host in one copy."""
+    """The logits of a step that is bound once, and whose other results are in a pack: the likeliest token's id, logit
+    and logarithm of its probability, (rows, 1), join them there, so that all come to the host in one copy."""
 
-    IDS, VALUES = "ids", "values"
+    TYPES: ClassVar = {"ids": np.int64, "values": np.float32, "logarithm": np.float32}
+
+    @classmethod
+    def joining(cls, rows: int) -> dict[str, Array]:
+        """What joins a step's other results there."""
+        return {name: np.zeros((rows, 1), dtype) for name, dtype in cls.TYPES.items()}
 
     def __init__(self, device: Device, value: onnxruntime.OrtValue, vocab: int, results: Pack) -> None:
         super().__init__(device, value, vocab)
         self.results = results
         self._session, self._binding = device.bound("likeliest")
-        shape = results.arrays[self.IDS].shape
-        self._binding.bind_input("logits", device.name, 0, np.float32, [shape[0], vocab], value.data_ptr())
-        for name in (self.IDS, self.VALUES):
+        rows = int(np.prod(value.shape())) // vocab
+        self._binding.bind_input("logits", device.name, 0, np.float32, [rows, vocab], value.data_ptr())
+        for name in self.TYPES:
             self._binding.bind_output(name, *results.place(name))
 
-    def likeliest(self, k: int) -> tuple[Array, Array]:
+    def likeliest(self, k: int) -> tuple[Array, Array, Array]:
         """See `DeviceLogits`."""
         if k != 1:
             return super().likeliest(k)
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding)
         self.results.fetch()
-        return self.results.arrays[self.IDS].copy(), self.results.arrays[self.VALUES].copy()
+        ids, values, logarithm = (self.results.arrays[name].copy() for name in self.TYPES)
+        return ids, values, np.isfinite(logarithm[:, 0])

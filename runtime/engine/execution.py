@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..checks import check_fields
 from ..errors import SettingsError
 
 MOST_THREADS = 1024
@@ -16,7 +17,7 @@ class Execution:
     provider. kernels: whether the CPU provider runs this project's kernels where there are any. cuda_graph: whether
     decode steps are captured once and replayed, with the CUDA provider.
 
-    Raises SettingsError for values outside their range.
+    Raises SettingsError for values of another type or outside their range.
     """
 
     provider: str = field(
@@ -31,6 +32,7 @@ class Execution:
     cuda_graph: bool = field(default=False, metadata={"help": "capture decode steps and replay them (cuda only)"})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise SettingsError("threads", self.threads, f"it must be 1 to {MOST_THREADS}")
         if self.cuda_graph and self.provider != "cuda":

@@ -15,7 +15,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..errors import PromptError, SettingsError
+from ..checks import instance, integers, numbers, typed, whole_number
+from ..errors import ArtifactError, PromptError, SettingsError, shown
 from ..files import GRAPH
 from ..folder import check_files
 from ..manifest import read_manifest
@@ -24,7 +25,7 @@ from .device import Device
 from .execution import Execution
 from .marks import Marks
 from .place import Host, Logits, Place
-from .providers import ON_DEVICE, PROVIDERS, open_session
+from .providers import ON_DEVICE, PROVIDERS, open_session, run_bound
 from .signature import check_sections, check_signature
 from .state import DecodeState
 from .virtual_tokens import read_virtual_tokens
@@ -32,6 +33,8 @@ from .virtual_tokens import read_virtual_tokens
 Array = NDArray[Any]
 NO_GRAPH = -1
 """The `gpu_graph_id` of runs that are not captured as a CUDA graph."""
+MOST_ROWS = 65536
+"""More than any machine steps at once: so that a mistyped number takes no memory."""
 QUERY_GATES = ("query_aware", "query_mixed")
 
 
@@ -54,10 +57,13 @@ class LoadedGraph:
 
     def __init__(self, folder: Path | str, execution: Execution, profile: Path | None = None) -> None:
         """Open the artifact in `folder`. profile: as in `open_session`. Raises ArtifactError or ProviderError."""
-        self.folder = Path(folder)
+        self.folder = typed("folder", folder, Path)
         self.execution = execution
-        self.manifest = read_manifest(self.folder)
-        check_files(self.folder, self.manifest, hashes=False)
+        try:
+            self.manifest = read_manifest(self.folder)
+            check_files(self.folder, self.manifest, hashes=False)
+        except OSError as error:
+            raise ArtifactError(f"{self.folder} cannot be read: {error.strerror}") from error
         self.onnx = open_session(self.folder / GRAPH, execution, profile)
         check_signature(self.onnx, self.manifest)
         check_sections(self.onnx, self.manifest, edited=True)
@@ -86,12 +92,9 @@ class LoadedGraph:
 
     def new_state(self, batch: int = 1, memory_bias: float | Sequence[float] = 0.0) -> DecodeState:
         """An empty state of `batch` rows. memory_bias: one value, or one per row. Raises SettingsError."""
-        if batch < 1:
-            raise SettingsError("batch", batch, "it must be at least 1")
+        batch = whole_number("batch", batch, 1, MOST_ROWS)
         with np.errstate(over="ignore"):  # what float32 does not hold is as good as infinite
-            bias = np.array(np.broadcast_to(np.asarray(memory_bias, np.float64).astype(np.float32), (batch,)))
-        if np.isnan(bias).any():
-            raise SettingsError("memory_bias", "nan", "it must be a number")
+            bias = numbers("memory_bias", memory_bias, batch).astype(np.float32)
         width = self.manifest.hidden_size
         dtypes = {signature.name: signature.dtype for signature in self.manifest.inputs}
         return DecodeState(
@@ -119,13 +122,11 @@ class LoadedGraph:
         )
 
     def run(self, binding: onnxruntime.IOBinding, options: onnxruntime.RunOptions | None) -> None:
-        """Run the graph on what is bound."""
-        if self.on_run is None:
-            self.onnx.run_with_iobinding(binding, options)
-            return
+        """Run the graph on what is bound. Raises ProviderError where onnxruntime cannot."""
         start = time.perf_counter()
-        self.onnx.run_with_iobinding(binding, options)
-        self.on_run(time.perf_counter() - start)
+        run_bound(self.onnx, binding, options)
+        if self.on_run is not None:
+            self.on_run(time.perf_counter() - start)
 
     def run_tokens(
         self, state: DecodeState, input_ids: Array, query_mask: Array, row: int | None, every: bool = False
@@ -189,17 +190,26 @@ class LoadedGraph:
             cache.reserve(length)
 
     def check_state(self, state: DecodeState) -> None:
-        """Raise PromptError for a state of another artifact, or without rows."""
+        """Raise PromptError for a state of another artifact, without rows, or in another thread's step, and
+        SettingsError for what is no state or has a bias that the graph cannot read."""
+        instance("state", state, DecodeState)
+        state.settle()
         if state.artifact != self.artifact:
             raise PromptError("the state is of another artifact; make one with this session's new_state")
         if state.batch == 0:
             raise PromptError("the state has no rows")
+        bias = state.memory_bias
+        if not isinstance(bias, np.ndarray) or bias.dtype != np.float32 or bias.shape != (state.batch,):
+            raise SettingsError("memory_bias", bias, f"a state's must be a float32 array ({state.batch},)")
 
-    def check_tokens(self, tokens: Array) -> None:
-        """Raise PromptError for a token outside the vocabulary."""
-        outside = tokens[(tokens < 0) | (tokens >= self.manifest.vocab_size)]
-        if len(outside):
-            raise PromptError(f"token id {outside[0]} is outside the vocabulary of {self.manifest.vocab_size}")
+    def token_ids(self, values: Sequence[int] | Array, where: str = "token id") -> list[int]:
+        """Token ids as Python's numbers. Raises PromptError for what is no sequence of whole numbers, or outside the
+        vocabulary. where: what the message calls them."""
+        found = integers(values, where)
+        if found and not 0 <= min(found) <= max(found) < self.manifest.vocab_size:
+            outside = next(token for token in found if not 0 <= token < self.manifest.vocab_size)
+            raise PromptError(f"token id {shown(outside)} is outside the vocabulary of {self.manifest.vocab_size}")
+        return found
 
     def check_lengths(self, state: DecodeState, texts: Sequence[Sequence[int]]) -> None:
         """Raise PromptError for a text that does not fit into the context after its row."""

@@ -26,12 +26,14 @@ class Logits(Protocol):
         """A copy of all of them on the host."""
         ...
 
-    def likeliest(self, k: int) -> tuple[Array, Array]:
-        """The k likeliest tokens of each row, the likeliest first: ids (rows, k) int64 and their logits."""
+    def likeliest(self, k: int) -> tuple[Array, Array, Array]:
+        """The k likeliest tokens of each row, the likeliest first: ids (rows, k) int64 and their logits; and (rows,)
+        whether these are numbers: see `picks.Picked`."""
         ...
 
     def log_normalizer(self) -> Array:
-        """(rows,): the logarithm of the sum of exp(logits) over the vocabulary."""
+        """(rows,): the logarithm of the sum of exp(logits) over the vocabulary; not finite where the logits are no
+        numbers."""
         ...
 
     def of_tokens(self, ids: Array) -> Array:
@@ -100,15 +102,17 @@ class HostLogits:
         """See `Logits`."""
         return self.array.copy()
 
-    def likeliest(self, k: int) -> tuple[Array, Array]:
+    def likeliest(self, k: int) -> tuple[Array, Array, Array]:
         """See `Logits`. Of equally likely tokens the one with the lower id comes first."""
-        return likeliest(self.array, k)
+        ids, values = likeliest(self.array, k)
+        return ids, values, np.isfinite(values.max(-1))  # NumPy takes "not a number" for the largest
 
     def log_normalizer(self) -> Array:
         """See `Logits`; float64."""
         table = self.array.astype(np.float64)
         largest = table.max(-1, keepdims=True)
-        table -= largest
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
+            table -= largest
         found: Array = np.log(np.exp(table, out=table).sum(-1)) + largest[:, 0]
         return found
 

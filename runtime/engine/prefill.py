@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .loaded_graph import LoadedGraph, TokenOutputs
 from .marks import Mark
-from .place import Logits
+from .picks import Picks, check_sound
 from .state import DecodeState
 
 Array = NDArray[Any]
-Pick = Callable[[Logits], tuple[Array, ...]]
-"""What a step wants of its logits: arrays, each with one entry a row."""
+Output = TypeVar("Output")
 Texts = Sequence[Sequence[int]]
 ZERO = np.float32(0)
 
@@ -51,23 +50,27 @@ def _in_chunks(texts: Texts, chunk: int, row: int | None) -> Iterator[Piece]:
         yield Piece(row, [text[start : start + chunk] for text in texts], ends)
 
 
-def read(
-    graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, pick: Pick
-) -> tuple[tuple[Array, ...], Array | None]:
-    """Read one text a row, all of it part of the query. Returns what was picked from the logits of each row's last
-    token, and its gate's mean, (B,) float32, None in a base-only artifact."""
+def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks: Picks[Output]) -> Output:
+    """Read one text a row, all of it part of the query. Returns what is picked from the logits of each row's last
+    token, with its gate's mean, (B,) float32, None in a base-only artifact. Raises ArtifactError for logits that are no
+    numbers."""
     starts_empty = not state.lengths.any() and not graph.virtual
     rows: list[tuple[Array, ...]] = [()] * state.batch
     gates: list[Array | None] = [None] * state.batch
     for piece in plan_prefill(texts, chunk, graph.manifest.padding, graph.manifest.batched_chunks, starts_empty):
         outputs = _read_piece(graph, state, piece)
-        picked = pick(outputs.logits) if any(piece.ends) else ()
-        for index in np.flatnonzero(piece.ends):
+        ended = np.flatnonzero(piece.ends)
+        if not len(ended):
+            continue
+        columns, sound = picks.pick(outputs.logits)
+        check_sound(sound[ended], state.lengths[ended if piece.row is None else [piece.row]])
+        for index in ended:
             row = int(index) if piece.row is None else piece.row
-            rows[row] = tuple(array[index] for array in picked)
+            rows[row] = tuple(array[index] for array in columns)
             gates[row] = None if outputs.gate_mean is None else outputs.gate_mean[index, 0]
     found = [gate for gate in gates if gate is not None]
-    return tuple(np.stack(column) for column in zip(*rows, strict=True)), np.array(found) if found else None
+    columns = tuple(np.stack(column) for column in zip(*rows, strict=True))
+    return picks.output(columns, np.array(found) if found else None)
 
 
 def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> TokenOutputs:

@@ -81,6 +81,26 @@ def open_session(
     return session
 
 
+def run_bound(
+    session: onnxruntime.InferenceSession,
+    binding: onnxruntime.IOBinding,
+    options: onnxruntime.RunOptions | None = None,
+) -> None:
+    """Run a session on what is bound. Raises ProviderError where onnxruntime cannot, for want of memory for example."""
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:
+        if not is_onnxruntimes(error):
+            raise
+        name = session.get_providers()[0].removesuffix("ExecutionProvider")
+        raise ProviderError(f"onnxruntime's {name} provider cannot run the graph: {_one_line(error)}") from error
+
+
+def is_onnxruntimes(error: Exception) -> bool:
+    """Whether an exception is one of onnxruntime's, which share no base class."""
+    return type(error).__module__.startswith("onnxruntime")
+
+
 def _session_options(execution: Execution, profile: Path | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = execution.threads or usable_cores()

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PromptError, SettingsError
+from ..checks import instance, typed, whole_number
+from ..errors import PromptError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
-from .place import Logits
-from .prefill import Pick, read
-from .scoring import log_probabilities, score_continuation
+from .picks import Likeliest, LogProbabilities, Picks, Whole
+from .prefill import read
+from .scoring import score_continuation
 from .state import DecodeState, LikeliestOutput, StepOutput
 from .step import DecodeBinding, DeviceDecodeBinding
 
 Array = NDArray[Any]
+Output = TypeVar("Output")
 CPU_PREFILL_ROWS = 256
 """Tokens of all streams and texts that one prefill step reads on the CPU: with more, a product's activations leave the
 core's cache (1,024 rows took 7 % longer a token at the Qwen2.5-0.5B shape)."""
@@ -29,7 +31,10 @@ PREFILL_ROWS = 1024
 
 
 class Session(LoadedGraph):
-    """One loaded artifact. Safe to share between states; a state belongs to one caller at a time."""
+    """One loaded artifact. Safe to share between states; a state belongs to one caller at a time.
+
+    After an exception in a step, Ctrl-C too, the step's state is as it was before.
+    """
 
     def __init__(
         self,
@@ -42,8 +47,10 @@ class Session(LoadedGraph):
         """Load the artifact in `folder`. execution: how it runs; `changes` override its fields or the defaults, such as
         `threads=1`. profile: the prefix of the path that onnxruntime's profile is written to. Raises ArtifactError,
         ProviderError or SettingsError."""
+        if execution is not None:
+            instance("execution", execution, Execution)
         execution = replace(execution or Execution(), **changes)
-        super().__init__(folder, execution, profile)
+        super().__init__(folder, execution, typed("profile", profile, Path | None))
         self.prefill_rows = CPU_PREFILL_ROWS if execution.provider == "cpu" else PREFILL_ROWS
         self._bindings: WeakKeyDictionary[DecodeState, DecodeBinding] = WeakKeyDictionary()
 
@@ -53,11 +60,12 @@ class Session(LoadedGraph):
         prompts: B sequences of token ids, of any lengths. Generated tokens since the last prefill, and a pending one,
         join the query: a continued conversation equals a fresh run over the whole of it. chunk: the most tokens of a
         text that are read at once; None: what suits the provider (on the CPU 256 rows: 128 tokens of one text in two
-        streams). Raises PromptError for an empty or too long prompt, or a token outside the vocabulary, and
-        SettingsError for the chunk. After an exception the state is as it was before.
+        streams). Raises PromptError for an empty or too long prompt, for what is no token id of the vocabulary, and
+        for a state of another artifact or in another thread's step; ArtifactError for logits that are not finite (-inf
+        is allowed where it masks some tokens); ProviderError where onnxruntime cannot run the graph; and SettingsError
+        for the chunk.
         """
-        (logits,), gates = self._prefill(state, prompts, chunk, _whole)
-        return StepOutput(logits, gates)
+        return self._prefill(state, prompts, chunk, Whole())
 
     def prefill_likeliest(
         self,
@@ -70,21 +78,18 @@ class Session(LoadedGraph):
         """`prefill`, which returns the k likeliest next tokens of each row instead of all logits: where the provider
         has its own memory, the others stay there. probabilities: whether to give the normalizer. Raises SettingsError
         for k too."""
-        picked, gates = self._prefill(state, prompts, chunk, self._likeliest(k, probabilities))
-        return _likeliest_output(picked, gates)
+        return self._prefill(state, prompts, chunk, self._likeliest(k, probabilities))
 
     def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
-        """Feed one chosen token per row; returns the logits that follow. Raises PromptError at the context's end, and
-        for a row that has no prompt yet. After an exception the state is as it was before."""
-        (logits,), gates = self._decode(state, tokens, _whole)
-        return StepOutput(logits, gates)
+        """Feed one chosen token per row, (B,) whole numbers; returns the logits that follow. Raises PromptError at the
+        context's end, and for a row that has no prompt yet; otherwise as `prefill`."""
+        return self._decode(state, tokens, Whole())
 
     def decode_likeliest(
         self, state: DecodeState, tokens: Sequence[int] | Array, k: int = 1, probabilities: bool = False
     ) -> LikeliestOutput:
         """`decode_step`, which returns what `prefill_likeliest` returns."""
-        picked, gates = self._decode(state, tokens, self._likeliest(k, probabilities))
-        return _likeliest_output(picked, gates)
+        return self._decode(state, tokens, self._likeliest(k, probabilities))
 
     def binding_of(self, state: DecodeState) -> DecodeBinding:
         """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""
@@ -96,89 +101,80 @@ class Session(LoadedGraph):
         return binding
 
     def score(self, prompt: Sequence[int], continuation: Sequence[int], memory_bias: float = 0.0) -> Array:
-        """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64."""
+        """Log-probabilities (nats) of each token of `continuation` after `prompt`: (len(continuation),) float64. Raises
+        as `prefill`."""
+        begin, rest = self.token_ids(prompt), self.token_ids(continuation)
         state = self.new_state(1, memory_bias)
-        self.check_lengths(state, [[*prompt, *continuation]])
-        self.check_tokens(np.asarray(continuation, np.int64))
-        self.reserve(state, len(prompt) + len(continuation))
-        if not len(continuation):
-            self.prefill_likeliest(state, [prompt])
+        self.check_lengths(state, [[*begin, *rest]])
+        self.reserve(state, len(begin) + len(rest))
+        if not rest:
+            self.prefill_likeliest(state, [begin])
             return np.zeros(0)
-
-        def first_token(logits: Logits) -> tuple[Array, ...]:
-            return (log_probabilities(logits, continuation[:1]),)
-
-        (first,), _ = self._prefill(state, [prompt], None, first_token)
-        return score_continuation(self, state, first, continuation, self._chunk(1))
+        first = self._prefill(state, [begin], None, LogProbabilities(rest[:1]))
+        return score_continuation(self, state, first, rest, self._chunk(1))
 
     def _prefill(
-        self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, pick: Pick
-    ) -> tuple[tuple[Array, ...], Array | None]:
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, picks: Picks[Output]
+    ) -> Output:
         self.check_state(state)
-        if len(prompts) != state.batch:
-            raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
-        for index, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise PromptError(f"prompt {index + 1} of {state.batch} is empty")
-            self.check_tokens(np.asarray(prompt))
-        texts = [
-            [*([] if pending is None else [pending]), *prompt]
-            for pending, prompt in zip(state.pending, prompts, strict=True)
-        ]
-        self.check_lengths(state, texts)
-        if chunk is None:
-            chunk = self._chunk(state.batch)
-        if chunk < 1:
-            raise SettingsError("chunk", chunk, "it must be at least 1")
-        with state.unchanged_on_error():
+        texts = self._texts(state, prompts)
+        chunk = self._chunk(state.batch) if chunk is None else whole_number("chunk", chunk, 1)
+        state.begin()
+        try:
             state.query_sum += state.reply_sum
             state.query_count += state.reply_count
             state.reply_sum[:] = 0
             state.reply_count[:] = 0
             # Once for all chunks: growing copies the caches.
             self.reserve(state, max(int(length) + len(text) for length, text in zip(state.lengths, texts, strict=True)))
-            found = read(self, state, texts, chunk, pick)
+            output = read(self, state, texts, chunk, picks)
             state.pending = [None] * state.batch
-        return found
+            state.note = None
+            return output
+        except BaseException:
+            state.undo()
+            raise
 
-    def _decode(
-        self, state: DecodeState, tokens: Sequence[int] | Array, pick: Pick
-    ) -> tuple[tuple[Array, ...], Array | None]:
-        chosen = np.asarray(tokens, np.int64).reshape(-1)
+    def _decode(self, state: DecodeState, tokens: Sequence[int] | Array, picks: Picks[Output]) -> Output:
         self.check_state(state)
+        chosen = self.token_ids(tokens)
         if len(chosen) != state.batch:
             raise PromptError(f"{len(chosen)} tokens for {state.batch} rows")
-        self.check_tokens(chosen)
         if not state.lengths.all():
             raise PromptError("a row has no prompt yet; read one by prefill before decoding")
         longest = int(state.lengths.max()) + 1
         if longest > self.manifest.context_length:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
-        self.reserve(state, longest)
-        with state.unchanged_on_error():
-            found = self.binding_of(state).step(state, chosen, pick)
+        state.begin()
+        try:
+            self.reserve(state, longest)
+            output = self.binding_of(state).step(self, state, np.array(chosen), picks)
             state.pending = [None] * state.batch
-        return found
+            state.note = None
+            return output
+        except BaseException:
+            state.undo()
+            raise
 
-    def _likeliest(self, k: int, probabilities: bool) -> Pick:
-        whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
-        if not whole or not 1 <= k <= self.manifest.vocab_size:
-            raise SettingsError("k", k, f"it must be 1 to {self.manifest.vocab_size}, the vocabulary")
+    def _texts(self, state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What every row reads: its pending token and its prompt. Raises PromptError for what cannot be read."""
+        if np.ndim(prompts) == 0 if isinstance(prompts, np.ndarray) else not isinstance(prompts, list | tuple):
+            raise PromptError(f"prompts are {shown(prompts)}, not a sequence of prompts")
+        if len(prompts) != state.batch:
+            raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
+        texts = [self.token_ids(prompt, f"prompt {index}") for index, prompt in enumerate(prompts, 1)]
+        for index, text in enumerate(texts, 1):
+            if not text:
+                raise PromptError(f"prompt {index} of {state.batch} is empty")
+        pending = [self.token_ids([] if token is None else [token], "pending") for token in state.pending]
+        texts = [[*before, *text] for before, text in zip(pending, texts, strict=True)]
+        self.check_lengths(state, texts)
+        return texts
 
-        def pick(logits: Logits) -> tuple[Array, ...]:
-            return (*logits.likeliest(k), *([logits.log_normalizer()] if probabilities else []))
-
-        return pick
+    def _likeliest(self, k: int, probabilities: bool) -> Likeliest:
+        number = whole_number("k", k, 1, self.manifest.vocab_size)
+        return Likeliest(number, typed("probabilities", probabilities, bool))
 
     def _chunk(self, batch: int) -> int:
         """Tokens of each of `batch` texts to read in one step."""
         return max(1, self.prefill_rows // (len(self.manifest.streams) * batch))
-
-
-def _whole(logits: Logits) -> tuple[Array, ...]:
-    return (logits.whole(),)
-
-
-def _likeliest_output(picked: tuple[Array, ...], gates: Array | None) -> LikeliestOutput:
-    ids, logits, *normalizer = picked
-    return LikeliestOutput(ids, logits, normalizer[0] if normalizer else None, gates)

@@ -8,9 +8,9 @@ from typing import Any
 
 import onnxruntime
 
-from ..checks import DamagedError, parse_json, table, text
 from ..errors import ArtifactError
 from ..files import GRAPH, MANIFEST
+from ..json_checks import DamagedError, parse_json, table, text
 from ..manifest import Manifest
 from ..printable import printable
 

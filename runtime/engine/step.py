@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from .device import Device, Pack, StepLogits
 from .loaded_graph import LoadedGraph
 from .marks import Mark
+from .picks import Picks, check_sound
 from .place import HostLogits, Logits
-from .prefill import Pick
 from .state import DecodeState
 
 Array = NDArray[Any]
+Output = TypeVar("Output")
 _graph_ids = count(1)
 
 
 class DecodeBinding:
     """One decode step, bound once: small inputs and outputs are written in place, nothing is allocated per step.
 
-    It refers to the state's arrays and caches and not to the state, so that an unused state is freed at once.
-    layout: the state's when it was bound; with another one the binding is stale.
+    It refers to the state's arrays and caches and neither to the state nor to the graph, so that both are freed as soon
+    as nobody else refers to them. layout: the state's when it was bound; with another one the binding is stale.
     """
 
     def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
-        self.graph = graph
         self.layout = state.layout
         batch, width = state.batch, graph.manifest.hidden_size
         self.binding = graph.onnx.io_binding()
@@ -51,38 +51,39 @@ class DecodeBinding:
             self.outputs["hidden_base"] = np.zeros((batch, 1, width), np.float32)
             self.outputs["hidden_adapter"] = np.zeros((batch, 1, width), np.float32)
         self.options: onnxruntime.RunOptions | None = None
-        self.logits = self._bind_arrays((batch, 1, graph.manifest.vocab_size))
+        self.logits = self._bind_arrays(graph, (batch, 1, graph.manifest.vocab_size))
         graph.bind_caches(self.binding, state)
 
-    def _bind_arrays(self, shape: tuple[int, ...]) -> Logits:
+    def _bind_arrays(self, graph: LoadedGraph, shape: tuple[int, ...]) -> Logits:
         """Bind `inputs`, `outputs` and logits of this shape; returns the logits."""
         logits = np.zeros(shape, np.float32)
         for name, array in self.inputs.items():
-            if name in self.graph.input_names:
+            if name in graph.input_names:
                 self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in (*self.outputs.items(), ("logits", logits)):
             self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         return HostLogits(logits[:, 0])
 
-    def step(self, state: DecodeState, tokens: Array, pick: Pick) -> tuple[tuple[Array, ...], Array | None]:
-        """Feed one token (B,) int64 per row, and count it in. Returns what was picked from the logits that follow, and
-        the gate's mean (B,)."""
+    def step(self, graph: LoadedGraph, state: DecodeState, tokens: Array, picks: Picks[Output]) -> Output:
+        """Feed one token (B,) int64 per row, and count it in. Returns what is picked from the logits that follow, with
+        the gate's mean (B,). Raises ArtifactError for logits that are no numbers."""
         inputs = self.inputs
         inputs["input_ids"][:, 0] = tokens
         inputs["position_ids"][:, 0] = state.lengths
         inputs["seqlens_k"][:] = state.lengths
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
-        self.run()
-        picked = pick(self.logits)
+        self.run(graph)
+        columns, sound = picks.pick(self.logits)
+        check_sound(sound, state.lengths + 1)
         self.fetch()
-        gates = self.outputs["gate_mean"][:, 0].copy() if self.graph.siamese else None
+        gates = self.outputs["gate_mean"][:, 0].copy() if self.outputs else None
         self._count(state)
-        return picked, gates
+        return picks.output(columns, gates)
 
     def _count(self, state: DecodeState) -> None:
         """Count the tokens in that were fed."""
         state.lengths += 1
-        if not self.graph.siamese:
+        if not self.outputs:  # of a graph with one stream
             return
         state.reply_sum[:, 0] += self.outputs["hidden_base"][:, 0]
         state.reply_sum[:, 1] += self.outputs["hidden_adapter"][:, 0]
@@ -98,9 +99,9 @@ class DecodeBinding:
             self.inputs[name] is array for name, array in zip(names, arrays, strict=True)
         )
 
-    def run(self) -> None:
+    def run(self, graph: LoadedGraph) -> None:
         """Compute the outputs from the inputs."""
-        self.graph.run(self.binding, self.options)
+        graph.run(self.binding, self.options)
 
     def fetch(self) -> None:
         """Bring `outputs` to the host, where they are already."""
@@ -120,8 +121,8 @@ class DeviceDecodeBinding(DecodeBinding):
         super().__init__(graph, state)
         self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
 
-    def _bind_arrays(self, shape: tuple[int, ...]) -> Logits:
-        device, graph = self.graph.place, self.graph
+    def _bind_arrays(self, graph: LoadedGraph, shape: tuple[int, ...]) -> Logits:
+        device = graph.place
         assert isinstance(device, Device)
         on_device = {
             name: array
@@ -136,8 +137,7 @@ class DeviceDecodeBinding(DecodeBinding):
         for pack in (self.changing, self.lasting):
             for name in pack.arrays:
                 self.binding.bind_input(name, *pack.place(name))
-        ids, values = (np.zeros((shape[0], 1), dtype) for dtype in (np.int64, np.float32))
-        self.results = Pack(device, self.outputs | {StepLogits.IDS: ids, StepLogits.VALUES: values})
+        self.results = Pack(device, self.outputs | StepLogits.joining(shape[0]))
         for name in self.outputs:
             self.binding.bind_output(name, *self.results.place(name))
             self.outputs[name] = self.results.arrays[name]
@@ -150,9 +150,9 @@ class DeviceDecodeBinding(DecodeBinding):
             weakref.finalize(self, _release, graph.onnx, number).atexit = False
         return StepLogits(device, logits, shape[-1], self.results)
 
-    def run(self) -> None:
+    def run(self, graph: LoadedGraph) -> None:
         """Copy the inputs to the device, those that last only if they have changed, and compute the outputs there."""
-        if self.graph.cuda_graph:
+        if graph.cuda_graph:
             self.total[...] = self.room
         self.changing.send()
         changed = [name for name, sent in self.lasting.arrays.items() if not np.array_equal(sent, self.inputs[name])]
@@ -161,7 +161,7 @@ class DeviceDecodeBinding(DecodeBinding):
                 self.lasting.arrays[name][...] = self.inputs[name]
             self.lasting.send()
         self.results.outdated = True
-        super().run()
+        super().run(graph)
 
     def fetch(self) -> None:
         """Bring `outputs` to the host."""

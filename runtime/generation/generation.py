@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import instance
 from ..engine.execution import Execution
+from ..engine.journal import Note
 from ..engine.session import Session
 from ..engine.state import DecodeState, LikeliestOutput, StepOutput
-from ..errors import PromptError
+from ..errors import PromptError, SettingsError, shown
 from .sampling import RandomSampler, Sampler, greedy, likeliest_needed
 from .settings import GenerationSettings
 from .text import TextCodec
@@ -28,9 +30,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class Model:
-    """A loaded artifact: a session and its text codec."""
+    """A loaded artifact: a session and its text codec. Raises SettingsError for anything else."""
 
     def __init__(self, session: Session, codec: TextCodec) -> None:
+        instance("session", session, Session)
+        instance("codec", codec, TextCodec)
         self.session = session
         self.codec = codec
 
@@ -97,20 +101,45 @@ def generate_step(
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
     state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
-    fed first. memory_bias applies to a new state. Raises PromptError before the first token.
+    fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,).
+
+    Whenever it ends, by an exception or Ctrl-C too, the state holds the prompt and the tokens that were yielded, and
+    can go on; before the first one it is as it was. Raises before the first token what `Session.prefill` raises, and
+    SettingsError for arguments of another type and for what a sampler must not return; PromptError where the state
+    was used by others between two tokens.
     """
+    instance("session", session, Session)
     if state is None:
         state = session.new_state(1, memory_bias)
-    elif state.batch != 1:
+    instance("state", state, DecodeState)
+    if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    step = _Steps(session, state, sampler)
-    token = step.first(prompt_ids)
-    while True:
-        state.pending[0] = token.id
-        yield token
-        if state.lengths[0] >= session.manifest.context_length:
-            return
-        token = step.next(token.id)
+    steps = _Steps(session, state, sampler)
+    before, token, given = state.noted(), None, None
+    try:
+        token = steps.first(prompt_ids)
+        while True:
+            read = state.lengths[0]
+            state.pending[0] = token.id
+            given = token
+            yield token
+            if state.batch != 1 or state.lengths[0] != read or state.pending[0] != token.id:
+                raise PromptError("the state was used by others since the last token; continue it by a new call")
+            if read >= session.manifest.context_length:
+                return
+            token = steps.next(token.id)
+    except BaseException:
+        _take_back(state, before, token, given)
+        raise
+
+
+def _take_back(state: DecodeState, before: Note, chosen: Token | None, given: Token | None) -> None:
+    """After an exception: a token that was chosen and not given out has not been, nor a prompt without any token.
+    before: what the state was then. chosen, given: the last ones that were."""
+    if given is None:
+        state.restore(before)
+    elif given is not chosen:
+        state.pending[0] = None
 
 
 class _Steps:
@@ -118,6 +147,8 @@ class _Steps:
     be copied from a device, from the likeliest tokens if they are enough."""
 
     def __init__(self, session: Session, state: DecodeState, sampler: Sampler) -> None:
+        if not callable(sampler):
+            raise SettingsError("sampler", sampler, "it must be a function from logits to token ids")
         self.session, self.state, self.sampler = session, state, sampler
         self.k = likeliest_needed(sampler, session.manifest.vocab_size) if session.on_device else None
 
@@ -132,7 +163,7 @@ class _Steps:
         return self._from_likeliest(self.session.decode_likeliest(self.state, [token], self.k))
 
     def _from_logits(self, output: StepOutput) -> Token:
-        return Token(int(self.sampler(output.logits)[0]), output.logits[0], _first(output.gate_mean))
+        return Token(self._checked(self.sampler(output.logits)), output.logits[0], _first(output.gate_mean))
 
     def _from_likeliest(self, output: LikeliestOutput) -> Token:
         if isinstance(self.sampler, RandomSampler):
@@ -140,6 +171,16 @@ class _Steps:
         else:
             chosen = int(output.ids[0, 0])
         return Token(chosen, None, _first(output.gate_mean))
+
+    def _checked(self, chosen: Any) -> int:
+        """The token id of a sampler that may be of one's own."""
+        try:
+            (token,) = self.session.token_ids(chosen)
+        except (PromptError, ValueError):
+            vocab = self.session.manifest.vocab_size
+            rule = f"it returned {shown(chosen)} and must return a token id for each row, (1,), below {vocab}"
+            raise SettingsError("sampler", self.sampler, rule) from None
+        return token
 
 
 def _first(gate_mean: NDArray[np.float32] | None) -> float | None:
@@ -159,29 +200,35 @@ def stream_generate(
     override its fields or the defaults, such as `max_new_tokens=8`. sampler: replaces the one that the settings
     describe. state: as in `generate_step`.
 
-    Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). Raises PromptError or
-    SettingsError before the first chunk.
+    Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). As in `generate_step`, the
+    state holds the prompt and the tokens of the chunks that were yielded, and errors are raised.
     """
-    settings = replace(settings or GenerationSettings(), **changes)
-    prompt_ids = _prompt_ids(model, prompt, settings)
+    settings, prompt_ids = _checked(model, prompt, settings, changes)
     stream = model.codec.stream()
-    steps = generate_step(
-        model.session,
-        prompt_ids,
-        sampler=sampler or settings.sampler(),
-        state=state,
-        memory_bias=settings.memory_bias,
-    )
-    for count, token in enumerate(steps, 1):
-        text = stream.push(token.id)
-        if token.id in model.session.manifest.eos_token_ids:
-            yield Chunk(text + stream.finish(), token, "stop")
-            return
-        if count >= settings.max_new_tokens:
-            yield Chunk(text + stream.finish(), token, "length")
-            return
-        yield Chunk(text, token, None)
-    yield Chunk(stream.finish(), None, "length")
+    if state is None:
+        state = model.session.new_state(1, settings.memory_bias)
+    instance("state", state, DecodeState)
+    sampler = settings.sampler() if sampler is None else sampler
+    steps = generate_step(model.session, prompt_ids, sampler=sampler, state=state)
+    before, token, given = state.noted(), None, None
+    try:
+        for count, token in enumerate(steps, 1):
+            text, reason = stream.push(token.id), _finish_reason(model, settings, token, count)
+            chunk = Chunk(text if reason is None else text + stream.finish(), token, reason)
+            given = token
+            yield chunk
+            if reason is not None:
+                return
+        yield Chunk(stream.finish(), None, "length")
+    except BaseException:
+        _take_back(state, before, token, given)
+        raise
+
+
+def _finish_reason(model: Model, settings: GenerationSettings, token: Token, count: int) -> FinishReason | None:
+    if token.id in model.session.manifest.eos_token_ids:
+        return "stop"
+    return "length" if count >= settings.max_new_tokens else None
 
 
 def generate(
@@ -193,9 +240,23 @@ def generate(
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Generation:
-    """Run `stream_generate` to its end and collect it; arguments and errors are the same."""
-    settings = replace(settings or GenerationSettings(), **changes)
-    prompt_ids = _prompt_ids(model, prompt, settings)
+    """Run `stream_generate` to its end and collect it; arguments and errors are the same. After an exception, Ctrl-C
+    too, the state is as it was before."""
+    settings, prompt_ids = _checked(model, prompt, settings, changes)
+    if state is None:
+        state = model.session.new_state(1, settings.memory_bias)
+    instance("state", state, DecodeState)
+    before = state.noted()
+    try:
+        return _collected(model, prompt_ids, settings, sampler, state)
+    except BaseException:
+        state.restore(before)
+        raise
+
+
+def _collected(
+    model: Model, prompt_ids: list[int], settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
+) -> Generation:
     text: list[str] = []
     tokens: list[Token] = []
     finish_reason: FinishReason = "length"
@@ -216,8 +277,17 @@ def generate(
     )
 
 
-def _prompt_ids(model: Model, prompt: str | Sequence[int], settings: GenerationSettings) -> list[int]:
-    return model.codec.encode_prompt(prompt, settings.raw) if isinstance(prompt, str) else list(prompt)
+def _checked(
+    model: Model, prompt: str | Sequence[int], settings: GenerationSettings | None, changes: dict[str, Any]
+) -> tuple[GenerationSettings, list[int]]:
+    """The settings with their changes, and the prompt's tokens."""
+    instance("model", model, Model)
+    if settings is not None:
+        instance("settings", settings, GenerationSettings)
+    settings = replace(settings or GenerationSettings(), **changes)
+    if isinstance(prompt, str):
+        return settings, model.codec.encode_prompt(prompt, settings.raw)
+    return settings, model.session.token_ids(prompt, "prompt")
 
 
 def _timings(prompt_tokens: int, times: list[float]) -> Timings:

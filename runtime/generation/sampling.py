@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import typed
 from ..engine.likeliest import likeliest
-from ..errors import SettingsError
+from ..errors import ArtifactError, SettingsError
 
 LEAST_TEMPERATURE = 1e-4
 """Below it logits that differ by anything at all differ by more than float64 holds."""
@@ -21,20 +22,20 @@ Sampler = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def greedy(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The most likely token of each row; the first on a tie."""
-    return np.asarray(logits.argmax(-1), np.int64)
+    """The most likely token of each row; the first on a tie. Raises as the samplers of `make_sampler`."""
+    return np.asarray(_table(logits).argmax(-1), np.int64)
 
 
 class RandomSampler:
     """Draws from what the filters leave. top_k: how many of the likeliest tokens it draws from; 0: all."""
 
     def __init__(self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
-        self.top_k = top_k
-        self.temperature, self.top_p, self.min_p = temperature, top_p, min_p
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.generator = np.random.default_rng(seed)
 
     def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Token ids (B,) for logits (B, vocab)."""
+        logits = _table(logits)
         if 0 < self.top_k < logits.shape[-1]:
             return self.choose(*likeliest(logits, self.top_k))
         return self.choose(np.broadcast_to(np.arange(logits.shape[-1]), logits.shape), logits)
@@ -65,9 +66,15 @@ def make_sampler(
 
     top_k: keep the k likeliest tokens (0: all). top_p: keep the likeliest tokens whose probabilities first add up to
     p (1: all). min_p: keep tokens at least min_p times as likely as the likeliest (0: all). seed: None differs from
-    run to run. Raises SettingsError for a value outside its range.
+    run to run. Raises SettingsError for a value of another type or outside its range. The sampler raises SettingsError
+    for what are no logits (B, vocab), and ArtifactError for logits that are not finite (-inf masks a token).
     """
-    check_sampling(temperature, top_k, top_p, min_p, seed)
+    temperature = typed("temperature", temperature, float)
+    top_k = typed("top_k", top_k, int)
+    top_p = typed("top_p", top_p, float)
+    min_p = typed("min_p", min_p, float)
+    seed = typed("seed", seed, int | None)
+    _check_ranges(temperature, top_k, top_p, min_p, seed)
     return greedy if temperature == 0 else RandomSampler(temperature, top_k, top_p, min_p, seed)
 
 
@@ -80,8 +87,15 @@ def likeliest_needed(sampler: Sampler, vocab: int) -> int | None:
     return None
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
-    """Raise SettingsError for a value outside its range."""
+def _table(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not isinstance(logits, np.ndarray) or logits.ndim != 2 or not logits.shape[1] or logits.dtype.kind != "f":
+        raise SettingsError("logits", logits, "they must be an array (B, vocab) of floating-point numbers")
+    if not np.isfinite(logits.max(-1)).all():  # NumPy takes "not a number" for the largest
+        raise ArtifactError("the logits are not finite, so that no token can be chosen")
+    return logits
+
+
+def _check_ranges(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
         raise SettingsError("temperature", temperature, f"it must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if top_k < 0:

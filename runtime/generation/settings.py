@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ..checks import check_fields
 from ..errors import SettingsError
-from .sampling import Sampler, check_sampling, make_sampler
+from .sampling import Sampler, make_sampler
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class GenerationSettings:
     chat template. memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
     temperature, top_k, top_p, min_p, seed: as in `make_sampler`; the defaults are greedy.
 
-    Raises SettingsError for values outside their range.
+    Raises SettingsError for values of another type or outside their range.
     """
 
     max_new_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "metavar": "N"})
@@ -34,11 +35,12 @@ class GenerationSettings:
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable", "metavar": "N"})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.max_new_tokens < 1:
             raise SettingsError("max_new_tokens", self.max_new_tokens, "it must be at least 1")
         if math.isnan(self.memory_bias):
             raise SettingsError("memory_bias", self.memory_bias, "it must be a number")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+        self.sampler()
 
     def sampler(self) -> Sampler:
         """A new sampler that these settings describe."""

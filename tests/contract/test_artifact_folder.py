@@ -15,7 +15,7 @@ from onnx.external_data_helper import uses_external_data
 from tokenizers import Tokenizer
 
 from export.passes import Stage, ordered_passes
-from runtime.checks import Record
+from runtime.json_checks import Record
 from runtime.schema import SCHEMA
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported, export_existing, export_tiny

@@ -13,9 +13,9 @@ import onnx
 import pytest
 
 from runtime import ArtifactError, load
-from runtime.checks import parse_json
 from runtime.console import run_commands
 from runtime.folder import check_files, unlisted_files
+from runtime.json_checks import parse_json
 from runtime.manifest import StepReads, read_manifest
 from runtime.printable import printable, shortened
 from tests.exported import PROMPT, Exported, copied, edit_manifest

@@ -107,9 +107,10 @@ def test_the_likeliest_tokens_are_chosen_on_the_device_as_on_the_host(device: De
 
 
 def test_equally_likely_tokens_come_in_the_order_of_their_ids() -> None:
-    ids, values = HostLogits(np.array([[1, 5, 2, 5, 5, 0]], np.float32)).likeliest(4)
+    ids, values, sound = HostLogits(np.array([[1, 5, 2, 5, 5, 0]], np.float32)).likeliest(4)
     assert ids.tolist() == [[1, 3, 4, 2]]
     assert values.tolist() == [[5, 5, 5, 2]]
+    assert sound.tolist() == [True]
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -144,7 +145,7 @@ def test_likeliest_outputs_are_those_of_whole_logits(tiny: Exported, on_device: 
 @pytest.mark.parametrize("k", [0, -1, 10**9, 2.5, True])
 def test_a_number_of_likeliest_tokens_outside_the_vocabulary_is_refused(on_device: Session, k: Any) -> None:
     state = on_device.new_state()
-    with pytest.raises(SettingsError, match=f"k is {k}; it must be 1 to"):
+    with pytest.raises(SettingsError, match=f"k is {k}; it must be (1 to 259|a whole number)"):
         on_device.prefill_likeliest(state, [PROMPT], k)
     assert state.lengths.tolist() == [0]
 
@@ -174,8 +175,8 @@ def test_no_step_brings_the_vocabulary_to_the_host(on_device: Session, monkeypat
     monkeypatch.setattr(onnxruntime.OrtValue, "numpy", counted)
     on_device.decode_likeliest(state, [1, 2])
     assert isinstance(binding, DeviceDecodeBinding)
-    (size,) = sizes  # in one copy: id, logit, gate and two hidden states of each row
-    assert size == 2 * (8 + 4 + 4 + 2 * 4 * on_device.manifest.hidden_size)
+    (size,) = sizes  # in one copy: id, logit, its logarithm, gate and two hidden states of each row
+    assert size == 2 * (8 + 4 + 4 + 4 + 2 * 4 * on_device.manifest.hidden_size)
     sizes.clear()
     on_device.decode_step(state, [1, 2])
     assert sorted(sizes) == sorted([size, 2 * 4 * on_device.manifest.vocab_size])

@@ -289,7 +289,7 @@ def test_an_unused_state_is_freed_at_once(session: Session) -> None:
 def test_decoding_before_a_prompt_is_refused(session: Session) -> None:
     with pytest.raises(PromptError, match="no prompt yet"):
         session.decode_step(session.new_state(1), [5])
-    with pytest.raises(SettingsError, match="batch is 0; it must be at least 1"):
+    with pytest.raises(SettingsError, match="batch is 0; it must be 1 to 65536"):
         session.new_state(0)
 
 

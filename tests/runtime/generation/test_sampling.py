@@ -68,9 +68,25 @@ def test_rows_of_a_batch_are_drawn_apart() -> None:
         ("temperature", 1e-320),
         ("top_k", -1),
         ("top_p", 0),
+        ("top_p", float("nan")),
         ("min_p", 1),
+        ("min_p", 2),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("temperature", "hot"),
+        ("temperature", True),
     ],
 )
 def test_a_setting_outside_its_range_is_named(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=f"{name} is"):
         make_sampler(**{name: value})
+
+
+def test_settings_at_the_ends_of_their_ranges_have_one_meaning() -> None:
+    assert list(make_sampler(1.0, top_p=1e-320, seed=0)(LOGITS)) == [0]
+    assert list(make_sampler(1e-4, seed=0)(LOGITS)) == [0]
+    assert drawn(temperature=1e308)[4] == pytest.approx(0.2, abs=0.03)
+    assert drawn(temperature=1.0, min_p=1e-320)[4] > 0
+    assert drawn(temperature=1.0, top_k=2**70)[4] > 0
+    sampler, other = (make_sampler(1.0, seed=seed) for seed in (5, 2**64 + 5))
+    assert [sampler(LOGITS)[0] for _ in range(40)] != [other(LOGITS)[0] for _ in range(40)]
