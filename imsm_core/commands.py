@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
         "train",
         partial(_train, commands),
         "tune an adapter and a gate on a base model",
-        needs=("torch", "transformers", "peft", "safetensors", "tqdm"),
+        needs=("torch", "transformers", "peft", "safetensors", "filelock", "tqdm"),
         extra="train",
     )
     add = parser.add_argument
