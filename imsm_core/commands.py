@@ -35,7 +35,8 @@ def register(commands: Any) -> None:
 
 def _train(commands: Any, args: argparse.Namespace) -> int:
     settings, training = commands.read_options(TuneSettings, args), commands.read_options(TrainSettings, args)
-    from .training.tuning import tune  # after the settings, so that a mistake in them is told at once
+    with commands.loading():
+        from .training.tuning import tune  # after the settings, so that a mistake in them is told at once
 
     metrics = tune(
         args.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from .bench.settings import BenchSettings
 from .engine.execution import Execution
 from .errors import SettingsError
 from .generation.settings import GenerationSettings
+from .interrupts import loading
 from .options import read_options
+from .streams import read_prompt
 
 if TYPE_CHECKING:
     from .console import Commands
@@ -44,10 +47,11 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .generation.generation import generate, load, stream_generate
-
     settings, execution = read_options(GenerationSettings, args), read_options(Execution, args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_prompt(args.prompt)
+    with loading():
+        from .generation.generation import generate, load, stream_generate
+
     model = load(args.artifact, execution)
     if args.json:
         result = generate(model, prompt, settings)
@@ -94,8 +98,9 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(args: argparse.Namespace, commands: Commands) -> int:
-    from .generation.generation import load
-    from .manifest import check_files, read_manifest
+    with loading():
+        from .generation.generation import load
+        from .manifest import check_files, read_manifest
 
     if args.base is not None and args.checkpoint is None:
         raise SettingsError("base", args.base, "it needs {checkpoint}")
@@ -126,10 +131,11 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.compare import bench, format_table, named_providers
+    with loading():
+        from .bench.compare import bench, format_table, named_providers
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise SettingsError("json", args.json, "its folder does not exist")
+    if args.json is not None:
+        _check_file(args.json)
     try:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
     except ValueError as error:
@@ -151,13 +157,24 @@ def _bench(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def _check_file(path: Path) -> None:
+    """Raise SettingsError if --json cannot be written: before the measurement, not after it."""
+    if not path.absolute().parent.is_dir():
+        raise SettingsError("json", path, "its folder does not exist")
+    if path.is_dir():
+        raise SettingsError("json", path, "it is a folder")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise SettingsError("json", path, "there is no permission to write it")
+
+
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add("doctor", _doctor, "show what this machine can run", **NEEDS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import examine, format_report
+    with loading():
+        from .doctor import examine, format_report
 
     facts = examine()
     print(json.dumps(facts) if args.json else format_report(facts))

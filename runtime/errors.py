@@ -57,6 +57,10 @@ class SettingsError(IMSMRuntimeError):
         return f"{spell(self.name)} is {value}; {rule}"
 
 
+class IMSMWarning(UserWarning):
+    """Something that was done in another way than it was asked for; its message is one line."""
+
+
 def setting(name: str) -> str:
     """A setting's name inside a message. The marks around it are in no text that a user may give, as braces are."""
     return f"\x02{name}\x03"
