@@ -47,7 +47,7 @@ def signals_raise() -> Iterator[Received]:
     def dropped(unraisable: Any) -> None:
         if received.number is not None and issubclass(unraisable.exc_type, KeyboardInterrupt | Terminated):
             # Not from here, where the handler's exception would be dropped as well.
-            threading.Timer(0.05, _thread.interrupt_main, (received.number,)).start()
+            threading.Timer(0.05, _interrupt_main_thread, (received.number,)).start()
         else:
             hook(unraisable)
 
@@ -88,6 +88,13 @@ def _handled_by(handler: Handler) -> Iterator[None]:
 def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, b"interrupted\n")
     os._exit(128 + number)
+
+
+def _interrupt_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):  # ends a call of the system too
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(number)
 
 
 def _ignore() -> None:
