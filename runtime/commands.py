@@ -150,7 +150,10 @@ def _bench(args: argparse.Namespace) -> int:
     text = json.dumps(document)
     print(text)
     if args.json is not None:
-        args.json.write_text(text + "\n", encoding="utf-8")
+        try:
+            args.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:  # one of writing has no name of a file
+            raise OSError(error.errno, error.strerror, str(args.json)) from error
     failures = [facts for facts in document["providers"] if "error" in facts]
     for facts in failures:
         print(f"error: {facts['provider']} did not run: {facts['error']}", file=sys.stderr)

@@ -144,6 +144,10 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
     prepare_streams()
     if sys.stdout is None:
         return _failed("stdout is closed, and answers go there; redirect it to a file or to /dev/null")
+    try:
+        Path.cwd()
+    except OSError:  # libraries that look for their files would end in anything
+        return _failed("the current folder does not exist any more; change into one that does")
     words = sys.argv[1:] if argv is None else list(argv)
     with signals_raise() as received, _warnings_in_one_line():
         try:

@@ -94,7 +94,7 @@ def _interrupt_main_thread(number: int) -> None:
     if hasattr(signal, "pthread_kill"):  # ends a call of the system too
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def _ignore() -> None:

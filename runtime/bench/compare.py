@@ -220,7 +220,7 @@ def _in_own_process(folder: Path, provider: str, settings: BenchSettings) -> _Me
         process.join()
         raise
     process.join()
-    if isinstance(outcome, IMSMRuntimeError):
+    if isinstance(outcome, Exception):
         raise outcome
     measured: _Measured = outcome
     return measured
@@ -242,7 +242,7 @@ def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -
     execution = replace(settings.execution, provider=provider, cuda_graph=graph)
     try:
         sender.send(_measure_alone(folder, execution, settings))
-    except IMSMRuntimeError as error:
+    except (IMSMRuntimeError, OSError, MemoryError) as error:  # for the process that waits to tell
         sender.send(error)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):

@@ -138,7 +138,7 @@ def test_a_warning_of_ours_is_a_line_and_others_stay_as_they_are(capsys: pytest.
         warnings.warn("another's", UserWarning, stacklevel=1)
         return 0
 
-    with pytest.warns(UserWarning) as others:
+    with pytest.warns(UserWarning, match="another") as others:
         assert run(act) == 0
     assert capsys.readouterr().err == "warning: 2 run\n"
     assert [str(warning.message) for warning in others] == ["another's"]

@@ -27,9 +27,19 @@ sys.exit(run_commands("program", [register]))
 """
 
 
-def run(words: list[str | bytes], redirection: str = "", **variables: str) -> tuple[int, str, str]:
+def run(words: list[str | bytes], redirection: str = "", before: str = "", **variables: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the program's command."""
-    command = ["/bin/bash", "-c", f'exec "$@" {redirection}', "bash", sys.executable, "-c", PROGRAM, "act", *words]
+    command = [
+        "/bin/bash",
+        "-c",
+        f'{before} exec "$@" {redirection}',
+        "bash",
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "act",
+        *words,
+    ]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, check=False)
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
@@ -136,3 +146,12 @@ def test_a_closed_stdin_is_an_empty_prompt_and_a_folder_is_one_line(monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Folder())))
     with pytest.raises(PromptError, match="cannot be read from stdin: Is a directory"):
         read_prompt("-")
+
+
+def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    assert run(["x"], before=f"cd {tmp_path}/gone && rmdir ../gone &&") == (
+        2,
+        "",
+        "error: the current folder does not exist any more; change into one that does\n",
+    )
