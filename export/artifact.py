@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imsm_core.disk import room_for
 from imsm_core.files import sha256_of_file
 
 from .attention.plan import MOST_PADDING, AttentionPlan
@@ -31,10 +32,13 @@ PRODUCERS = ("imsm-runtime", "torch", "transformers", "peft", "onnx", "onnx-ir",
 
 
 def write_graph(model: ir.Model, folder: Path) -> None:
-    """model.onnx and model.onnx.data: every weight external, in one file that onnxruntime maps into memory."""
+    """model.onnx and model.onnx.data: every weight external, in one file that onnxruntime maps into memory. Raises
+    OutputError where there is no room for them."""
     (folder / DATA).unlink(missing_ok=True)  # a smaller one may follow a larger one
-    ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=256)
-    _share_storage(folder / GRAPH)
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    with room_for(folder, sum(weight.nbytes for weight in weights if weight is not None)):
+        ir.save(model, folder / GRAPH, external_data=DATA, size_threshold_bytes=256)
+        _share_storage(folder / GRAPH)
 
 
 def _share_storage(path: Path) -> None:

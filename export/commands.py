@@ -51,7 +51,8 @@ def register(commands: Any) -> None:
 def _export(commands: Any, args: argparse.Namespace) -> int:
     settings = commands.read_options(ExportSettings, args)
     _check_source(args)
-    from .pipeline import export_adapter, export_checkpoint  # after the checks, so that a mistake is reported at once
+    with commands.loading():
+        from .pipeline import export_adapter, export_checkpoint  # after the checks: a mistake is reported at once
 
     if args.adapter is None:
         manifest = export_checkpoint(args.checkpoint, args.artifact, settings, args.base, args.force, _to_stderr)

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from imsm_core.backbone import load_tokenizer
 from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
+from imsm_core.claims import claimed
+from imsm_core.disk import check_room
 from imsm_core.errors import SettingsError
-from imsm_core.files import publish_folder, refuse_existing
+from imsm_core.files import publish_folder
 from imsm_core.foreign import assemble
 from imsm_core.siamese import SiameseModel
 
@@ -54,18 +56,20 @@ def export_checkpoint(
     """Export a CHECKPOINT folder; returns the manifest.
 
     base_model: where the base model is now, if not where the checkpoint says. Raises OutputExistsError,
-    CheckpointError, BaseModelError, AdapterError, SettingsError, DataError, UnsupportedError or VerificationError, in
-    each case without writing anything at `target`.
+    OutputError, CheckpointError, BaseModelError, AdapterError, SettingsError, DataError, UnsupportedError or
+    VerificationError, in each case without writing anything at `target`.
     """
     checkpoint, target = Path(checkpoint), Path(target)
-    refuse_existing(target, MANIFEST, force)
-    report(f"load      {checkpoint}")
-    with phase("load", report):
-        model, info = load_checkpoint(checkpoint, base_model)
-        tokenizer = load_tokenizer(base_model or info.base_model, info.base_revision)
     settings = settings or ExportSettings()
-    check_quantized_backbone(info, settings, report)
-    return export_model(model, tokenizer, info, target, settings, force, report)
+    with claimed(target, MANIFEST, force, (checkpoint, base_model, settings.calibrate, settings.eval_data)):
+        report(f"load      {checkpoint}")
+        with phase("load", report):
+            model, info = load_checkpoint(checkpoint, base_model)
+            base_model = base_model or info.base_model
+            tokenizer = load_tokenizer(base_model, info.base_revision)
+        check_quantized_backbone(info, settings, report)
+        with claimed(target, MANIFEST, force, (base_model,)):
+            return export_model(model, tokenizer, info, target, settings, force, report)
 
 
 def export_adapter(
@@ -85,13 +89,14 @@ def export_adapter(
     `export_checkpoint`.
     """
     adapter, target = Path(adapter), Path(target)
-    refuse_existing(target, MANIFEST, force)
-    report(f"load      {adapter}")
-    source = None if gate_from is None else Path(gate_from)
-    with phase("load", report):
-        tokenizer = load_tokenizer(base_model)
-        model, info = assemble(adapter, base_model, gate, source, adapter_name)
-    return export_model(model, tokenizer, info, target, settings or ExportSettings(), force, report)
+    settings = settings or ExportSettings()
+    with claimed(target, MANIFEST, force, (adapter, base_model, gate_from, settings.calibrate, settings.eval_data)):
+        report(f"load      {adapter}")
+        source = None if gate_from is None else Path(gate_from)
+        with phase("load", report):
+            tokenizer = load_tokenizer(base_model)
+            model, info = assemble(adapter, base_model, gate, source, adapter_name)
+        return export_model(model, tokenizer, info, target, settings, force, report)
 
 
 def export_model(
@@ -105,9 +110,12 @@ def export_model(
 ) -> dict[str, Any]:
     """Export a siamese model in memory (CPU, float32); returns the manifest. Raises as `export_checkpoint`."""
     model.eval()
-    with phase("prepare", report):
-        prepared = prepare(model, tokenizer, info, settings, report)
-    with publish_folder(target, MANIFEST, force) as draft:
+    size = smallest_size(model, settings)
+    with claimed(target, MANIFEST, force) as place:
+        check_room(place.home, size)
+        with phase("prepare", report):
+            prepared = prepare(model, tokenizer, info, settings, report)
+    with publish_folder(target, MANIFEST, force, size) as draft:
         with phase("trace", report):
             written = write(prepared, draft, report)
         with phase("verify", report):
@@ -115,6 +123,14 @@ def export_model(
         manifest = describe(prepared, written, verified, draft)
     report(f"written   {target}")
     return manifest
+
+
+def smallest_size(model: SiameseModel, settings: ExportSettings) -> int:
+    """Bytes that the backbone's weights take in the artifact at least: no scales, and every matrix quantized."""
+    bits = settings.bits or (32 if settings.dtype_name == "float32" else 16)
+    adapter = f".{model.peft_model.active_adapter}."  # a part of the name of whatever PEFT adds
+    weights = (weight for name, weight in model.causal_lm.named_parameters() if adapter not in f"{name}.")
+    return sum(weight.numel() for weight in weights) * bits // 8
 
 
 def check_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:

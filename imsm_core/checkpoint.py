@@ -50,10 +50,11 @@ class CheckpointInfo:
 
 
 def save_checkpoint(model: SiameseModel, info: CheckpointInfo, target: Path, force: bool = False) -> None:
-    """Write the folder whole or not at all. Raises OutputExistsError if it exists and `force` is false."""
-    with publish_folder(target, INFO, force) as draft:
+    """Write the folder whole or not at all. Raises OutputExistsError if it exists and `force` is false,
+    OutputError if it cannot be written."""
+    gate = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.gate.state_dict().items()}
+    with publish_folder(target, INFO, force, size=sum(tensor.nbytes for tensor in gate.values())) as draft:
         save_adapter(model.peft_model, draft / "adapter")
-        gate = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.gate.state_dict().items()}
         save_file(gate, draft / "gate.safetensors", metadata={"kind": info.gate_kind})
         (draft / INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
         "train",
         partial(_train, commands),
         "tune an adapter and a gate on a base model",
-        needs=("torch", "transformers", "peft", "safetensors", "tqdm"),
+        needs=("torch", "transformers", "peft", "safetensors", "filelock", "tqdm"),
         extra="train",
     )
     add = parser.add_argument
@@ -35,7 +35,8 @@ def register(commands: Any) -> None:
 
 def _train(commands: Any, args: argparse.Namespace) -> int:
     settings, training = commands.read_options(TuneSettings, args), commands.read_options(TrainSettings, args)
-    from .training.tuning import tune  # after the settings, so that a mistake in them is told at once
+    with commands.loading():
+        from .training.tuning import tune  # after the settings, so that a mistake in them is told at once
 
     metrics = tune(
         args.model,

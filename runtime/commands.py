@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from .bench.settings import BenchSettings
 from .engine.execution import Execution
 from .errors import SettingsError
 from .generation.settings import GenerationSettings
+from .interrupts import loading
 from .options import read_options
+from .streams import read_prompt
 
 if TYPE_CHECKING:
     from .console import Commands
@@ -43,10 +46,11 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from .generation.generation import generate, load, stream_generate
-
     settings, execution = read_options(GenerationSettings, args), read_options(Execution, args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = read_prompt(args.prompt)
+    with loading():
+        from .generation.generation import generate, load, stream_generate
+
     model = load(args.artifact, execution)
     if args.json:
         result = generate(model, prompt, settings)
@@ -93,11 +97,12 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _verify(args: argparse.Namespace, commands: Commands) -> int:
-    from .engine.signature import check_sections
-    from .folder import check_files, unlisted_files
-    from .generation.generation import load
-    from .manifest import read_manifest
-    from .printable import printable
+    with loading():
+        from .engine.signature import check_sections
+        from .folder import check_files, unlisted_files
+        from .generation.generation import load
+        from .manifest import read_manifest
+        from .printable import printable
 
     if args.base is not None and args.checkpoint is None:
         raise SettingsError("base", args.base, "it needs {checkpoint}")
@@ -140,10 +145,11 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.compare import bench, format_table, named_providers
+    with loading():
+        from .bench.compare import bench, format_table, named_providers
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise SettingsError("json", args.json, "its folder does not exist")
+    if args.json is not None:
+        _check_file(args.json)
     try:
         lengths = tuple(int(length) for length in args.prompt_lengths.split(","))
     except ValueError as error:
@@ -158,11 +164,24 @@ def _bench(args: argparse.Namespace) -> int:
     text = json.dumps(document)
     print(text)
     if args.json is not None:
-        args.json.write_text(text + "\n", encoding="utf-8")
+        try:
+            args.json.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:  # one of writing has no name of a file
+            raise OSError(error.errno, error.strerror, str(args.json)) from error
     failures = [facts for facts in document["providers"] if "error" in facts]
     for facts in failures:
         print(f"error: {facts['provider']} did not run: {facts['error']}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _check_file(path: Path) -> None:
+    """Raise SettingsError if --json cannot be written: before the measurement, not after it."""
+    if not path.absolute().parent.is_dir():
+        raise SettingsError("json", path, "its folder does not exist")
+    if path.is_dir():
+        raise SettingsError("json", path, "it is a folder")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise SettingsError("json", path, "there is no permission to write it")
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -171,7 +190,8 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import examine, format_report
+    with loading():
+        from .doctor import examine, format_report
 
     facts = examine()
     print(json.dumps(facts) if args.json else format_report(facts))

@@ -14,19 +14,29 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from .errors import MissingPackageError
+from .errors import IMSMRuntimeError, IMSMWarning, MissingPackageError
+from .interrupts import Received, Terminated, loading, signals_raise
 from .machine import usable_cores
 from .options import add_options, read_options, spelt_option
+from .streams import STDOUT, forget_stdout, prepare_streams
 
 GROUP = "imsm.commands"
 DISTRIBUTION = "imsm-runtime"
 DESCRIPTION = "Tune, export and run siamese language models (IMSM)."
-INTERRUPTED, BROKEN_PIPE = 130, 141  # as a shell reports them
+MISTAKE = IMSMRuntimeError.exit_code
+BROKEN_PIPE = 141  # as a shell reports it
+LONGEST_LINE = 2000
+_NO_MEMORY = re.compile(  # what PyTorch, onnxruntime and C++ say, as errors of no type of their own
+    r"can't allocate memory|out of memory|failed to allocate memory|std::bad_alloc|bad allocation", re.IGNORECASE
+)
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 Register = Callable[["Commands"], None]
 Run = Callable[[argparse.Namespace], int]
@@ -51,6 +61,7 @@ class IntermixedParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own does not know -1e4
+        self.register("type", Path, _path)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -71,6 +82,7 @@ class Commands:
 
     add_options = staticmethod(add_options)
     read_options = staticmethod(read_options)
+    loading = staticmethod(loading)
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parsers: dict[str, argparse.ArgumentParser] = {}
@@ -92,6 +104,7 @@ class Commands:
             return run(args)
 
         parser.set_defaults(run=checked)
+        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         self.parsers[name] = parser
         return parser
 
@@ -114,46 +127,122 @@ class Commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `imsm`: the commands of every installed package that has any."""
     registers = []
-    for entry in entry_points(group=GROUP):
-        try:
-            registers.append(entry.load())
-        except Exception as error:  # someone else's package; the other commands still work
-            print(f"warning: the commands of {entry.value} are left out: {error}", file=sys.stderr)
+    with loading():
+        for entry in entry_points(group=GROUP):
+            try:
+                registers.append(entry.load())
+            except Exception as error:  # someone else's package; the other commands still work
+                print(f"warning: the commands of {entry.value} are left out: {error}", file=sys.stderr)
     return run_commands("imsm", registers, argv)
 
 
 def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] | None = None) -> int:
     """Parse and run a command of a program called `name`; returns its exit code: 0, 1 (a check failed), 2 (a
-    user's mistake), 130 (Ctrl-C), 141 (the reader of stdout went away).
+    user's mistake, or the system refused something), 130 (Ctrl-C), 143 (SIGTERM), 141 (the reader of stdout went away).
 
-    An exception with an `exit_code` is a user's mistake and becomes one line; any other is a bug.
+    An exception with an `exit_code` is a user's mistake and becomes one line, and so do errors of the system and of
+    memory; any other is a bug.
     """
+    prepare_streams()
+    if sys.stdout is None:
+        return _failed("stdout is closed, and answers go there; redirect it to a file or to /dev/null")
+    try:
+        Path.cwd()
+    except OSError:  # libraries that look for their files would end in anything
+        return _failed("the current folder does not exist any more; change into one that does")
+    words = sys.argv[1:] if argv is None else list(argv)
+    with signals_raise() as received, _warnings_in_one_line():
+        try:
+            return _parse_and_run(name, registers, words)
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            if "--debug" in words:
+                raise
+            return _explain(error, received)
+
+
+def _parse_and_run(name: str, registers: Iterable[Register], words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}", help="print the version")
     commands = Commands(parser)
     for register in registers:
         register(commands)
-    args = parser.parse_args(argv)
-    _settle_openmp()
     try:
-        code: int = args.run(args)
+        if any("\0" in word for word in words):
+            parser.error("an argument holds a NUL character")
+        args = parser.parse_args(words)
+    except SystemExit:  # after --help
         sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # as `| head` does; what Python flushes at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    _settle_openmp()
+    code: int = args.run(args)
+    sys.stdout.flush()
+    return code
+
+
+def _explain(error: BaseException, received: Received) -> int:
+    """Tell what went wrong in one line; returns the exit code. Raises what is a bug."""
+    if received.number is not None or isinstance(error, KeyboardInterrupt):
+        return _failed("", received.exit_code)
+    if isinstance(error, BrokenPipeError):  # as `| head` does
+        forget_stdout()
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        exit_code = getattr(error, "exit_code", None)
-        if args.debug or not isinstance(exit_code, int):
-            raise
-        print(f"error: {message(error)}", file=sys.stderr)
-        return exit_code
+    exit_code = getattr(error, "exit_code", None)
+    if isinstance(error, Exception) and isinstance(exit_code, int):
+        return _failed(message(error), exit_code)
+    if _is_out_of_memory(error):
+        why = " ".join(str(error).split()) or "nothing more is known"
+        return _failed(f"memory ran out ({why}); use shorter texts, a smaller batch, or a smaller model or precision")
+    if isinstance(error, OSError):
+        return _failed(_of_the_system(error))
+    raise error
+
+
+def _failed(line: str, code: int = MISTAKE) -> int:
+    print(one_line(f"error: {line}") if line else "interrupted", file=sys.stderr)
+    return code
+
+
+def _of_the_system(error: OSError) -> str:
+    """What an error of the system is about, and what it is."""
+    where = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    if error.filename == STDOUT:
+        forget_stdout()
+    return ": ".join([*where, error.strerror or str(error) or type(error).__name__])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """The project's own warnings are lines of a command's report, without the place in the code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(text: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+            if issubclass(category, IMSMWarning):
+                print(one_line(f"warning: {text}"), file=sys.stderr)
+            else:
+                others(text, category, *where, **how)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def one_line(text: str) -> str:
+    """A text in one line that a terminal shows as it is: other characters are escaped, and the middle of a very long
+    one is left out."""
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} [...] {text[-LONGEST_LINE // 4 :]}"
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path cannot be empty")
+    return Path(text)
 
 
 def _settle_openmp() -> None:

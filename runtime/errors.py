@@ -81,6 +81,10 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+class IMSMWarning(UserWarning):
+    """Something that was done in another way than it was asked for; its message is one line."""
+
+
 def setting(name: str) -> str:
     """A setting's name inside a message. The marks around it are in no text that a user may give, as braces are."""
     return f"\x02{name}\x03"

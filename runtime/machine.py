@@ -3,6 +3,7 @@ Python knows."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -19,6 +20,14 @@ def usable_cores(root: Path = Path("/")) -> int:
     quota = cgroup_quota(root)
     count = len(cores) if quota is None else min(len(cores), int(quota))
     return max(1, count)
+
+
+def usable_processors(root: Path = Path("/")) -> int:
+    """Processors, several to a core, within the affinity mask and the cgroup's CPU quota: more threads only wait for
+    each other. root: where /sys and /proc are."""
+    quota = cgroup_quota(root)
+    count = len(_affinity())
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:

@@ -26,7 +26,7 @@ def table(parser: argparse.ArgumentParser) -> str:
     """A Markdown table of a command's arguments: how they are written, their default, what they do."""
     rows = ["| option | default | what |", "|---|---|---|"]
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         name = ", ".join(action.option_strings)
         value = str(action.metavar or "")

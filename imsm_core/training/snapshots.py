@@ -1,4 +1,5 @@
-"""What an interrupted training run needs to continue exactly where it was: OUT.partial/snapshot-NNNNNNNN/.
+"""What an interrupted training run needs to continue exactly where it was: OUT.partial/snapshot-NNNNNNNN/, or
+OUT/imsm.partial/... where drafts lie in the folder.
 
 state.safetensors    parameters, AdamW moments, the random generator's state, and what the method adds
 state.json           step, losses, seconds, and what the run was started with
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..claims import Place
 from ..errors import CheckpointError, SettingsError, setting, shown
 from ..files import publish_folder
 
@@ -24,9 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _PARAMETER, _OTHER = "parameter/", "other/"
 
 
-def partial_folder(out: Path) -> Path:
-    """Where the snapshots of a run that will write `out` are kept."""
-    return out.with_name(out.name + ".partial")
+def partial_folder(place: Place) -> Path:
+    """Where the snapshots of a run that writes to `place` are kept."""
+    return place.home / f"{place.prefix}.partial"
 
 
 def save_snapshot(
@@ -49,7 +51,8 @@ def save_snapshot(
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     partial.mkdir(parents=True, exist_ok=True)
     target = partial / f"snapshot-{step:08d}"
-    with publish_folder(target, "state.json", force=True) as draft:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with publish_folder(target, "state.json", force=True, size=size) as draft:
         save_file(tensors, draft / "state.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
     for other in _snapshots(partial):

@@ -18,9 +18,11 @@ from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
 from ..backbone import fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
+from ..claims import Place, claimed
 from ..data.dataset import load_jsonl
+from ..disk import check_room
 from ..errors import OutputExistsError, SettingsError, setting
-from ..files import refuse_existing, sha256_of_file
+from ..files import sha256_of_file
 from ..gates import make_gate
 from ..quantized_backbone import round_backbone
 from ..siamese import SiameseModel
@@ -50,13 +52,28 @@ def tune(
     possible; Interrupted on Ctrl-C.
     """
     settings, training = settings or TuneSettings(), training or TrainSettings()
-    data, target = Path(data), Path(out).resolve()
     # 1. Everything that can be refused is refused before the long work.
     if settings.peft_config is not None:
         read_peft_config(settings.peft_config)
     device = _device(device)
-    refuse_existing(target, INFO, force)
-    partial = partial_folder(target)
+    with claimed(Path(out), INFO, force, inputs=(model, data, settings.peft_config)) as place:
+        return _tune(model, Path(data), place, settings, training, revision, device, resume, force, progress)
+
+
+def _tune(
+    model: str,
+    data: Path,
+    place: Place,
+    settings: TuneSettings,
+    training: TrainSettings,
+    revision: str | None,
+    device: str,
+    resume: bool,
+    force: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """As `tune`, with the output folder claimed."""
+    partial = partial_folder(place)
     if newest_snapshot(partial) is not None and not resume:
         if not force:
             raise OutputExistsError(
@@ -80,6 +97,7 @@ def tune(
     gate = make_gate(settings.gate, hidden_size(base), settings.gate_rank, training.gate_dropout)
     siamese = SiameseModel(attach_adapter(base, config), gate).to(device)
     siamese.check_forward()
+    check_room(place.home, _size_of_output(siamese, training.total_steps(len(dataset.examples)), training))
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
@@ -98,7 +116,7 @@ def tune(
         metrics=metrics,
         quantized_backbone=rounding,
     )
-    save_checkpoint(siamese, info, target, force)
+    save_checkpoint(siamese, info, place.folder, force)
     shutil.rmtree(partial, ignore_errors=True)
     return metrics
 
@@ -108,6 +126,13 @@ def adapter_config(settings: TuneSettings, model: PreTrainedModel) -> PeftConfig
     if settings.peft_config is not None:
         return read_peft_config(settings.peft_config)
     return peft_config(settings.peft or DEFAULT_METHOD, **settings.adapter_options(), model=model)
+
+
+def _size_of_output(model: SiameseModel, steps: int, training: TrainSettings) -> int:
+    """Bytes of the checkpoint and of the snapshots that are on the disk beside it: two, while one replaces the other,
+    with two moments for each parameter."""
+    trained = sum(value.numel() * value.element_size() for value in model.trainable_parameters().values())
+    return trained * (1 + 3 * min(2, steps // training.save_every))
 
 
 def _room_for_text(settings: TuneSettings, config: PeftConfig, model: PreTrainedModel) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -213,11 +215,12 @@ def _in_own_process(folder: Path, provider: str, settings: BenchSettings) -> _Me
     except EOFError as error:
         process.join()
         raise IMSMRuntimeError(f"the benchmark of {provider!r} {_death(process.exitcode)}") from error
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C, or SIGTERM
         process.terminate()
+        process.join()
         raise
     process.join()
-    if isinstance(outcome, IMSMRuntimeError):
+    if isinstance(outcome, Exception):
         raise outcome
     measured: _Measured = outcome
     return measured
@@ -234,16 +237,25 @@ def _death(code: int | None) -> str:
 
 def _worker(sender: Any, folder: Path, provider: str, settings: BenchSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     graph = settings.execution.cuda_graph and provider == "cuda"
     execution = replace(settings.execution, provider=provider, cuda_graph=graph)
     try:
         sender.send(_measure_alone(folder, execution, settings))
-    except IMSMRuntimeError as error:
+    except (IMSMRuntimeError, OSError, MemoryError) as error:  # for the process that waits to tell
         sender.send(error)
     except Exception as error:
         if not is_onnxruntimes(error):
             raise
         sender.send(ProviderError(" ".join(str(error).split())))
+
+
+def _end_with_parent() -> None:
+    """Nobody else ends this process when the one that waits for it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measure_alone(folder: Path, execution: Execution, settings: BenchSettings) -> _Measured:

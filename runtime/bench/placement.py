@@ -5,6 +5,7 @@ A session may name a provider as in use and still run most of its nodes elsewher
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections import Counter
@@ -47,7 +48,11 @@ def place_nodes(folder: Path, execution: Execution, prompts: list[list[int]]) ->
         session.prefill(state, prompts)
         session.decode_step(state, np.zeros(len(prompts), np.int64))
         path = Path(session.onnx.end_profiling())
-        events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        try:
+            events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as error:
+            text = "onnxruntime did not write its profile whole; is the disk full?"
+            raise OSError(errno.ENOSPC, text, str(path)) from error
     return read_events(events, PROVIDERS[execution.provider])
 
 

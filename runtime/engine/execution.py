@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 from ..checks import check_fields
-from ..errors import SettingsError
-
-MOST_THREADS = 1024
+from ..errors import IMSMWarning, SettingsError
+from ..machine import usable_processors
 
 
 @dataclass(frozen=True)
 class Execution:
-    """provider: a key of `providers.PROVIDERS`. threads: None is the usable physical cores. spin: whether idle threads
+    """provider: a key of `providers.PROVIDERS`. threads: None is the usable physical cores; more than the usable
+    processors are cut to those, with an IMSMWarning. spin: whether idle threads
     busy-wait, which is faster and uses the processor. allow_fallback: whether onnxruntime may continue without the
     provider. kernels: whether the CPU provider runs this project's kernels where there are any. cuda_graph: whether
     decode steps are captured once and replayed, with the CUDA provider.
@@ -33,7 +34,12 @@ class Execution:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise SettingsError("threads", self.threads, f"it must be 1 to {MOST_THREADS}")
+        if self.threads is not None and self.threads < 1:
+            raise SettingsError("threads", self.threads, "it must be at least 1")
+        most = usable_processors()
+        if self.threads is not None and self.threads > most:
+            text = f"{self.threads} threads are more than the {most} processors that this process may use; {most} run"
+            warnings.warn(text, IMSMWarning, stacklevel=3)
+            object.__setattr__(self, "threads", most)
         if self.cuda_graph and self.provider != "cuda":
             raise SettingsError("provider", self.provider, "{cuda_graph} needs cuda")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 
 from runtime import console
 from runtime.console import Commands, run_commands
-from runtime.errors import IMSMRuntimeError, SettingsError
+from runtime.errors import IMSMRuntimeError, IMSMWarning, SettingsError
 from runtime.machine import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,8 +62,163 @@ def test_a_mistake_is_one_line_and_its_exit_code(
 
 
 def test_a_bug_is_not_reported_as_a_users_mistake() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(raising(ZeroDivisionError()))
+    for bug in (ZeroDivisionError(), RuntimeError("shapes differ")):
+        with pytest.raises(type(bug)):
+            run(raising(bug))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/no/where"), "/no/where: No such file or directory"),
+        (PermissionError(1, "Not permitted", "a", None, "b"), "a: b: Not permitted"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("11008 requested and 1024 written"), "11008 requested and 1024 written"),
+        (TimeoutError(), "TimeoutError"),
+        (FileNotFoundError(2, "No such file", "two\nlines caf\udce9"), r"two\nlines caf\udce9: No such file"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error: OSError, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(error)) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 8.00 TiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(error)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: memory ran out (")
+    assert told.endswith("); use shorter texts, a smaller batch, or a smaller model or precision\n")
+    assert told.count("\n") == 1
+
+
+def test_a_very_long_line_loses_its_middle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(raising(IMSMRuntimeError("begin" + "x" * 10**6 + "end"))) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: begin")
+    assert told.endswith("end\n")
+    assert len(told) < 2000
+
+
+def test_debug_may_follow_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    def register(commands: Commands) -> None:
+        commands.add("act", raising(IMSMRuntimeError("no")), "do something").add_argument("where", nargs="?")
+
+    for words in (["act", "--debug"], ["act", "x", "--debug"], ["act", "--debug", "x"], ["--debug", "act", "x"]):
+        with pytest.raises(IMSMRuntimeError):
+            run_commands("program", [register], words)
+    with pytest.raises(SystemExit):
+        run_commands("program", [register], ["act", "--help"])
+    assert "--debug" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "why"), [("", "argument --path: a path cannot be empty"), ("a\0b", "an argument holds a NUL character")]
+)
+def test_a_path_that_cannot_be_one_is_refused(word: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def register(commands: Commands) -> None:
+        commands.add("act", lambda args: 0, "do something").add_argument("--path", type=Path)
+
+    with pytest.raises(SystemExit) as ended:
+        run_commands("program", [register], ["act", "--path", word])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {why}\n")
+
+
+def test_a_warning_of_ours_is_a_line_and_others_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    def act(args: argparse.Namespace) -> int:
+        warnings.warn("2 run", IMSMWarning, stacklevel=1)
+        warnings.warn("another's", UserWarning, stacklevel=1)
+        return 0
+
+    with pytest.warns(UserWarning, match="another") as others:
+        assert run(act) == 0
+    assert capsys.readouterr().err == "warning: 2 run\n"
+    assert [str(warning.message) for warning in others] == ["another's"]
+
+
+SIGNALLED = f"""
+import os, signal, sys, time; sys.path.insert(0, {str(ROOT)!r})
+from runtime.console import run_commands
+from runtime.interrupts import loading
+def act(args):
+    print("ready", flush=True)
+    try:
+        BODY
+    finally:
+        print("tidied up", flush=True)
+sys.exit(run_commands("program", [lambda commands: commands.add("act", act, "wait")], ["act"]))
+"""
+WAIT = "time.sleep(30)"
+CONVERTED = f"""
+        try:
+            {WAIT}
+        except BaseException:
+            raise ImportError("initialization failed")
+"""
+DROPPED = f"""
+        class Slow:
+            def __del__(self):
+                {WAIT}
+        Slow()
+        {WAIT}
+"""
+LOADING = f"""
+        with loading():
+            {WAIT}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("body", [WAIT, CONVERTED, DROPPED, LOADING], ids=["waits", "converted", "dropped", "loading"])
+def test_a_signal_ends_a_command_without_a_traceback(number: signal.Signals, body: str) -> None:
+    """Also where C code makes another exception of it, and where Python drops it."""
+    command = [sys.executable, "-c", SIGNALLED.replace("BODY", body)]
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=take_signals
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (128 + number, "interrupted\n")
+    assert out == ("" if body is LOADING else "tidied up\n")
+
+
+def take_signals() -> None:
+    """A runner in the background starts us with some of them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    body = "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGHUP); return 0"
+    done = subprocess.run(
+        [
+            "/bin/bash",
+            "-c",
+            'trap "" INT HUP; exec "$@"',
+            "bash",
+            sys.executable,
+            "-c",
+            SIGNALLED.replace("BODY", body),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ready\ntidied up\n", "")
 
 
 def test_in_python_a_setting_is_called_by_its_name() -> None:

@@ -14,8 +14,8 @@ from runtime.doctor import examine, format_report
 from runtime.engine import own_kernels
 from runtime.engine.execution import Execution
 from runtime.engine.providers import _PROBE, open_session, usable_providers
-from runtime.errors import ArtifactError, ProviderError
-from runtime.machine import cgroup_quota, describe_machine, peak_rss_mb, usable_cores
+from runtime.errors import ArtifactError, IMSMWarning, ProviderError
+from runtime.machine import cgroup_quota, describe_machine, peak_rss_mb, usable_cores, usable_processors
 
 V1, V2 = "4:memory:/\n3:cpu,cpuacct:/box\n2:cpuset:/\n0::/\n", "0::/box/inner\n"
 
@@ -119,11 +119,31 @@ def test_the_probe_graph_starts_the_cpu() -> None:
     assert usable_providers()["cpu"] == "usable"
 
 
-def test_threads_and_spinning_reach_the_session() -> None:
+def test_threads_and_spinning_reach_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.engine.execution.usable_processors", lambda: 3)
     quiet = open_session(_PROBE, Execution(threads=3, spin=False)).get_session_options()
     assert quiet.intra_op_num_threads == 3
     assert quiet.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert open_session(_PROBE, Execution()).get_session_options().intra_op_num_threads == usable_cores()
+
+
+def test_more_threads_than_processors_are_cut_to_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.engine.execution.usable_processors", lambda: 2)
+    text = "500 threads are more than the 2 processors that this process may use; 2 run"
+    with pytest.warns(IMSMWarning, match=text) as found:
+        assert Execution(threads=500).threads == 2
+    assert found[0].filename == __file__
+    with pytest.warns(IMSMWarning):
+        assert Execution(threads=10**30).threads == 2
+    assert Execution(threads=2).threads == 2
+
+
+def test_processors_are_all_threads_of_the_cores_within_the_quota(tmp_path: Path, eight_processors: None) -> None:
+    pairs = siblings({cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})
+    assert usable_cores(write_tree(tmp_path, pairs)) == 4
+    assert usable_processors(tmp_path) == 8
+    write_tree(tmp_path, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "150000 100000"})
+    assert usable_processors(tmp_path) == 2
 
 
 def test_an_onnxruntime_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +212,7 @@ def test_cuda_keeps_float32_and_captures_a_graph_where_wanted(monkeypatch: pytes
 def test_a_provider_with_its_own_threads_gets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     available = ["OpenVINOExecutionProvider", "CPUExecutionProvider"]
     given = record_sessions(monkeypatch, available)
+    monkeypatch.setattr("runtime.engine.execution.usable_processors", lambda: 3)
     open_session(_PROBE, Execution("openvino", threads=3))
     assert given == {"providers": available, "provider_options": [{"num_of_threads": "3"}, {}]}
 
