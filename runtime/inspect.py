@@ -31,6 +31,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "eos_token_ids": list(manifest.eos_token_ids),
         "chat_template": "chat_template.jinja" in manifest.files,
+        "raw_prompts": manifest.raw_prompts,
         "activation_range": raw.get("activation_range"),
         "parity": raw.get("parity"),
         "passes": raw.get("passes"),
@@ -49,6 +50,16 @@ def cache_bytes_per_token(manifest: Manifest) -> int:
     )
 
 
+def _prompts(facts: dict[str, Any]) -> str:
+    if not facts["chat_template"]:
+        return "as they are, no chat template"
+    return (
+        "as they are, as the model was tuned, not through its chat template"
+        if facts["raw_prompts"]
+        else "chat template"
+    )
+
+
 def format_summary(facts: dict[str, Any]) -> str:
     """The facts as lines."""
     gate, adapter, parity = facts["gate"], facts["adapter"], facts["parity"] or {}
@@ -63,8 +74,7 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"gate         {gate['kind']}, rank {gate['rank']}" if gate else "gate         none",
         f"adapter      {adapter['peft_type']} on {len(adapter['layers'])} layers" if adapter else "adapter      none",
         f"cache        {facts['cache_bytes_per_token']} bytes a token",
-        f"prompts      {'chat template' if facts['chat_template'] else 'as they are, no chat template'}; "
-        f"end tokens {facts['eos_token_ids']}",
+        f"prompts      {_prompts(facts)}; end tokens {facts['eos_token_ids']}",
         f"parity       largest difference from PyTorch {max(worst):.1e}, greedy tokens equal "
         f"{parity['greedy_tokens_equal']} of {parity['decode_steps']}"
         if worst

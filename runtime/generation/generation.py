@@ -8,7 +8,7 @@ generate            one result
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from ..engine.execution import Execution
 from ..engine.session import Session
 from ..engine.state import DecodeState, LikeliestOutput, StepOutput
 from ..errors import PromptError
+from .chat_template import Message
 from .sampling import RandomSampler, Sampler, greedy, likeliest_needed
 from .settings import GenerationSettings
 from .text import TextCodec
@@ -41,7 +42,8 @@ def load(folder: Path | str, execution: Execution | None = None, **changes: Any)
     Raises ArtifactError, ProviderError or SettingsError.
     """
     session = Session(folder, execution, **changes)
-    return Model(session, TextCodec(session.folder, session.manifest.special_tokens))
+    manifest = session.manifest
+    return Model(session, TextCodec(session.folder, manifest.special_tokens, manifest.raw_prompts))
 
 
 class Token(NamedTuple):
@@ -148,30 +150,39 @@ def _first(gate_mean: NDArray[np.float32] | None) -> float | None:
 
 def stream_generate(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[Message] | Sequence[int],
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Iterator[Chunk]:
-    """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), or token ids. settings: `changes`
-    override its fields or the defaults, such as `max_new_tokens=8`. sampler: replaces the one that the settings
-    describe. state: as in `generate_step`.
+    """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), messages such as
+    {"role": "user", "content": text}, or token ids. settings: `changes` override its fields or the defaults, such as
+    `max_new_tokens=8`. sampler: replaces the one that the settings describe. state: as in `generate_step`; where it
+    holds a conversation, text and messages continue it: the chat template's end of the last reply comes before them,
+    and nothing is said again. Raw text follows as it is.
 
     Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). Raises PromptError or
     SettingsError before the first chunk.
     """
     settings = replace(settings or GenerationSettings(), **changes)
-    prompt_ids = _prompt_ids(model, prompt, settings)
+    yield from _stream(model, _encoded(model, prompt, settings, state), settings, sampler, state)
+
+
+def _stream(
+    model: Model, prompt: _Prompt, settings: GenerationSettings, sampler: Sampler | None, state: DecodeState | None
+) -> Iterator[Chunk]:
     stream = model.codec.stream()
     steps = generate_step(
         model.session,
-        prompt_ids,
+        prompt.ids,
         sampler=sampler or settings.sampler(),
         state=state,
         memory_bias=settings.memory_bias,
     )
+    if state is not None and prompt.replaces_pending:
+        steps = _without_pending(steps, state)
     for count, token in enumerate(steps, 1):
         text = stream.push(token.id)
         if token.id in model.session.manifest.eos_token_ids:
@@ -186,7 +197,7 @@ def stream_generate(
 
 def generate(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[Message] | Sequence[int],
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
@@ -195,12 +206,12 @@ def generate(
 ) -> Generation:
     """Run `stream_generate` to its end and collect it; arguments and errors are the same."""
     settings = replace(settings or GenerationSettings(), **changes)
-    prompt_ids = _prompt_ids(model, prompt, settings)
+    encoded = _encoded(model, prompt, settings, state)
     text: list[str] = []
     tokens: list[Token] = []
     finish_reason: FinishReason = "length"
     times = [time.perf_counter()]
-    for chunk in stream_generate(model, prompt_ids, settings, sampler=sampler, state=state):
+    for chunk in _stream(model, encoded, settings, sampler, state):
         text.append(chunk.text)
         if chunk.token is not None:
             tokens.append(chunk.token)
@@ -212,12 +223,57 @@ def generate(
         token_ids=[token.id for token in tokens],
         finish_reason=finish_reason,
         gate_means=gates if model.session.siamese else None,
-        timings=_timings(len(prompt_ids), times),
+        timings=_timings(len(encoded.ids), times),
     )
 
 
-def _prompt_ids(model: Model, prompt: str | Sequence[int], settings: GenerationSettings) -> list[int]:
-    return model.codec.encode_prompt(prompt, settings.raw) if isinstance(prompt, str) else list(prompt)
+class _Prompt(NamedTuple):
+    """replaces_pending: whether the state's pending token is not to be read, because `ids` say how the turn ends."""
+
+    ids: list[int]
+    replaces_pending: bool = False
+
+
+def _encoded(
+    model: Model,
+    prompt: str | Sequence[Message] | Sequence[int],
+    settings: GenerationSettings,
+    state: DecodeState | None,
+) -> _Prompt:
+    codec, raw = model.codec, settings.raw
+    goes_on = state is not None and state.batch == 1 and (state.lengths[0] > 0 or state.pending[0] is not None)
+    if isinstance(prompt, str):
+        if codec.is_raw(raw):
+            return _Prompt(codec.encode_raw(prompt, beginning=not goes_on))
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise PromptError("the prompt is empty")
+    elif not any(isinstance(item, Mapping | str) for item in prompt):
+        return _Prompt(list(prompt))  # type: ignore[arg-type]
+    elif raw:
+        raise PromptError("messages go through the chat template; give text to send it as it is (raw)")
+    else:
+        messages = list(prompt)  # type: ignore[arg-type]
+    if not goes_on or state is None:
+        return _Prompt(codec.encode_chat(messages))
+    ids, pending = codec.encode_continuation(messages), state.pending[0]
+    if pending is None or not (pending in model.session.manifest.eos_token_ids or codec.is_special(pending)):
+        return _Prompt(ids)  # the reply was cut off
+    if pending == ids[0]:
+        return _Prompt(ids[1:])  # it ended as the template ends a turn
+    return _Prompt(ids, replaces_pending=True)
+
+
+def _without_pending(steps: Iterator[Token], state: DecodeState) -> Iterator[Token]:
+    """The steps, without reading the state's pending token. If the first one fails, the state is as before."""
+    pending, state.pending[0] = state.pending[0], None
+    try:
+        first = next(steps)
+    except BaseException:
+        state.pending[0] = pending
+        raise
+    yield first
+    yield from steps
 
 
 def _timings(prompt_tokens: int, times: list[float]) -> Timings:

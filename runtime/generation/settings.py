@@ -12,14 +12,21 @@ from .sampling import Sampler, check_sampling, make_sampler
 @dataclass(frozen=True)
 class GenerationSettings:
     """max_new_tokens: generation stops here at the latest. raw: whether a prompt's text is sent as it is, without the
-    chat template. memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
-    temperature, top_k, top_p, min_p, seed: as in `make_sampler`; the defaults are greedy.
+    chat template; None: as the model was tuned. memory_bias: added to the gate before its sigmoid, in a new state;
+    above 0 towards the base memory. temperature, top_k, top_p, min_p, seed: as in `make_sampler`; the defaults are
+    greedy.
 
     Raises SettingsError for values outside their range.
     """
 
     max_new_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "metavar": "N"})
-    raw: bool = field(default=False, metadata={"help": "send the text as it is, without the chat template"})
+    raw: bool | None = field(
+        default=None,
+        metadata={
+            "help": "send the text as it is, without the chat template, or not; unsaid: as the model was tuned",
+            "either": True,
+        },
+    )
     memory_bias: float = field(
         default=0.0, metadata={"help": "above 0 towards the base memory, below 0 away", "metavar": "X"}
     )

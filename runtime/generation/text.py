@@ -13,6 +13,8 @@ from .borders import border
 from .chat_template import Clock, Message, check_messages, compile_template, render_chat
 from .text_stream import Stage, final_pieces, finish_all, push_through
 
+_REPLY = "imsmreply"  # a word that templates have no reason to change
+
 
 class TextCodec:
     """The artifact's tokenizer.json and chat template."""
@@ -44,16 +46,44 @@ class TextCodec:
         """One user turn through the chat template; as it is, with the special tokens that the tokenizer adds, if
         there is no template or `raw` (None: as the model was tuned). Raises PromptError if it is empty or cannot be
         encoded."""
+        if self.is_raw(raw):
+            return self.encode_raw(prompt)
         if not prompt:
             raise PromptError("the prompt is empty")
-        if self._is_raw(raw):
-            return self._encode(prompt, special_tokens=True)
         return self.encode_chat([{"role": "user", "content": prompt}])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation of {"role", "content"} messages. Raises PromptError without a chat template, for what is no
         message, and if the template refuses them."""
         return self._encode(self._render(messages), special_tokens=False)
+
+    def encode_raw(self, text: str, beginning: bool = True) -> list[int]:
+        """Text as it is, at the beginning with the special tokens that the tokenizer adds. Raises PromptError if it is
+        empty or cannot be encoded."""
+        if not text:
+            raise PromptError("the prompt is empty")
+        return self._encode(text, special_tokens=beginning)
+
+    def encode_continuation(self, messages: Sequence[Message]) -> list[int]:
+        """What follows the text of a reply when a conversation goes on with `messages`: the end of the reply's turn,
+        the messages, and the beginning of the next reply. Raises PromptError as `encode_chat` does, and if the template
+        does not show where a reply ends."""
+        check_messages(messages)
+        reply = _REPLY
+        while any(reply in str(message) for message in messages):
+            reply += "x"
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}, *messages]
+        text = self._render(turns)
+        if text.count(reply) != 1:
+            raise PromptError(
+                "the chat template does not show where a reply ends, so that no conversation can go on in a state; "
+                "give the whole conversation as messages, without a state"
+            )
+        after = text.partition(reply)[2]
+        whole, before = self._encode(reply + after, special_tokens=False), self._encode(reply, special_tokens=False)
+        if whole[: len(before)] == before:  # not at a beginning, where some tokenizers put a space
+            return whole[len(before) :]
+        return self._encode(after, special_tokens=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, without special tokens and those that the tokenizer does not know. Raises PromptError for
@@ -77,7 +107,12 @@ class TextCodec:
         """The decoder, for one text: see `text_stream.final_pieces`."""
         return final_pieces(self.tokenizer)
 
-    def _is_raw(self, raw: bool | None) -> bool:
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a special one of the tokenizer, which is no text."""
+        return self.tokenizer.id_to_token(token) in self._unseen
+
+    def is_raw(self, raw: bool | None) -> bool:
+        """Whether text is sent as it is, if this is what was asked for."""
         return self.template is None or (self.raw if raw is None else raw)
 
     def _render(self, messages: Sequence[Message]) -> str:

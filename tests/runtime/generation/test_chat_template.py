@@ -42,7 +42,8 @@ TEMPLATES = [
     "{{ dict(a=1) }}{{ dict.fromkeys('ab') }}{{ namespace(self=1).self }}{{ strftime_now('%Y') }}",
     "{% macro say(m, end='!') %}{{ m.role ~ end }}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
     "{{ messages | map(attribute='role') | unique | join(', ') }}{{ messages[1].content.split('<')[0] | length }}",
-    "{{ '%s: %5d' % ('a', 12345678) }}{{ '{:>8}'.format('x') }}{{ 2 ** 10 * 3 }}{{ messages[::-1] | length }}{{ 'ab' * 3 }}",
+    "{{ '%s: %5d' % ('a', 12345678) }}{{ '{:>4}'.format('x') }}{{ 2 ** 10 * 3 }}",
+    "{{ messages[::-1] | length }}{{ 'ab' * 3 }}",
     "{% for m in messages if m.role == 'user' %}{{ loop.length }}{{ loop.last }}{{ m.content }}{% else %}-{% endfor %}",
     "{% set text %}{% for m in messages %}{{ m.role | upper }}{% endfor %}{% endset %}{{ text | indent(2) }}"
     "{{ undefined_name }}",
