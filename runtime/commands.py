@@ -95,6 +95,7 @@ def _add_verify(commands: Commands) -> None:
 
 def _verify(args: argparse.Namespace, commands: Commands) -> int:
     from .generation.generation import load
+    from .generation.hard_texts import check_prompts
     from .manifest import check_files, read_manifest
 
     if args.base is not None and args.checkpoint is None:
@@ -104,6 +105,8 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
     print(f"files    {len(manifest.files)} files have the sizes and sha256 of the manifest")
     load(args.artifact, Execution(args.provider))
     print(f"graph    {len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs are those of the manifest")
+    count = check_prompts(args.artifact, manifest.special_tokens, manifest.raw["prompts"])
+    print(f"prompts  {count} texts and conversations get the token ids that they had at the export")
     if args.checkpoint is not None:
         parity = commands.service("check_parity")(args.artifact, args.checkpoint, args.base, args.provider)
         worst = max(value for row in parity["max_abs_difference"].values() for value in row.values())

@@ -43,7 +43,9 @@ def load(folder: Path | str, execution: Execution | None = None, **changes: Any)
     """
     session = Session(folder, execution, **changes)
     manifest = session.manifest
-    return Model(session, TextCodec(session.folder, manifest.special_tokens, manifest.raw_prompts))
+    return Model(
+        session, TextCodec(session.folder, manifest.special_tokens, manifest.raw_prompts, manifest.eos_token_ids)
+    )
 
 
 class Token(NamedTuple):
@@ -255,8 +257,8 @@ def _encoded(
     else:
         messages = list(prompt)  # type: ignore[arg-type]
     if not goes_on or state is None:
-        return _Prompt(codec.encode_chat(messages))
-    ids, pending = codec.encode_continuation(messages), state.pending[0]
+        return _Prompt(codec.encode_chat(messages, settings.control_tokens))
+    ids, pending = codec.encode_continuation(messages, settings.control_tokens), state.pending[0]
     if pending is None or not (pending in model.session.manifest.eos_token_ids or codec.is_special(pending)):
         return _Prompt(ids)  # the reply was cut off
     if pending == ids[0]:

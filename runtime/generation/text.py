@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,15 @@ from tokenizers import Tokenizer
 from ..errors import ArtifactError, PromptError
 from .borders import border
 from .chat_template import Clock, Message, check_messages, compile_template, render_chat
+from .control_tokens import (
+    FILLER,
+    Span,
+    content_spans,
+    encode_content_as_text,
+    mark,
+    without_control_tokens,
+    without_words,
+)
 from .text_stream import Stage, final_pieces, finish_all, push_through
 
 _REPLY = "imsmreply"  # a word that templates have no reason to change
@@ -24,17 +35,20 @@ class TextCodec:
         folder: Path,
         special_tokens: dict[str, str],
         raw: bool = False,
+        eos_token_ids: Sequence[int] = (),
         clock: Clock = datetime.datetime.now,
     ) -> None:
-        """raw: whether prompts are sent as they are unless told otherwise. clock: what templates are told about the
-        time. Raises ArtifactError if a file cannot be read."""
+        """special_tokens: by the names that templates know. raw: whether prompts are sent as they are unless told
+        otherwise. eos_token_ids: tokens that end a text. clock: what templates are told about the time. Raises
+        ArtifactError if a file cannot be read."""
         path = folder / "tokenizer.json"
         with border(ArtifactError, f"cannot read {path}"):
             self.tokenizer = Tokenizer.from_file(str(path))
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-            added = self.tokenizer.get_added_tokens_decoder().values()
-        self._unseen = {token.content for token in added if token.special}
+            added = self.tokenizer.get_added_tokens_decoder()
+        self._unseen = {token.content for token in added.values() if token.special}
+        self._eos_token_ids = frozenset(eos_token_ids)
         self.special_tokens = special_tokens
         self.raw = raw
         template = folder / "chat_template.jinja"
@@ -42,20 +56,25 @@ class TextCodec:
             source = template.read_text(encoding="utf-8") if template.is_file() else None
         self.template = None if source is None else compile_template(source, clock)
 
-    def encode_prompt(self, prompt: str, raw: bool | None = None) -> list[int]:
+    def encode_prompt(self, prompt: str, raw: bool | None = None, control_tokens: bool = False) -> list[int]:
         """One user turn through the chat template; as it is, with the special tokens that the tokenizer adds, if
-        there is no template or `raw` (None: as the model was tuned). Raises PromptError if it is empty or cannot be
-        encoded."""
+        there is no template or `raw` (None: as the model was tuned). control_tokens: as in `encode_chat`. Raises
+        PromptError if it is empty or cannot be encoded."""
         if self.is_raw(raw):
             return self.encode_raw(prompt)
         if not prompt:
             raise PromptError("the prompt is empty")
-        return self.encode_chat([{"role": "user", "content": prompt}])
+        return self.encode_chat([{"role": "user", "content": prompt}], control_tokens)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation of {"role", "content"} messages. Raises PromptError without a chat template, for what is no
-        message, and if the template refuses them."""
-        return self._encode(self._render(messages), special_tokens=False)
+    def encode_chat(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
+        """A conversation of {"role", "content"} messages. control_tokens: whether a control token that a content spells
+        is one, as in transformers; else it is the text that it is.
+
+        Raises PromptError without a chat template, for what is no message, if the template refuses them, and where a
+        content spells a control token that cannot be written as text."""
+        check_messages(messages)
+        rendered = self._render(messages)
+        return self._encode_rendered(rendered, () if control_tokens else self._content_spans(messages, rendered))
 
     def encode_raw(self, text: str, beginning: bool = True) -> list[int]:
         """Text as it is, at the beginning with the special tokens that the tokenizer adds. Raises PromptError if it is
@@ -64,10 +83,10 @@ class TextCodec:
             raise PromptError("the prompt is empty")
         return self._encode(text, special_tokens=beginning)
 
-    def encode_continuation(self, messages: Sequence[Message]) -> list[int]:
+    def encode_continuation(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
         """What follows the text of a reply when a conversation goes on with `messages`: the end of the reply's turn,
-        the messages, and the beginning of the next reply. Raises PromptError as `encode_chat` does, and if the template
-        does not show where a reply ends."""
+        the messages, and the beginning of the next reply. control_tokens: as in `encode_chat`. Raises PromptError as
+        that does, and if the template does not show where a reply ends."""
         check_messages(messages)
         reply = _REPLY
         while any(reply in str(message) for message in messages):
@@ -79,11 +98,17 @@ class TextCodec:
                 "the chat template does not show where a reply ends, so that no conversation can go on in a state; "
                 "give the whole conversation as messages, without a state"
             )
-        after = text.partition(reply)[2]
-        whole, before = self._encode(reply + after, special_tokens=False), self._encode(reply, special_tokens=False)
+        spans = () if control_tokens else self._content_spans(turns, text)
+
+        def encoded_from(start: int) -> list[int]:
+            shifted = [(max(begin - start, 0), end - start) for begin, end in spans if end > start]
+            return self._encode_rendered(text[start:], shifted)
+
+        begin = text.index(reply)
+        whole, before = encoded_from(begin), self._encode(reply, special_tokens=False)
         if whole[: len(before)] == before:  # not at a beginning, where some tokenizers put a space
             return whole[len(before) :]
-        return self._encode(after, special_tokens=False)
+        return encoded_from(begin + len(reply))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, without special tokens and those that the tokenizer does not know. Raises PromptError for
@@ -118,15 +143,69 @@ class TextCodec:
     def _render(self, messages: Sequence[Message]) -> str:
         if self.template is None:
             raise PromptError("this artifact has no chat template; send the prompt as text")
-        check_messages(messages)
         return render_chat(self.template, messages, self.special_tokens)
+
+    def _content_spans(self, messages: Sequence[Message], rendered: str) -> Sequence[Span]:
+        """Where in the rendered conversation the messages' own texts are. Raises PromptError if that cannot be told and
+        they make control tokens."""
+        marked = mark(messages)
+        spans: list[Span] | None = None
+        with contextlib.suppress(PromptError):  # a template may refuse the marks
+            spans = content_spans(rendered, self._render(marked.messages), marked.texts)
+        if spans is not None:
+            return spans
+        spelt = any(self._controls(text) for text in marked.texts)
+        with contextlib.suppress(PromptError):
+            spelt = spelt or self._controls(rendered) != self._controls(self._render(without_words(messages)))
+        if spelt:
+            raise PromptError(
+                "a message spells a control token, and the chat template does not show where its text goes; take it "
+                "out, or allow control tokens (control_tokens)"
+            )
+        return ()
+
+    def _controls(self, text: str) -> list[int]:
+        return [token for token in self._encode(text, special_tokens=False) if token in self._control_tokens]
+
+    def _encode_rendered(self, text: str, spans: Sequence[Span]) -> list[int]:
+        with border(PromptError, "tokenizer.json cannot encode the prompt"):
+            ids = encode_content_as_text(self.tokenizer, self._plain, text, spans, self._control_tokens)
+        return _some(ids)
+
+    @functools.cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        """Special tokens but the unknown one, end tokens, and other added tokens that the template writes around turns."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        found = {number for number, token in added.items() if token.special}
+        named = (self.tokenizer.token_to_id(word) for word in self.special_tokens.values())
+        found |= {number for number in named if number is not None}
+        with contextlib.suppress(PromptError):
+            found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
+        found |= self._eos_token_ids
+        word = {"content": "Hello"}
+        turns = [{"role": role, **word} for role in ("user", "assistant", "user")]
+        with contextlib.suppress(PromptError):  # a template may refuse these
+            written = set(self._encode(self._render(turns), special_tokens=False))
+            found |= {number for number in written if number in added and not added[number].content.isspace()}
+        return frozenset(found)
+
+    def _plain(self) -> Tokenizer:
+        return self._plain_tokenizer
+
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        return without_control_tokens(self.tokenizer, self._control_tokens)
 
     def _encode(self, text: str, special_tokens: bool) -> list[int]:
         with border(PromptError, "tokenizer.json cannot encode the prompt"):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
-        if not ids:
-            raise PromptError("the prompt has no tokens")
-        return ids
+        return _some(ids)
+
+
+def _some(ids: list[int]) -> list[int]:
+    if not ids:
+        raise PromptError("the prompt has no tokens")
+    return ids
 
 
 class TextStream:
