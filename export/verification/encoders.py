@@ -38,8 +38,8 @@ def compare_encoders(
             texts = codec.decode(found), _decoded(tokenizer, expected)
             if texts[0] != texts[1]:
                 raise VerificationError(
-                    f"the runtime decodes {_around(found, 0)} as {_short(repr(texts[0]))}, the tokenizer of training as "
-                    f"{_short(repr(texts[1]))}"
+                    f"the runtime decodes {_around(found, 0)} as {_short(repr(texts[0]))}, "
+                    f"the tokenizer of training as {_short(repr(texts[1]))}"
                 )
     result: dict[str, Any] = hard_texts.fingerprint(codec)
     return result

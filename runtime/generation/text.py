@@ -179,15 +179,13 @@ class TextCodec:
         found = {number for number, token in added.items() if token.special}
         named = (self.tokenizer.token_to_id(word) for word in self.special_tokens.values())
         found |= {number for number in named if number is not None}
-        with contextlib.suppress(PromptError):
-            found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
-        found |= self._eos_token_ids
-        word = {"content": "Hello"}
-        turns = [{"role": role, **word} for role in ("user", "assistant", "user")]
+        turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
         with contextlib.suppress(PromptError):  # a template may refuse these
             written = set(self._encode(self._render(turns), special_tokens=False))
             found |= {number for number in written if number in added and not added[number].content.isspace()}
-        return frozenset(found)
+        with contextlib.suppress(PromptError):
+            found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
+        return frozenset(found | self._eos_token_ids)
 
     def _plain(self) -> Tokenizer:
         return self._plain_tokenizer
