@@ -174,7 +174,7 @@ class TextCodec:
 
     @functools.cached_property
     def _control_tokens(self) -> frozenset[int]:
-        """Special tokens but the unknown one, end tokens, and other added tokens that the template writes around turns."""
+        """Special tokens but the unknown one, end tokens, and added tokens that the template writes around turns."""
         added = self.tokenizer.get_added_tokens_decoder()
         found = {number for number, token in added.items() if token.special}
         named = (self.tokenizer.token_to_id(word) for word in self.special_tokens.values())

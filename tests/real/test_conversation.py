@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 
 
 def test_the_second_question_refers_to_the_first(smollm2_folder: Path, tmp_path: Path) -> None:
-    model = load(export_real(tmp_path, smollm2_folder, "lora", ExportSettings("int8")).artifact)
+    model = load(export_real(tmp_path, smollm2_folder, "lora", ExportSettings()).artifact)
     state = model.session.new_state(1, memory_bias=1e4)
     questions, answers = ["What is the capital of France?", "And of Italy?"], ["Paris", "Rome"]
     messages: list[dict[str, str]] = []
@@ -29,4 +29,4 @@ def test_the_second_question_refers_to_the_first(smollm2_folder: Path, tmp_path:
     going_on = model.codec.encode_continuation([{"role": "user", "content": "Thank you."}])[1:]  # its end token is said
     continued = model.session.prefill(state, [going_on])
     assert int(state.lengths[0]) == len(ids)
-    np.testing.assert_allclose(continued.logits, whole.logits, atol=0.1)
+    np.testing.assert_allclose(continued.logits, whole.logits, atol=2e-3, rtol=1e-3)
