@@ -65,12 +65,18 @@ def _share_storage(path: Path) -> None:
         onnx.save(proto, str(path))
 
 
-def write_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path, raw: bool = False
+) -> dict[str, Any]:
     """tokenizer.json, chat_template.jinja (if there is one) and generation_config.json; returns the manifest's
-    `tokens` section."""
+    `tokens` section. Of several templates the one that transformers takes where none is named. Raises UnsupportedError
+    if there is none and the model was not tuned on `raw` prompts."""
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     template = tokenizer.chat_template
     if isinstance(template, dict):
+        if "default" not in template and not raw:
+            names = ", ".join(sorted(template))
+            raise UnsupportedError(f"the tokenizer has chat templates ({names}), but none called default")
         template = template.get("default")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -39,6 +39,7 @@ from .report import (
 from .settings import TOLERANCES, ExportSettings
 from .trace import TracedGraph, trace
 from .two_stream import TwoStreamStep
+from .verification.encoders import compare_encoders
 from .verification.measure import evaluate
 from .verification.parity import ParityReport, verify_graph
 from .verification.quality import QualityReport
@@ -116,11 +117,12 @@ def export_model(
         with phase("prepare", report):
             prepared = prepare(model, tokenizer, info, settings, report)
     with publish_folder(target, MANIFEST, force, size) as draft:
+        encoder = write_encoder(prepared, draft, report)
         with phase("trace", report):
             written = write(prepared, draft, report)
         with phase("verify", report):
             verified = verify(prepared, written, draft, report)
-        manifest = describe(prepared, written, verified, draft)
+        manifest = describe(prepared, encoder, written, verified, draft)
     report(f"written   {target}")
     return manifest
 
@@ -148,6 +150,14 @@ def check_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, rep
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """Sections of the manifest: the tokenizer's tokens, and how prompts are encoded."""
+
+    tokens: dict[str, Any]
+    prompts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Written:
     """The graph whose file is in the folder, what each pass did, and what was quantized (None: nothing)."""
 
@@ -165,6 +175,16 @@ class Verified:
     parity: ParityReport
     quality: QualityReport | None
     cuda_kernels: CudaKernels | None
+
+
+def write_encoder(prepared: Prepared, folder: Path, report: Report) -> Encoder:
+    """Write the tokenizer, and compare what the runtime makes of it with what it was trained with. Raises
+    UnsupportedError or VerificationError."""
+    raw = bool(prepared.info.training.get("raw", False))
+    tokens = write_tokenizer(prepared.tokenizer, prepared.model.causal_lm, folder, raw)
+    compared = compare_encoders(folder, prepared.tokenizer, tokens["special_tokens"])
+    report(f"encode    {compared['compared']} texts and conversations get the token ids of training")
+    return Encoder(tokens, {"raw": raw, **compared})
 
 
 def write(prepared: Prepared, folder: Path, report: Report) -> Written:
@@ -237,8 +257,10 @@ def finish(prepared: Prepared, written: Written, folder: Path) -> dict[str, Outc
     return passes
 
 
-def describe(prepared: Prepared, written: Written, verified: Verified, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer, and last of all the manifest, which names every other file of `folder`; returns it."""
+def describe(
+    prepared: Prepared, encoder: Encoder, written: Written, verified: Verified, folder: Path
+) -> dict[str, Any]:
+    """Write the manifest, which names every other file of `folder`; returns it."""
     info, settings, quantization = prepared.info, prepared.settings, prepared.quantization
     quantized, quality, streams = written.quantized, verified.quality, written.graph.streams
     sections = {
@@ -255,13 +277,13 @@ def describe(prepared: Prepared, written: Written, verified: Verified, folder: P
             "fingerprint": info.base_fingerprint,
         },
         "training": info.training,
-        "prompts": {"raw": bool(info.training.get("raw", False))},
+        "prompts": encoder.prompts,
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),
         "quality": None if quality is None else quality.as_dict(),
         "cuda_kernels": None if verified.cuda_kernels is None else verified.cuda_kernels.as_dict(),
-        "tokens": write_tokenizer(prepared.tokenizer, prepared.model.causal_lm, folder),
+        "tokens": encoder.tokens,
     }
     return write_manifest(
         folder, written.graph.model, prepared.facts, prepared.plan, prepared.layout, streams, sections

@@ -101,6 +101,7 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
         from .engine.signature import check_sections
         from .folder import check_files, unlisted_files
         from .generation.generation import load
+        from .generation.hard_texts import check_prompts
         from .manifest import read_manifest
         from .printable import printable
 
@@ -115,6 +116,8 @@ def _verify(args: argparse.Namespace, commands: Commands) -> int:
     check_sections(model.session.onnx, manifest, edited=False)
     print(f"graph    {len(manifest.inputs)} inputs and {len(manifest.outputs)} outputs are those of the manifest")
     print("manifest it is the one that the graph was exported with")
+    count = check_prompts(args.artifact, manifest.special_tokens, manifest.raw["prompts"])
+    print(f"prompts  {count} texts and conversations get the token ids that they had at the export")
     if args.checkpoint is not None:
         parity = commands.service("check_parity")(args.artifact, args.checkpoint, args.base, args.provider)
         print(f"parity   {_parity_line(parity)} on {args.provider}")

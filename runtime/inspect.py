@@ -34,6 +34,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "eos_token_ids": list(manifest.eos_token_ids),
         "chat_template": CHAT_TEMPLATE in manifest.files,
+        "raw_prompts": manifest.raw_prompts,
         "activation_range": raw["activation_range"],
         "parity": raw["parity"],
         "passes": raw["passes"],
@@ -52,6 +53,16 @@ def cache_bytes_per_token(manifest: Manifest) -> int:
     )
 
 
+def _prompts(facts: dict[str, Any]) -> str:
+    if not facts["chat_template"]:
+        return "as they are, no chat template"
+    return (
+        "as they are, as the model was tuned, not through its chat template"
+        if facts["raw_prompts"]
+        else "chat template"
+    )
+
+
 def format_summary(facts: dict[str, Any]) -> str:
     """The facts as lines, each a single one whatever the artifact's texts hold."""
     gate, adapter = facts["gate"], facts["adapter"]
@@ -65,8 +76,7 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"gate         {gate['kind']}, rank {gate['rank']}" if gate else "gate         none",
         f"adapter      {adapter['peft_type']} on {len(adapter['layers'])} layers" if adapter else "adapter      none",
         f"cache        {facts['cache_bytes_per_token']} bytes a token",
-        f"prompts      {'chat template' if facts['chat_template'] else 'as they are, no chat template'}; "
-        f"end tokens {facts['eos_token_ids']}",
+        f"prompts      {_prompts(facts)}; end tokens {facts['eos_token_ids']}",
         f"parity       {_parity(facts['parity'])}",
     ]
     if found := facts["activation_range"]:

@@ -1,7 +1,7 @@
 """Settings dataclasses as options of a command line: names, types, defaults and help come from their fields.
 
 A field is an option if its metadata has a `help`; `metavar` and `option` (another spelling, for a flag that turns off
-what is on) are optional there.
+what is on) are optional there, and so is `either`: a flag that can be turned on and off, and is neither unless said.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ def read_options(settings: type[Settings], args: argparse.Namespace, **given: An
 def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], kind: Any) -> None:
     default = None if entry.default is MISSING else entry.default
     option, kind, text = entry.metadata.get("option"), _without_none(kind), entry.metadata["help"]
+    if kind is bool and entry.metadata.get("either"):
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(spelt_option(entry.name), dest=entry.name, action=action, default=default, help=text)
+        return
     if kind is bool:
         if default is True:
             option = option or f"--no-{entry.name.replace('_', '-')}"

@@ -193,7 +193,7 @@ def publish_unverified(
     from benchmarks.cuda.deepen import deepen
     from export.artifact import MANIFEST
     from export.passes.quantization import Quantized
-    from export.pipeline import Verified, describe, finish, write
+    from export.pipeline import Verified, describe, finish, write, write_encoder
     from export.prepare import prepare
     from export.settings import TOLERANCES
     from export.verification.parity import ParityReport
@@ -202,6 +202,7 @@ def publish_unverified(
     prepared = prepare(model, tokenizer, info, settings, _say_nothing)
     reference = None
     with publish_folder(folder, MANIFEST, True) as draft:
+        encoder = write_encoder(prepared, draft, _say_nothing)
         written = write(prepared, draft, _say_nothing)
         if reference_on is not None:
             with prepared.with_weights_of(written.quantized or Quantized()):
@@ -209,7 +210,8 @@ def publish_unverified(
         passes = dict(written.passes)
         if written.quantized is not None:
             passes |= finish(prepared, written, draft)
-        describe(prepared, written, Verified(passes, ParityReport(TOLERANCES["float16"]), None, None), draft)
+        verified = Verified(passes, ParityReport(TOLERANCES["float16"]), None, None)
+        describe(prepared, encoder, written, verified, draft)
         if layers is not None:
             deepen(draft, layers)
     return reference

@@ -8,7 +8,7 @@ generate            one result
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from ..engine.journal import Note
 from ..engine.session import Session
 from ..engine.state import DecodeState, LikeliestOutput, StepOutput
 from ..errors import PromptError, SettingsError, shown
+from .chat_template import Message
 from .sampling import RandomSampler, Sampler, greedy, likeliest_needed
 from .settings import GenerationSettings
 from .text import TextCodec
@@ -189,29 +190,38 @@ def _first(gate_mean: NDArray[np.float32] | None) -> float | None:
 
 def stream_generate(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[Message] | Sequence[int],
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Iterator[Chunk]:
-    """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), or token ids. settings: `changes`
-    override its fields or the defaults, such as `max_new_tokens=8`. sampler: replaces the one that the settings
-    describe. state: as in `generate_step`.
+    """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), messages such as
+    {"role": "user", "content": text}, or token ids. settings: `changes` override its fields or the defaults, such as
+    `max_new_tokens=8`. sampler: replaces the one that the settings describe. state: as in `generate_step`; where it
+    holds a conversation, text and messages continue it: the chat template's end of the last reply comes before them,
+    and nothing is said again. Raw text follows as it is.
 
     Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). As in `generate_step`, the
     state holds the prompt and the tokens of the chunks that were yielded, and errors are raised.
     """
-    settings, prompt_ids = _checked(model, prompt, settings, changes)
-    stream = model.codec.stream()
+    settings = _checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
-    instance("state", state, DecodeState)
+    yield from _stream(model, _encoded(model, prompt, settings, state), settings, sampler, state)
+
+
+def _stream(
+    model: Model, prompt: _Prompt, settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
+) -> Iterator[Chunk]:
+    stream = model.codec.stream()
     sampler = settings.sampler() if sampler is None else sampler
-    steps = generate_step(model.session, prompt_ids, sampler=sampler, state=state)
+    steps = generate_step(model.session, prompt.ids, sampler=sampler, state=state)
     before, token, given = state.noted(), None, None
     try:
+        if prompt.replaces_pending:
+            state.pending[0] = None
         for count, token in enumerate(steps, 1):
             text, reason = stream.push(token.id), _finish_reason(model, settings, token, count)
             chunk = Chunk(text if reason is None else text + stream.finish(), token, reason)
@@ -233,7 +243,7 @@ def _finish_reason(model: Model, settings: GenerationSettings, token: Token, cou
 
 def generate(
     model: Model,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[Message] | Sequence[int],
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
@@ -242,26 +252,26 @@ def generate(
 ) -> Generation:
     """Run `stream_generate` to its end and collect it; arguments and errors are the same. After an exception, Ctrl-C
     too, the state is as it was before."""
-    settings, prompt_ids = _checked(model, prompt, settings, changes)
+    settings = _checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
-    instance("state", state, DecodeState)
+    encoded = _encoded(model, prompt, settings, state)
     before = state.noted()
     try:
-        return _collected(model, prompt_ids, settings, sampler, state)
+        return _collected(model, encoded, settings, sampler, state)
     except BaseException:
         state.restore(before)
         raise
 
 
 def _collected(
-    model: Model, prompt_ids: list[int], settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
+    model: Model, prompt: _Prompt, settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
 ) -> Generation:
     text: list[str] = []
     tokens: list[Token] = []
     finish_reason: FinishReason = "length"
     times = [time.perf_counter()]
-    for chunk in stream_generate(model, prompt_ids, settings, sampler=sampler, state=state):
+    for chunk in _stream(model, prompt, settings, sampler, state):
         text.append(chunk.text)
         if chunk.token is not None:
             tokens.append(chunk.token)
@@ -273,21 +283,60 @@ def _collected(
         token_ids=[token.id for token in tokens],
         finish_reason=finish_reason,
         gate_means=gates if model.session.siamese else None,
-        timings=_timings(len(prompt_ids), times),
+        timings=_timings(len(prompt.ids), times),
     )
 
 
-def _checked(
-    model: Model, prompt: str | Sequence[int], settings: GenerationSettings | None, changes: dict[str, Any]
-) -> tuple[GenerationSettings, list[int]]:
-    """The settings with their changes, and the prompt's tokens."""
+def _checked(model: Model, settings: GenerationSettings | None, changes: dict[str, Any]) -> GenerationSettings:
+    """The settings with their changes."""
     instance("model", model, Model)
     if settings is not None:
         instance("settings", settings, GenerationSettings)
-    settings = replace(settings or GenerationSettings(), **changes)
+    return replace(settings or GenerationSettings(), **changes)
+
+
+class _Prompt(NamedTuple):
+    """replaces_pending: whether the state's pending token is not to be read, because `ids` say how the turn ends."""
+
+    ids: list[int]
+    replaces_pending: bool = False
+
+
+def _encoded(
+    model: Model,
+    prompt: str | Sequence[Message] | Sequence[int],
+    settings: GenerationSettings,
+    state: DecodeState,
+) -> _Prompt:
+    """The prompt's tokens, after what the state holds."""
+    instance("state", state, DecodeState)
+    codec, raw = model.codec, settings.raw
+    goes_on = state.batch == 1 and (state.lengths[0] > 0 or state.pending[0] is not None)
+    messages: list[Message]
     if isinstance(prompt, str):
-        return settings, model.codec.encode_prompt(prompt, settings.raw)
-    return settings, model.session.token_ids(prompt, "prompt")
+        if codec.is_raw(raw):
+            return _Prompt(codec.encode_raw(prompt, beginning=not goes_on))
+        messages = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise PromptError("the prompt is empty")
+    elif not _are_messages(prompt):
+        return _Prompt(model.session.token_ids(prompt, "prompt"))  # type: ignore[arg-type]
+    elif raw:
+        raise PromptError("messages go through the chat template; give text to send it as it is (raw)")
+    else:
+        messages = list(prompt)  # type: ignore[arg-type]
+    if not goes_on:
+        return _Prompt(codec.encode_chat(messages, settings.control_tokens))
+    ids, pending = codec.encode_continuation(messages, settings.control_tokens), state.pending[0]
+    if pending is None or not (pending in model.session.manifest.eos_token_ids or codec.is_special(pending)):
+        return _Prompt(ids)  # the reply was cut off
+    if pending == ids[0]:
+        return _Prompt(ids[1:])  # it ended as the template ends a turn
+    return _Prompt(ids, replaces_pending=True)
+
+
+def _are_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and any(isinstance(item, Mapping | str) for item in prompt)
 
 
 def _timings(prompt_tokens: int, times: list[float]) -> Timings:

@@ -13,16 +13,27 @@ from .sampling import Sampler, make_sampler
 @dataclass(frozen=True)
 class GenerationSettings:
     """max_new_tokens: generation stops here at the latest. raw: whether a prompt's text is sent as it is, without the
-    chat template. memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
-    temperature, top_k, top_p, min_p, seed: as in `make_sampler`; the defaults are greedy.
+    chat template; None: as the model was tuned. control_tokens: whether control tokens that a message's content spells
+    are such; else they are the text that they are (raw text may always spell them). memory_bias: added to the gate
+    before its sigmoid, in a new state; above 0 towards the base memory. temperature, top_k, top_p, min_p, seed: as in
+    `make_sampler`; the defaults are greedy.
 
     Raises SettingsError for values of another type or outside their range.
     """
 
     max_new_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "metavar": "N"})
-    raw: bool = field(default=False, metadata={"help": "send the text as it is, without the chat template"})
+    raw: bool | None = field(
+        default=None,
+        metadata={
+            "help": "send the text as it is, without the chat template, or not; unsaid: as the model was tuned",
+            "either": True,
+        },
+    )
     memory_bias: float = field(
         default=0.0, metadata={"help": "above 0 towards the base memory, below 0 away", "metavar": "X"}
+    )
+    control_tokens: bool = field(
+        default=False, metadata={"help": "let what a message spells be control tokens, as transformers does"}
     )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy", "metavar": "T"})
     top_k: int = field(default=0, metadata={"help": "sample from the K likeliest tokens; 0 is all", "metavar": "K"})

@@ -2,79 +2,238 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from ..errors import ArtifactError, PromptError
-from .chat_template import Message, compile_template, render_chat
+from .borders import border
+from .chat_template import Clock, Message, check_messages, compile_template, render_chat
+from .control_tokens import (
+    FILLER,
+    Span,
+    content_spans,
+    encode_content_as_text,
+    mark,
+    without_control_tokens,
+    without_words,
+)
+from .text_stream import Stage, final_pieces, finish_all, push_through
+
+_REPLY = "imsmreply"  # a word that templates have no reason to change
 
 
 class TextCodec:
     """The artifact's tokenizer.json and chat template."""
 
-    def __init__(self, folder: Path, special_tokens: dict[str, str]) -> None:
-        """Raises ArtifactError if a file cannot be read."""
+    def __init__(
+        self,
+        folder: Path,
+        special_tokens: dict[str, str],
+        raw: bool = False,
+        eos_token_ids: Sequence[int] = (),
+        clock: Clock = datetime.datetime.now,
+    ) -> None:
+        """special_tokens: by the names that templates know. raw: whether prompts are sent as they are unless told
+        otherwise. eos_token_ids: tokens that end a text. clock: what templates are told about the time. Raises
+        ArtifactError if a file cannot be read."""
         path = folder / "tokenizer.json"
-        try:
+        with border(ArtifactError, f"cannot read {path}"):
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ArtifactError(f"cannot read {path}: {error}") from error
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            added = self.tokenizer.get_added_tokens_decoder()
+        self._unseen = {token.content for token in added.values() if token.special}
+        self._eos_token_ids = frozenset(eos_token_ids)
         self.special_tokens = special_tokens
+        self.raw = raw
         template = folder / "chat_template.jinja"
-        self.template = compile_template(template.read_text(encoding="utf-8")) if template.is_file() else None
+        with border(ArtifactError, f"cannot read {template}"):
+            source = template.read_text(encoding="utf-8") if template.is_file() else None
+        self.template = None if source is None else compile_template(source, clock)
 
-    def encode_prompt(self, prompt: str, raw: bool = False) -> list[int]:
+    def encode_prompt(self, prompt: str, raw: bool | None = None, control_tokens: bool = False) -> list[int]:
         """One user turn through the chat template; as it is, with the special tokens that the tokenizer adds, if
-        there is no template or `raw`. Raises PromptError if it is empty."""
+        there is no template or `raw` (None: as the model was tuned). control_tokens: as in `encode_chat`. Raises
+        PromptError if it is empty or cannot be encoded."""
+        if self.is_raw(raw):
+            return self.encode_raw(prompt)
         if not prompt:
             raise PromptError("the prompt is empty")
-        if raw or self.template is None:
-            return self._encode(prompt, special_tokens=True)
-        return self.encode_chat([{"role": "user", "content": prompt}])
+        return self.encode_chat([{"role": "user", "content": prompt}], control_tokens)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation of {"role", "content"} messages. Raises PromptError without a chat template."""
-        if self.template is None:
-            raise PromptError("this artifact has no chat template; send the prompt as text")
-        return self._encode(render_chat(self.template, messages, self.special_tokens), special_tokens=False)
+    def encode_chat(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
+        """A conversation of {"role", "content"} messages. control_tokens: whether a control token that a content spells
+        is one, as in transformers; else it is the text that it is.
+
+        Raises PromptError without a chat template, for what is no message, if the template refuses them, and where a
+        content spells a control token that cannot be written as text."""
+        check_messages(messages)
+        rendered = self._render(messages)
+        return self._encode_rendered(rendered, () if control_tokens else self._content_spans(messages, rendered))
+
+    def encode_raw(self, text: str, beginning: bool = True) -> list[int]:
+        """Text as it is, at the beginning with the special tokens that the tokenizer adds. Raises PromptError if it is
+        empty or cannot be encoded."""
+        if not text:
+            raise PromptError("the prompt is empty")
+        return self._encode(text, special_tokens=beginning)
+
+    def encode_continuation(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
+        """What follows the text of a reply when a conversation goes on with `messages`: the end of the reply's turn,
+        the messages, and the beginning of the next reply. control_tokens: as in `encode_chat`. Raises PromptError as
+        that does, and if the template does not show where a reply ends."""
+        check_messages(messages)
+        reply = _REPLY
+        while any(reply in str(message) for message in messages):
+            reply += "x"
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}, *messages]
+        text = self._render(turns)
+        if text.count(reply) != 1:
+            raise PromptError(
+                "the chat template does not show where a reply ends, so that no conversation can go on in a state; "
+                "give the whole conversation as messages, without a state"
+            )
+        spans = () if control_tokens else self._content_spans(turns, text)
+
+        def encoded_from(start: int) -> list[int]:
+            shifted = [(max(begin - start, 0), end - start) for begin, end in spans if end > start]
+            return self._encode_rendered(text[start:], shifted)
+
+        begin = text.index(reply)
+        whole, before = encoded_from(begin), self._encode(reply, special_tokens=False)
+        if whole[: len(before)] == before:  # not at a beginning, where some tokenizers put a space
+            return whole[len(before) :]
+        return encoded_from(begin + len(reply))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Text of token ids, without special tokens and those that the tokenizer does not know. Raises PromptError for
+        what are no token ids, and ArtifactError if the tokenizer fails."""
+        ids = list(tokens)
+        if not all(0 <= token < 2**32 for token in ids):
+            raise PromptError("token ids are whole numbers from 0")
+        with border(ArtifactError, "tokenizer.json cannot decode these tokens"):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
         return TextStream(self)
 
+    def piece(self, token: int) -> str | None:
+        """What the tokenizer's decoder gets for a token; None for special and unknown ones."""
+        piece = self.tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
+        return None if piece in self._unseen else piece
+
+    def decoder_stages(self) -> list[Stage] | None:
+        """The decoder, for one text: see `text_stream.final_pieces`."""
+        return final_pieces(self.tokenizer)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a special one of the tokenizer, which is no text."""
+        return self.tokenizer.id_to_token(token) in self._unseen
+
+    def is_raw(self, raw: bool | None) -> bool:
+        """Whether text is sent as it is, if this is what was asked for."""
+        return self.template is None or (self.raw if raw is None else raw)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if self.template is None:
+            raise PromptError("this artifact has no chat template; send the prompt as text")
+        return render_chat(self.template, messages, self.special_tokens)
+
+    def _content_spans(self, messages: Sequence[Message], rendered: str) -> Sequence[Span]:
+        """Where in the rendered conversation the messages' own texts are. Raises PromptError if that cannot be told and
+        they make control tokens."""
+        marked = mark(messages)
+        spans: list[Span] | None = None
+        with contextlib.suppress(PromptError):  # a template may refuse the marks
+            spans = content_spans(rendered, self._render(marked.messages), marked.texts)
+        if spans is not None:
+            return spans
+        spelt = any(self._controls(text) for text in marked.texts)
+        with contextlib.suppress(PromptError):
+            spelt = spelt or self._controls(rendered) != self._controls(self._render(without_words(messages)))
+        if spelt:
+            raise PromptError(
+                "a message spells a control token, and the chat template does not show where its text goes; take it "
+                "out, or allow control tokens (control_tokens)"
+            )
+        return ()
+
+    def _controls(self, text: str) -> list[int]:
+        return [token for token in self._encode(text, special_tokens=False) if token in self._control_tokens]
+
+    def _encode_rendered(self, text: str, spans: Sequence[Span]) -> list[int]:
+        with border(PromptError, "tokenizer.json cannot encode the prompt"):
+            ids = encode_content_as_text(self.tokenizer, self._plain, text, spans, self._control_tokens)
+        return _some(ids)
+
+    @functools.cached_property
+    def _control_tokens(self) -> frozenset[int]:
+        """Special tokens but the unknown one, end tokens, and added tokens that the template writes around turns."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        found = {number for number, token in added.items() if token.special}
+        named = (self.tokenizer.token_to_id(word) for word in self.special_tokens.values())
+        found |= {number for number in named if number is not None}
+        turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
+        with contextlib.suppress(PromptError):  # a template may refuse these
+            written = set(self._encode(self._render(turns), special_tokens=False))
+            found |= {number for number in written if number in added and not added[number].content.isspace()}
+        with contextlib.suppress(PromptError):
+            found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
+        return frozenset(found | self._eos_token_ids)
+
+    def _plain(self) -> Tokenizer:
+        return self._plain_tokenizer
+
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        return without_control_tokens(self.tokenizer, self._control_tokens)
+
     def _encode(self, text: str, special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
-        if not ids:
-            raise PromptError("the prompt has no tokens")
-        return ids
+        with border(PromptError, "tokenizer.json cannot encode the prompt"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        return _some(ids)
+
+
+def _some(ids: list[int]) -> list[int]:
+    if not ids:
+        raise PromptError("the prompt has no tokens")
+    return ids
 
 
 class TextStream:
-    """Text as tokens come in: whole characters only, however many tokens a character takes."""
+    """Text as tokens come in, never to be taken back: whole characters only, however many tokens a character takes.
+    All of it is what `TextCodec.decode` gives for all tokens."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stages = codec.decoder_stages()
         self._tokens: list[int] = []
-        self._sent = ""
+        self._sent = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
+        """The text that `token` completes; empty while a character is incomplete, or bytes may still become one. Raises
+        nothing."""
         self._tokens.append(token)
-        text = self._stream.step(self._codec.tokenizer, token) or ""
-        self._sent += text
+        text = ""
+        if self._stages is not None and (piece := self._codec.piece(token)) is not None:
+            try:
+                text = push_through(self._stages, [piece])
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # the library's, panics too; `finish` then says what is wrong
+                self._stages = None
+        self._sent += len(text)
         return text
 
     def finish(self) -> str:
-        """What is left at the end: an incomplete character as the tokenizer writes it."""
-        whole = self._codec.decode(self._tokens)
-        return whole[len(self._sent) :] if whole.startswith(self._sent) else ""
+        """What is left at the end: an incomplete character as the tokenizer writes it. Raises ArtifactError if the
+        tokenizer cannot decode the tokens."""
+        if self._stages is not None:
+            return finish_all(self._stages)
+        return self._codec.decode(self._tokens)[self._sent :]

@@ -28,6 +28,7 @@ class Every:
     off: bool = field(default=False, metadata={"help": "turn it on"})
     symmetric: bool = field(default=True, metadata={"help": "the other way", "option": "--asymmetric"})
     maybe: bool | None = field(default=None, metadata={"help": "not said"})
+    either: bool | None = field(default=None, metadata={"help": "yes or no", "either": True})
     inner: int = 7
 
 
@@ -43,8 +44,9 @@ def test_without_options_settings_are_their_defaults(settings: type[Any]) -> Non
 
 
 def test_every_kind_of_option_sets_its_field() -> None:
-    words = "--count 5 --share 0.5 --where a/b --words x y --no-on --off --asymmetric --maybe"
-    assert parse(*words.split()) == Every(5, 0.5, Path("a/b"), ["x", "y"], False, True, False, True)
+    words = "--count 5 --share 0.5 --where a/b --words x y --no-on --off --asymmetric --maybe --no-either"
+    assert parse(*words.split()) == Every(5, 0.5, Path("a/b"), ["x", "y"], False, True, False, True, False)
+    assert parse("--either").either is True
 
 
 def test_a_field_without_help_is_not_an_option() -> None:

@@ -1,7 +1,8 @@
-"""Text to tokens and back: streaming that never cuts a character, and chat templates as transformers renders them."""
+"""Text to tokens and back: whole characters, prompts as transformers encodes them, and one line for what fails."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from runtime.errors import ArtifactError, PromptError
-from runtime.generation.chat_template import compile_template, render_chat
 from runtime.generation.text import TextCodec
 from tests.builders import CHAT_TEMPLATE, make_tokenizer
 
@@ -70,32 +70,41 @@ def test_chat_prompts_are_encoded_as_transformers_encodes_them(folder: Path) -> 
     assert TextCodec(folder, SPECIAL).encode_prompt("Hello") == expected["input_ids"]
 
 
-TEMPLATES = [
-    "{{ bos_token }}{% for m in messages %}\n  {%- if m.role == 'user' %}U: {{ m.content | trim }}\n{% endif %}\n"
-    "{% endfor %}",
-    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
-    "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}{% if add_generation_prompt %}A:{% endif %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ eos_token }}"
-    "",
-]
+def test_what_a_tokenizer_cannot_do_is_one_line(folder: Path, tmp_path: Path) -> None:
+    codec = TextCodec(folder, SPECIAL)
+    with pytest.raises(PromptError, match="cannot encode the prompt"):
+        codec.encode_prompt("lone \ud800 surrogate", raw=True)
+    for ids in ([-1], [2**32], [2**70]):
+        with pytest.raises(PromptError, match="token ids are whole numbers"):
+            codec.decode(ids)
+    assert codec.decode([300, 10**9]) == ""
+    document = json.loads((folder / "tokenizer.json").read_text())
+    unknown = {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document | unknown))
+    with pytest.raises(PromptError, match="cannot encode the prompt") as caught:
+        TextCodec(tmp_path, SPECIAL).encode_prompt("time")
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", TEMPLATES)
-def test_templates_render_as_transformers_renders_them(folder: Path, source: str) -> None:
-    theirs = AutoTokenizer.from_pretrained(str(folder))
-    messages = [{"role": "user", "content": " é <b> "}, {"role": "assistant", "content": "x"}]
-    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=True)
-    assert render_chat(compile_template(source), messages, SPECIAL) == expected
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": "1.0"}', "\x00\xff"])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ArtifactError, match=r"cannot read .*tokenizer\.json") as caught:
+        TextCodec(tmp_path, SPECIAL)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_refuses_is_one_error() -> None:
-    with pytest.raises(PromptError, match="only one system"):
-        render_chat(compile_template("{{ raise_exception('only one system') }}"), [], SPECIAL)
+def test_a_template_that_is_not_utf_8_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(ArtifactError, match=r"cannot read .*chat_template\.jinja: UnicodeDecodeError"):
+        TextCodec(tmp_path, SPECIAL)
 
 
-def test_a_broken_template_is_one_error() -> None:
-    with pytest.raises(ArtifactError, match=r"chat_template\.jinja is not valid"):
-        compile_template("{% if %}")
+def test_prompts_are_encoded_as_the_model_was_tuned(folder: Path) -> None:
+    chat, raw = TextCodec(folder, SPECIAL), TextCodec(folder, SPECIAL, raw=True)
+    assert raw.encode_prompt("Hello") == chat.encode_prompt("Hello", raw=True) != chat.encode_prompt("Hello")
+    assert raw.encode_prompt("Hello", raw=False) == chat.encode_prompt("Hello")
 
 
 def test_an_empty_prompt_is_refused(folder: Path) -> None:
