@@ -54,9 +54,8 @@ def _check_streams(document: Document) -> None:
         if (document[name] is None) != (len(streams) == 1):
             rule = "null with one stream" if len(streams) == 1 else "an object with two streams"
             raise DamagedError(name, document[name], rule)
-    if gate is not None and (gate["rank"] == 0) != (gate["kind"] == "mean_logits"):
-        rule = "0" if gate["kind"] == "mean_logits" else "at least 1"
-        raise DamagedError("gate.rank", gate["rank"], f"{rule} in a {gate['kind']} gate")
+    if gate is not None and gate["rank"] == 0 and gate["kind"] != "mean_logits":
+        raise DamagedError("gate.rank", 0, f"at least 1 in a {gate['kind']} gate")
     if list(virtual) != streams:
         raise DamagedError("virtual_tokens", ", ".join(virtual), f"of the streams {', '.join(streams)}")
     if virtual["base"] != 0:
