@@ -242,6 +242,10 @@ def one_line(text: str) -> str:
 def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("a path cannot be empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # as onnxruntime would, but obscurely and in the end
+        raise argparse.ArgumentTypeError("the path is not text in this locale's encoding; rename it") from error
     return Path(text)
 
 

@@ -122,7 +122,12 @@ def test_debug_may_follow_the_command(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("word", "why"), [("", "argument --path: a path cannot be empty"), ("a\0b", "an argument holds a NUL character")]
+    ("word", "why"),
+    [
+        ("", "argument --path: a path cannot be empty"),
+        ("a\0b", "an argument holds a NUL character"),
+        ("caf\udce9", "argument --path: the path is not text in this locale's encoding; rename it"),
+    ],
 )
 def test_a_path_that_cannot_be_one_is_refused(word: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     def register(commands: Commands) -> None:
