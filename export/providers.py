@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from imsm_core.backbone import first_line
+from imsm_core.errors import first_line
 
 from .errors import ExportError, VerificationError
 

@@ -17,7 +17,8 @@ import torch
 from onnxscript import optimizer
 from torch import Tensor
 
-from imsm_core.backbone import first_line, hidden_size
+from imsm_core.backbone import hidden_size
+from imsm_core.errors import first_line
 
 from .attention.nodes import LayerCaches
 from .errors import TraceError, UnsupportedError

@@ -16,10 +16,10 @@ from ..adapters.attach import attach_adapter, peft_type
 from ..adapters.configs import read_peft_config
 from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
-from ..backbone import fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
+from ..backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
 from ..data.dataset import load_jsonl
-from ..errors import OutputExistsError, SettingsError, setting
+from ..errors import OutputExistsError, SettingsError, first_line, setting
 from ..files import refuse_existing, sha256_of_file
 from ..gates import make_gate
 from ..quantized_backbone import round_backbone
