@@ -70,6 +70,11 @@ def find_source(name: str, revision: str | None = None) -> BaseSource:
     return BaseSource(name, name, revision, offline=not _hub_answers())
 
 
+def remembered(name: str) -> str:
+    """A base model's name as a checkpoint keeps it: a path whole, so that it is found from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 @cache
 def _hub_answers() -> bool:
     """Whether the hub can be reached, by one request: transformers would try for a minute, file by file."""

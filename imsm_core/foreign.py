@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .adapters.attach import load_adapter, peft_type
 from .adapters.text_names import for_text_part
 from .backbone import fingerprint, hidden_size, load_base_model
+from .base_source import remembered
 from .checkpoint import CheckpointInfo
 from .choices import check_gate_kind
 from .errors import AdapterError, CheckpointError, SettingsError, first_line
@@ -58,7 +59,7 @@ def assemble(
     model = SiameseModel(peft_model, gate)
     model.requires_grad_(False)
     info = CheckpointInfo(
-        base_model=str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model,
+        base_model=remembered(base_model),
         base_revision=None,
         base_fingerprint=base_fingerprint,
         gate_kind=gate_kind,

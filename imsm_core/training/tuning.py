@@ -17,6 +17,7 @@ from ..adapters.configs import read_peft_config
 from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
 from ..backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
+from ..base_source import remembered
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
 from ..data.dataset import load_jsonl
 from ..errors import OutputExistsError, SettingsError, first_line, setting
@@ -87,7 +88,7 @@ def tune(
     origin = asdict(settings) | {"model": base_fingerprint, "max_length": max_length, "peft_config": file}
     metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
     info = CheckpointInfo(
-        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        base_model=remembered(model),
         base_revision=revision,
         base_fingerprint=base_fingerprint,
         gate_kind=settings.gate,
