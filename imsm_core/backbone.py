@@ -27,7 +27,7 @@ from .base_source import (
     reason,
     without_kernels,
 )
-from .base_weights import check_complete, check_layers, check_stored, make_float32, stored_weights
+from .base_weights import check_complete, check_end_tokens, check_layers, check_stored, make_float32, stored_weights
 from .errors import BaseModelError
 from .text_part import text_part
 
@@ -74,6 +74,7 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
     if part is not None:
         loading["unexpected_keys"] = set(filter(part.has, loading["unexpected_keys"]))
     check_complete(source, model, loading)
+    check_end_tokens(source, model)
     make_float32(source, model)
     model.requires_grad_(False)
     frozen: PreTrainedModel = model.eval()

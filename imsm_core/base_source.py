@@ -179,12 +179,16 @@ def check_tokenizer(source: BaseSource) -> None:
             f"the base model {source.name!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it "
             "from the model that it was made from"
         )
-    missing = [package for package in ("sentencepiece", "tiktoken") if find_spec(package) is None]
-    if missing and (folder / "tokenizer.model").is_file():
+    vocabulary = folder / "tokenizer.model"
+    if not vocabulary.is_file():
+        return
+    package = (
+        "sentencepiece" if vocabulary.read_bytes()[:1] == b"\n" else "tiktoken"
+    )  # a protobuf's first field, or text
+    if find_spec(package) is None:
         raise BaseModelError(
             f"the base model {source.name!r} has its tokenizer as tokenizer.model alone, and reading that needs "
-            f"{' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; run pip install "
-            f"{' '.join(missing)}, or put a tokenizer.json into the folder"
+            f"{package}, which is not installed; run pip install {package}, or put a tokenizer.json into the folder"
         )
 
 

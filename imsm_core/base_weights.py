@@ -124,6 +124,17 @@ def check_complete(source: BaseSource, model: PreTrainedModel, loading: dict[str
         )
 
 
+def check_end_tokens(source: BaseSource, model: PreTrainedModel) -> None:
+    """Raise BaseModelError if the tokens that end a text are no token ids: transformers takes whatever stands there."""
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int for token in listed):
+        raise BaseModelError(
+            f"the generation_config.json of {source.name!r} is damaged: eos_token_id is {ends!r}, which is no token id "
+            "and no list of them"
+        )
+
+
 def _harmless(name: str, config: PreTrainedConfig) -> bool:
     """Whether a weight that the model does not use is known to change nothing."""
     if _HARMLESS.search(name) or re.match(r"(model\.)?mtp[._]", name):

@@ -225,12 +225,11 @@ def test_pickled_weights_come_with_the_way_to_convert_them(base: Path) -> None:
 def test_folder_without_a_tokenizer_says_what_to_copy(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (base / "tokenizer.json").unlink()
     assert "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it" in one_line(base, load_tokenizer)
-    (base / "tokenizer.model").write_bytes(b"")
     monkeypatch.setattr("imsm_core.base_source.find_spec", lambda name: None)
-    message = one_line(base, load_tokenizer)
-    assert (
-        "needs sentencepiece and tiktoken, which are not installed; run pip install sentencepiece tiktoken" in message
-    )
+    for content, package in ((b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\n", "tiktoken")):
+        (base / "tokenizer.model").write_bytes(content)
+        message = one_line(base, load_tokenizer)
+        assert f"needs {package}, which is not installed; run pip install {package}, or put" in message
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"{}", b'{"model": 3}'])
@@ -239,6 +238,12 @@ def test_damaged_tokenizer_is_no_other_error(base: Path, file: str, content: byt
     (base / file).write_bytes(content)
     with contextlib.suppress(BaseModelError):
         load_tokenizer(str(base))
+
+
+@pytest.mark.parametrize("ends", ["</s>", 2.5, [2, None], {"a": 1}, True])
+def test_end_tokens_that_are_none_are_named(base: Path, ends: Any) -> None:
+    edit(base / "generation_config.json", eos_token_id=ends)
+    assert "is damaged" in one_line(base)
 
 
 def test_base_model_that_has_moved_is_asked_for(tmp_path: Path) -> None:
