@@ -68,4 +68,5 @@ def check_weights(weights: Iterable[tuple[str, Tensor]], settings: ExportSetting
 
 
 def _instead(settings: ExportSettings) -> str:
-    return f"take {setting('precision' if settings.bits is None else 'activations')} bf16"
+    other = "int8" if settings.bits is None else "fp32"
+    return f"it would overflow; take {setting('precision' if settings.bits is None else 'activations')} bf16 or {other}"

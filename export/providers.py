@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import torch
 
-from imsm_core.backbone import first_line
+from imsm_core.errors import first_line
 
 from .errors import ExportError, VerificationError
 

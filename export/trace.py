@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from imsm_core.backbone import first_line, hidden_size
+from imsm_core.backbone import hidden_size
+from imsm_core.errors import first_line
 
 from .attention.nodes import LayerCaches
 from .errors import TraceError, UnsupportedError

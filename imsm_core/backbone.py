@@ -9,34 +9,73 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from .base_formats import fp8_in_whole_blocks, quantization_config
+from .base_source import (
+    check_causal,
+    check_own_code,
+    check_tokenizer,
+    find_source,
+    quiet_libraries,
+    read_config,
+    reason,
+    without_kernels,
+)
+from .base_weights import check_complete, check_end_tokens, check_layers, check_stored, make_float32, stored_weights
 from .errors import BaseModelError
+from .text_part import text_part
 
 
 def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
-    """The causal LM at a local folder or hub id, in float32 and eval mode, every parameter frozen.
+    """The causal LM in a folder, in a GGUF file or at a hub id, in float32 and eval mode, every parameter frozen. Of a
+    multimodal model it is the text part; weights that are stored in fp8, mxfp4 or GGUF's formats become floats.
 
-    Raises BaseModelError if it is not there or cannot be read (safetensors only; nothing is unpickled).
+    Raises BaseModelError if it is not there, cannot be read or is not whole. Safetensors and GGUF only: nothing is
+    unpickled, and no code that comes with a model runs.
     """
-    _check_local_folder(name)
+    source = find_source(name, revision)
+    fields = read_config(source)
+    check_own_code(source, fields)
+    quantization = quantization_config(source, fields)
+    stored = stored_weights(source)
     try:
-        with _without_progress_bars():
+        with quiet_libraries(), fp8_in_whole_blocks():
+            config = AutoConfig.from_pretrained(source.place, **source.arguments())
+            part = text_part(name, config)
+            config = without_kernels(config if part is None else part.config)
+            check_causal(source, config)
+            if stored is not None:
+                check_layers(source, config, stored)
+                with torch.device("meta"):
+                    skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                check_stored(source, skeleton, stored, quantization is not None)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                source.place,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # and refused in one line
+                quantization_config=quantization,
+                key_mapping=part and part.key_mapping,
+                **source.arguments(),
             )
+    except BaseModelError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub raise a dozen unrelated types here
-        raise BaseModelError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+        raise BaseModelError(f"cannot load the base model {name!r}: {reason(source, error)}") from error
     model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would fill in random values
-        raise BaseModelError(f"the base model {name!r} lacks {len(missing)} weights, such as {missing[0]}")
+    if part is not None:
+        loading["unexpected_keys"] = set(filter(part.has, loading["unexpected_keys"]))
+    check_complete(source, model, loading)
+    check_end_tokens(source, model)
+    make_float32(source, model)
     model.requires_grad_(False)
     frozen: PreTrainedModel = model.eval()
     return frozen
@@ -44,11 +83,13 @@ def load_base_model(name: str, revision: str | None = None) -> PreTrainedModel:
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises BaseModelError if it has none that `tokenizer.json` can hold."""
-    _check_local_folder(name)
+    source = find_source(name, revision)
+    check_tokenizer(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.arguments())
     except Exception as error:  # as in load_base_model
-        raise BaseModelError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
+        raise BaseModelError(f"cannot load the tokenizer of {name!r}: {reason(source, error)}") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
     return tokenizer
@@ -113,30 +154,3 @@ def _backbone_returning(model: PreTrainedModel, hidden: Tensor) -> Iterator[None
             backbone.__dict__.pop("forward", None)
     if not calls:
         raise BaseModelError(f"{type(model).__name__} does not separate its backbone from its lm_head")
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _check_local_folder(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise BaseModelError(f"no base model at {name!r}: the folder does not exist")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message (with the second if it ends in a colon), or else its type's name."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, KeyError) and lines:  # its message is the bare key
-        lines[0] = f"KeyError: {lines[0]}"
-    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
-        lines[0] = " ".join(f"{lines[0]} {lines[1]}".split())
-    return lines[0] if lines else type(error).__name__

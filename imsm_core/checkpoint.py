@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .adapters.attach import load_adapter, save_adapter
-from .backbone import fingerprint, first_line, hidden_size, load_base_model
+from .backbone import fingerprint, hidden_size, load_base_model
 from .choices import GATE_KINDS
-from .errors import BaseModelError, CheckpointError, SettingsError, shown
+from .errors import BaseModelError, CheckpointError, SettingsError, first_line, setting, shown
 from .files import publish_folder
 from .gates import Gate, make_gate
 from .quantized_backbone import round_backbone
@@ -127,6 +127,10 @@ def load_checkpoint(folder: Path, base_model: str | None = None) -> tuple[Siames
     info = read_info(folder)
     _check_complete(folder)
     name = base_model or info.base_model
+    if base_model is None and Path(name).is_absolute() and not Path(name).exists():
+        raise BaseModelError(
+            f"no base model at {name!r}, where {folder} was trained on it; {setting('base')} says where it is now"
+        )
     base = load_base_model(name, info.base_revision if base_model is None else None)
     found = fingerprint(base)
     if found != info.base_fingerprint:

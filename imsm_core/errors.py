@@ -105,3 +105,13 @@ def shown(value: object) -> str:
 
 def _fill(message: str, spell: Callable[[str], str]) -> str:
     return re.sub(r"\{([a-z]+(?:_[a-z]+)*)\}", lambda match: spell(match[1]), message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message (with the second if it ends in a colon), or else its type's name."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) and lines:  # its message is the bare key
+        lines[0] = f"KeyError: {lines[0]}"
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines[0] = " ".join(f"{lines[0]} {lines[1]}".split())
+    return lines[0] if lines else type(error).__name__

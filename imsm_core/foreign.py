@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapters.attach import load_adapter, peft_type
-from .backbone import fingerprint, first_line, hidden_size, load_base_model
+from .adapters.text_names import for_text_part
+from .backbone import fingerprint, hidden_size, load_base_model
+from .base_source import remembered
 from .checkpoint import CheckpointInfo
 from .choices import check_gate_kind
-from .errors import AdapterError, CheckpointError, SettingsError
+from .errors import AdapterError, CheckpointError, SettingsError, first_line
 from .gates import Gate, make_gate
 from .siamese import SiameseModel
 
@@ -52,11 +54,12 @@ def assemble(
     base = load_base_model(base_model)
     base_fingerprint, width = fingerprint(base), hidden_size(base)
     gate = load_gate(gate_from, gate_kind, width) if gate_from is not None else make_gate(gate_kind, width)
-    peft_model = load_adapter(base, folder)
+    with for_text_part(base, folder) as named:
+        peft_model = load_adapter(base, named)
     model = SiameseModel(peft_model, gate)
     model.requires_grad_(False)
     info = CheckpointInfo(
-        base_model=str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model,
+        base_model=remembered(base_model),
         base_revision=None,
         base_fingerprint=base_fingerprint,
         gate_kind=gate_kind,

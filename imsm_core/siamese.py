@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from .adapters.attach import adapted_layers, causal_lm, check_adapter, free_lm_head, known_warnings_ignored
 from .adapters.biases import original_biases
 from .adapters.virtual_tokens import adapter_hidden_state, context_length, virtual_tokens
-from .backbone import apply_head, first_line, last_hidden_state
-from .errors import AdapterError
+from .backbone import apply_head, last_hidden_state
+from .errors import AdapterError, first_line
 from .gates import Gate, Gated, Memories
 
 

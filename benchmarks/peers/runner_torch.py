@@ -35,7 +35,9 @@ def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
 
     # The libraries alone: this project's own loading also checks, and holds copies while it does.
     def base_model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(args.folder / "base", dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            args.folder / "base", dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
     def with_adapter(model: Any) -> Any:
         return PeftModel.from_pretrained(model, args.folder / "checkpoint" / "adapter").eval()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imsm_core.backbone import first_line
+from imsm_core.errors import first_line
 
 from ..errors import UnsupportedError
 from ..streams import split_streams

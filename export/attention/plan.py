@@ -17,7 +17,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from imsm_core.backbone import first_line, last_hidden_state
+from imsm_core.backbone import last_hidden_state
+from imsm_core.errors import first_line
 
 from ..errors import UnsupportedError
 from ..experts import ExpertsPlan, plan_experts

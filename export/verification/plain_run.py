@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from imsm_core.backbone import first_line
+from imsm_core.errors import first_line
 
 from ..errors import VerificationError
 from ..providers import open_graph

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..backbone import first_line
-from ..errors import AdapterError
+from ..errors import AdapterError, first_line
 from .biases import backbone_biases, keep_original_biases
 from .configs import read_fields, warnings_unless_refused
 from .refusals import BackboneSnapshot, check_config, check_fits, check_new_config

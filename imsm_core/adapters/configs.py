@@ -13,8 +13,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..backbone import first_line
-from ..errors import AdapterError
+from ..errors import AdapterError, first_line
 from .refusals import REFUSED_TYPES, check_finite, check_new_config, check_type
 
 CONFIG_TYPES: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -16,12 +16,13 @@ from ..adapters.attach import attach_adapter, peft_type
 from ..adapters.configs import read_peft_config
 from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
-from ..backbone import fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
+from ..backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
+from ..base_source import remembered
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
 from ..claims import Place, claimed
 from ..data.dataset import load_jsonl
 from ..disk import check_room
-from ..errors import OutputExistsError, SettingsError, setting
+from ..errors import OutputExistsError, SettingsError, first_line, setting
 from ..files import sha256_of_file
 from ..gates import make_gate
 from ..quantized_backbone import round_backbone
@@ -105,7 +106,7 @@ def _tune(
     origin = asdict(settings) | {"model": base_fingerprint, "max_length": max_length, "peft_config": file}
     metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
     info = CheckpointInfo(
-        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        base_model=remembered(model),
         base_revision=revision,
         base_fingerprint=base_fingerprint,
         gate_kind=settings.gate,
