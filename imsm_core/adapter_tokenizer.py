@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .backbone import first_line, load_tokenizer
-from .errors import AdapterError
+from .errors import AdapterError, BaseModelError
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -31,19 +31,21 @@ _TURNS = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 class FoundTokenizer:
     """folder: the adapter's, if the vocabulary came from there. template: the file or folder that the chat template
     came from, if not from the base model. end_tokens: what ends a turn or a text by that folder, and by its chat
-    template."""
+    template. unlike: how many of the base model's tokens have another id in it."""
 
     tokenizer: PreTrainedTokenizerBase
     folder: Path | None = None
     template: Path | None = None
     end_tokens: tuple[int, ...] = ()
+    unlike: int = 0
 
     def __str__(self) -> str:
         origin = f"of {self.folder}" if self.folder is not None else "of the base model"
         template = "without a chat template" if not self.tokenizer.chat_template else "with its chat template"
         if self.template is not None and self.template != self.folder:
             template = f"with the chat template of {self.template}"
-        return f"{origin}, {len(self.tokenizer)} tokens, {template}"
+        unlike = f" ({self.unlike} of the base model's have another id)" if self.unlike else ""
+        return f"{origin}, {len(self.tokenizer)} tokens{unlike}, {template}"
 
 
 def find_tokenizer(folders: list[Path], base_model: str, revision: str | None = None) -> FoundTokenizer:
@@ -71,7 +73,7 @@ def find_tokenizer(folders: list[Path], base_model: str, revision: str | None = 
         return FoundTokenizer(load_tokenizer(base_model, revision))
     source = found.folder or found.template
     ends = _end_of_turn(found.tokenizer, source) + _generation_ends(folders)
-    return FoundTokenizer(found.tokenizer, found.folder, found.template, tuple(dict.fromkeys(ends)))
+    return replace(found, end_tokens=tuple(dict.fromkeys(ends)))
 
 
 def _own(folder: Path, base_model: str, revision: str | None) -> FoundTokenizer:
@@ -90,11 +92,31 @@ def _own(folder: Path, base_model: str, revision: str | None) -> FoundTokenizer:
         ) from error
     if not usable:
         raise AdapterError(f"the tokenizer in {folder} has no tokenizer.json form, which the runtime needs")
+    templates: Any = tokenizer.chat_template
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise AdapterError(f"the tokenizer in {folder} has a chat template that is no text: {templates!r}")
     template = folder if tokenizer.chat_template else None
     if template is None and (folder / _TEMPLATES[1]).is_file():
         template = folder / _TEMPLATES[1]
         tokenizer.chat_template = _read_template(template)
-    return FoundTokenizer(tokenizer, folder, template)
+    return FoundTokenizer(tokenizer, folder, template, unlike=_unlike(tokenizer, folder, base_model, revision))
+
+
+def _unlike(tokenizer: PreTrainedTokenizerBase, folder: Path, base_model: str, revision: str | None) -> int:
+    """How many of the base model's tokens have another id or none. Raises AdapterError if it is most of them."""
+    try:
+        vocabulary = load_tokenizer(base_model, revision).get_vocab()
+    except BaseModelError:  # an adapter may bring the only tokenizer that there is
+        return 0
+    own = tokenizer.get_vocab()
+    unlike = sum(own.get(token) != index for token, index in vocabulary.items())
+    if unlike > len(vocabulary) / 2:
+        raise AdapterError(
+            f"the tokenizer in {folder} is another model's: {unlike} of the base model's {len(vocabulary)} tokens have "
+            "another id in it, or none; remove its files to take the base model's"
+        )
+    return unlike
 
 
 def _read_template(path: Path) -> str:
@@ -142,6 +164,6 @@ def _generation_ends(folders: list[Path]) -> list[int]:
     except Exception as error:  # as for a tokenizer
         raise AdapterError(f"{folder / 'generation_config.json'} cannot be read: {first_line(error)}") from error
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(index) is int for index in ids):
+    if not all(type(index) is int and index >= 0 for index in ids):
         raise AdapterError(f"{folder / 'generation_config.json'} cannot be used: eos_token_id is {ends!r}")
     return ids
