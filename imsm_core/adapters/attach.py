@@ -70,7 +70,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def put_on(model: PreTrainedModel, saved: SavedAdapter) -> PeftModel:
     """`load_adapter` of an adapter that has been read, and fitted to the model's vocabulary."""
-    config, task = saved.config, str(getattr(saved.config.task_type, "value", saved.config.task_type))
+    config: Any = saved.config
+    task = str(getattr(saved.config.task_type, "value", saved.config.task_type))
     try:
         check_fits(config, model)
         before = BackboneSnapshot(model)
@@ -84,7 +85,12 @@ def put_on(model: PreTrainedModel, saved: SavedAdapter) -> PeftModel:
     except AdapterError:
         raise
     except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not support
-        raise AdapterError(f"cannot load the adapter in {saved.folder}: {first_line(error)}{saved.hint()}") from error
+        reason = first_line(error).rstrip(".")
+        if reason.startswith("Target modules "):  # PEFT names all of them
+            layers = config.target_modules
+            first = layers if isinstance(layers, str) else next(iter(sorted(layers or [])), "none")
+            reason = f"this {model.config.model_type} model has none of its target modules, such as {first!r}"
+        raise AdapterError(f"cannot load the adapter in {saved.folder}: {reason}{saved.hint()}") from error
     if differing := sorted(expected.keys() ^ saved.tensors.keys()):  # PEFT would keep initial values
         raise AdapterError(
             f"the weights in {saved.folder} do not match its adapter_config.json: {len(differing)} missing or "

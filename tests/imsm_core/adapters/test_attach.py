@@ -178,8 +178,19 @@ def test_adapter_with_a_weight_for_a_layer_that_is_not_there_is_refused(
 
 
 def test_adapter_of_another_base_model_is_refused(gpt2_folder: Path, adapter_folder: Path) -> None:
-    with pytest.raises(AdapterError, match="cannot load the adapter in"):
+    with pytest.raises(AdapterError) as caught:
         load_adapter(load_base_model(str(gpt2_folder)), adapter_folder)
+    trained_on = json.loads((adapter_folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert str(caught.value) == (
+        f"cannot load the adapter in {adapter_folder}: this gpt2 model has none of its target modules, such as "
+        "'model.layers.0.mlp.down_proj'; if the adapter was trained on another model, "
+        f"{trained_on!r}, give that one by base"
+    )
+
+
+def test_adapter_of_a_wider_base_model_is_refused_with_both_sizes(qwen2_folder: Path, adapter_folder: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.default\.weight is \[4, 32\] .* and \[4, 64\] .*by base$"):
+        load_adapter(load_base_model(str(qwen2_folder)), adapter_folder)
 
 
 def test_adapter_with_values_that_are_not_finite_is_refused(base_folder: Path, adapter_folder: Path) -> None:
