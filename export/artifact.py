@@ -85,7 +85,7 @@ def write_tokenizer(
     return {
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_ids": _end_tokens(config.eos_token_id, tokenizer.eos_token_id),
+        "eos_token_ids": end_tokens(config.eos_token_id, tokenizer.eos_token_id),
         "pad_token_id": tokenizer.pad_token_id,
     }
 
@@ -188,7 +188,8 @@ def _logit_width(graph: ir.Model) -> int:
     return shape[-1]
 
 
-def _end_tokens(*sources: int | list[int] | None) -> list[int]:
+def end_tokens(*sources: int | list[int] | None) -> list[int]:
+    """All of them, each once."""
     ids: list[int] = []
     for source in sources:
         for token in [source] if isinstance(source, int) else source or []:

@@ -10,16 +10,16 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedTokenizerBase
 
-from imsm_core.backbone import load_tokenizer
+from imsm_core.adapter_tokenizer import FoundTokenizer, find_tokenizer
 from imsm_core.checkpoint import CheckpointInfo, load_checkpoint
 from imsm_core.claims import claimed
 from imsm_core.disk import check_room
 from imsm_core.errors import SettingsError
 from imsm_core.files import publish_folder
-from imsm_core.foreign import assemble
+from imsm_core.foreign import assemble, find_adapter
 from imsm_core.siamese import SiameseModel
 
-from .artifact import GRAPH, MANIFEST, write_graph, write_manifest, write_tokenizer
+from .artifact import GRAPH, MANIFEST, end_tokens, write_graph, write_manifest, write_tokenizer
 from .cuda_kernels import CudaKernels, cuda_kernels
 from .passes import finish_quantized, run_passes
 from .passes.quantization import Quantized
@@ -28,12 +28,14 @@ from .prepare import Prepared, prepare
 from .report import (
     Report,
     phase,
+    report_added_rows,
     report_cuda_kernels,
     report_other_backbone,
     report_parity,
     report_passes,
     report_quality,
     report_quantized,
+    report_tokenizer,
     report_trace,
 )
 from .settings import TOLERANCES, ExportSettings
@@ -67,10 +69,10 @@ def export_checkpoint(
         with phase("load", report):
             model, info = load_checkpoint(checkpoint, base_model)
             base_model = base_model or info.base_model
-            tokenizer = load_tokenizer(base_model, info.base_revision)
+            found = find_tokenizer([checkpoint], base_model, info.base_revision)
         check_quantized_backbone(info, settings, report)
         with claimed(target, MANIFEST, force, (base_model,)):
-            return export_model(model, tokenizer, info, target, settings, force, report)
+            return _export_with(found, model, info, target, settings, force, report)
 
 
 def export_adapter(
@@ -86,8 +88,9 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Export a PEFT adapter folder that was trained anywhere, and a gate; returns the manifest.
 
-    gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.foreign.assemble`. Raises as
-    `export_checkpoint`.
+    gate: its kind; mean_logits needs no weights. gate_from, adapter_name: as `imsm_core.foreign.assemble`. A tokenizer
+    or chat template in the folder is used instead of the base model's, and the model gets the rows of its added tokens.
+    Raises as `export_checkpoint`.
     """
     adapter, target = Path(adapter), Path(target)
     settings = settings or ExportSettings()
@@ -95,9 +98,28 @@ def export_adapter(
         report(f"load      {adapter}")
         source = None if gate_from is None else Path(gate_from)
         with phase("load", report):
-            tokenizer = load_tokenizer(base_model)
-            model, info = assemble(adapter, base_model, gate, source, adapter_name)
-        return export_model(model, tokenizer, info, target, settings, force, report)
+            found = find_tokenizer([find_adapter(adapter, adapter_name), adapter], base_model)
+            model, info = assemble(adapter, base_model, gate, source, adapter_name, found)
+        report_added_rows(info.training["added_rows"], report)
+        return _export_with(found, model, info, target, settings, force, report)
+
+
+def _export_with(
+    found: FoundTokenizer,
+    model: SiameseModel,
+    info: CheckpointInfo,
+    target: Path,
+    settings: ExportSettings,
+    force: bool,
+    report: Report,
+) -> dict[str, Any]:
+    """`export_model` with a tokenizer that may be the adapter's own, whose end tokens the artifact gets too."""
+    embeddings: Any = model.causal_lm.get_input_embeddings()
+    report_tokenizer(found, len(embeddings.weight), report)
+    config: Any = model.causal_lm.generation_config
+    if found.end_tokens:
+        config.eos_token_id = end_tokens(config.eos_token_id, list(found.end_tokens))
+    return export_model(model, found.tokenizer, info, target, settings, force, report)
 
 
 def export_model(

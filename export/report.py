@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from imsm_core.adapter_tokenizer import FoundTokenizer
+
 from .activation_range import ActivationRange
 from .attention.plan import AttentionPlan
 from .cuda_kernels import CudaKernels
@@ -30,6 +32,30 @@ def phase(name: str, report: Report) -> Iterator[None]:
     start = time.perf_counter()
     yield
     report(f"{name:<10}done in {time.perf_counter() - start:.1f} s")
+
+
+def report_tokenizer(found: FoundTokenizer, rows: int, report: Report) -> None:
+    """One line, and one more where an adapter's tokenizer has tokens that the model, of `rows` embeddings, has not."""
+    report(f"tokenizer {found}")
+    without = len(found.tokenizer) - rows
+    if found.folder is not None and without > 0:
+        token = found.tokenizer.convert_ids_to_tokens(rows)
+        report(
+            f"warning   {without} of its tokens have no embedding, such as {token!r}, and cannot be in a prompt: the "
+            "adapter was trained without them"
+        )
+
+
+def report_added_rows(rows: Mapping[str, int], report: Report) -> None:
+    """One line where the backbone got the rows of added tokens, and a warning where no file has them."""
+    if rows["taken"]:
+        report(f"backbone  the rows of {rows['taken']} added tokens come with the adapter; {rows['total']} rows in all")
+    if rows["averaged"]:
+        report(
+            f"warning   neither the adapter nor the base model has the rows of {rows['averaged']} added tokens, which "
+            "are set to the mean of the others, as when a model is resized; if they were trained, save that resized "
+            f"base model and give it by --base"
+        )
 
 
 def report_adapter(adapter: Mapping[str, Any], model: nn.Module, report: Report) -> None:

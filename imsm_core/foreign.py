@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapters.attach import load_adapter, peft_type
+from .adapter_tokenizer import FoundTokenizer
+from .adapters.attach import peft_type, put_on
+from .adapters.configs import warnings_unless_refused
+from .adapters.saved import read_adapter
 from .adapters.text_names import for_text_part
+from .adapters.vocabulary import fit_vocabulary
 from .backbone import fingerprint, hidden_size, load_base_model
 from .base_source import remembered
 from .checkpoint import CheckpointInfo
@@ -30,19 +35,22 @@ _DOWN_FILE = re.compile(r"(?:(\d+)_)?linear_A\.pth")
 _PLAIN_LAYERS = (nn.Sequential, nn.Linear, nn.Dropout)
 
 
+@warnings_unless_refused()
 def assemble(
     adapter: Path,
     base_model: str,
     gate_kind: str,
     gate_from: Path | None = None,
     adapter_name: str | None = None,
+    tokenizer: FoundTokenizer | None = None,
 ) -> tuple[SiameseModel, CheckpointInfo]:
     """The siamese model of a PEFT folder and a gate, in float32 and eval mode, on the CPU, and its info.
 
     base_model: a folder or hub id. gate_from: a gate.safetensors, a folder that holds one or the released code's
     linear_A.pth and linear_B.pth (with or without an epoch's number in front), or one of its linear_A files; not for
-    mean_logits, which has no weights. adapter_name: which of several adapters in the folder. Raises SettingsError,
-    AdapterError, BaseModelError or CheckpointError (the gate).
+    mean_logits, which has no weights. adapter_name: which of several adapters in the folder. tokenizer: the texts', if
+    tokens were added to it (`adapters.vocabulary`); the fingerprint is then that of the model with their rows. Raises
+    SettingsError, AdapterError, BaseModelError or CheckpointError (the gate).
     """
     check_gate_kind(gate_kind)
     has_weights = gate_kind != "mean_logits"
@@ -50,12 +58,15 @@ def assemble(
         raise SettingsError("gate_from", None, f"it must say where the trained weights of the {gate_kind} gate are")
     if not has_weights and gate_from is not None:
         raise SettingsError("gate_from", gate_from, "a mean_logits gate has no weights; leave it out")
-    folder = find_adapter(adapter, adapter_name)
+    saved = read_adapter(find_adapter(adapter, adapter_name))
     base = load_base_model(base_model)
-    base_fingerprint, width = fingerprint(base), hidden_size(base)
+    width = hidden_size(base)
     gate = load_gate(gate_from, gate_kind, width) if gate_from is not None else make_gate(gate_kind, width)
-    with for_text_part(base, folder) as named:
-        peft_model = load_adapter(base, named)
+    own = tokenizer is not None and tokenizer.folder is not None
+    saved = for_text_part(base, saved)
+    saved, rows = fit_vocabulary(base, saved, None if tokenizer is None else tokenizer.tokenizer, own)
+    base_fingerprint = fingerprint(base)
+    peft_model = put_on(base, saved)
     model = SiameseModel(peft_model, gate)
     model.requires_grad_(False)
     info = CheckpointInfo(
@@ -65,7 +76,12 @@ def assemble(
         gate_kind=gate_kind,
         gate_rank=gate.rank,
         peft_type=peft_type(peft_model.peft_config[peft_model.active_adapter]),
-        training={"adapter": str(folder), "gate": str(gate_from) if gate_from is not None else None},
+        training={
+            "adapter": str(saved.folder),
+            "gate": str(gate_from) if gate_from is not None else None,
+            "tokenizer": str(tokenizer.folder) if tokenizer is not None and own else None,
+            "added_rows": asdict(rows),
+        },
     )
     return model.eval(), info
 

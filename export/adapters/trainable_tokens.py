@@ -13,20 +13,22 @@ from .rows import PeftLayer, TwoStreamEmbedding, constant
 
 
 class TwoStreamTokens(TwoStreamEmbedding):
-    """token_ids: (K,) int64, the trained tokens; change: (K, d), trained minus frozen rows."""
+    """token_ids: (K,) int64, the trained tokens; rows: (K, d), theirs. They stand in for the frozen rows and are not a
+    change of them, which in a quantized file are rounded."""
 
-    def __init__(self, base_layer: nn.Module, token_ids: Tensor, change: Tensor) -> None:
+    def __init__(self, base_layer: nn.Module, token_ids: Tensor, rows: Tensor) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.token_ids: Tensor
         self.register_buffer("token_ids", token_ids, persistent=False)
-        self.adapter_change = constant(change)
+        self.adapter_rows = constant(rows)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, S) -> (2 * B, S, d)."""
         frozen: Tensor = self.base_layer(input_ids)
         chosen = (input_ids[..., None] == self.token_ids).to(frozen.dtype)  # (B, S, K), at most one 1
-        return torch.cat([frozen, frozen + chosen @ self.adapter_change])
+        others = 1 - chosen.sum(-1, keepdim=True)
+        return torch.cat([frozen, frozen * others + chosen @ self.adapter_rows])
 
 
 def two_stream_tokens(name: str, layer: PeftLayer, frozen: nn.Module, adapter: str) -> nn.Module | None:
@@ -35,6 +37,4 @@ def two_stream_tokens(name: str, layer: PeftLayer, frozen: nn.Module, adapter: s
         return None
     ids = torch.tensor(layer.token_indices[adapter])
     trained = layer.trainable_tokens_delta[adapter].detach()
-    table = frozen.weight
-    assert isinstance(table, Tensor)
-    return TwoStreamTokens(frozen, ids, (trained - table.detach()[ids]) * embedding_scale(frozen))
+    return TwoStreamTokens(frozen, ids, trained * embedding_scale(frozen))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,8 +28,12 @@ def compute_dtype(settings: ExportSettings) -> torch.dtype:
 def layer_weight(model: PreTrainedModel, name: str) -> tuple[nn.Module, Tensor]:
     """The layer and its weight that the traced module calls `name`, with or without an adapter around the layer."""
     layer = _layer(model, name.removesuffix(".weight"))
+    if isinstance(layer, TrainableTokensWrapper):
+        layer = layer.token_adapter
     if isinstance(layer, BaseTunerLayer):
         layer = layer.get_base_layer()
+    elif isinstance(layer, AuxiliaryTrainingWrapper):
+        layer = layer.original_module
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return layer, weight

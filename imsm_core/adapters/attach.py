@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AdapterError, first_line
 from .biases import backbone_biases, keep_original_biases
-from .configs import read_fields, warnings_unless_refused
+from .configs import warnings_unless_refused
 from .refusals import BackboneSnapshot, check_config, check_fits, check_new_config
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+from .saved import FILES, SavedAdapter, read_adapter
+from .trial import check_memory, check_sizes, load_tensors
+from .vocabulary import fit_vocabulary
 
 
 def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -38,8 +38,11 @@ def attach_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     check_fits(config, model)
     before = BackboneSnapshot(model)
     try:
+        check_memory(model, config)
         with known_warnings_ignored():
             peft_model = get_peft_model(model, config)
+    except AdapterError:
+        raise
     except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not support
         raise AdapterError(f"the adapter does not fit the model: {first_line(error)}") from error
     _settle(peft_model, before)
@@ -60,43 +63,41 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     Adapters of virtual tokens come back frozen: their files hold the tokens, not the encoder that was trained.
     """
-    for name in FILES:
-        if not (folder / name).is_file():
-            pickled = name == FILES[1] and (folder / "adapter_model.bin").is_file()
-            advice = (
-                "; its adapter_model.bin is pickled and is not read: load it with PEFT and save it again with "
-                "save_pretrained(folder, safe_serialization=True)"
-            )
-            raise AdapterError(f"{folder} has no {name}{advice if pickled else ''}")
-    fields = read_fields(folder / FILES[0])
-    fields.pop("runtime_config", None)  # as PEFT reads it
+    saved, _ = fit_vocabulary(model, read_adapter(folder))
+    return put_on(model, saved)
+
+
+def put_on(model: PreTrainedModel, saved: SavedAdapter) -> PeftModel:
+    """`load_adapter` of an adapter that has been read, and fitted to the model's vocabulary."""
+    config: Any = saved.config
+    task = str(getattr(saved.config.task_type, "value", saved.config.task_type))
     try:
-        config = cast(Any, PeftConfig).from_peft_type(**fields)
-        check_config(config)
         check_fits(config, model)
         before = BackboneSnapshot(model)
-        trainable = not config.is_prompt_learning
+        config.inference_mode = config.is_prompt_learning
+        check_sizes(model, saved)
         with known_warnings_ignored():
-            peft_model = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-            possible = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+            peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)(model, config)
+            load_tensors(peft_model, saved)
             free_lm_head(peft_model)
             expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        found = load_file(folder / FILES[1])
     except AdapterError:
         raise
-    except Exception as error:  # a truncated file, a wrong shape, an unknown type: all the same to the user
-        raise AdapterError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
-    # PEFT would keep initial values. It may store the base embeddings too, which must equal the base model's.
-    if differing := sorted((expected.keys() - found.keys()) | (found.keys() - possible.keys() - expected.keys())):
+    except Exception as error:  # PEFT raises a dozen types for a layer or a size that a method does not support
+        reason = first_line(error).rstrip(".")
+        if reason.startswith("Target modules "):  # PEFT names all of them
+            layers = config.target_modules
+            first = layers if isinstance(layers, str) else next(iter(sorted(layers or [])), "none")
+            reason = f"this {model.config.model_type} model has none of its target modules, such as {first!r}"
+        raise AdapterError(f"cannot load the adapter in {saved.folder}: {reason}{saved.hint()}") from error
+    if differing := sorted(expected.keys() ^ saved.tensors.keys()):  # PEFT would keep initial values
         raise AdapterError(
-            f"the weights in {folder} do not match its adapter_config.json: {len(differing)} missing or unexpected, "
-            f"such as {differing[0]}"
+            f"the weights in {saved.folder} do not match its adapter_config.json: {len(differing)} missing or "
+            f"unexpected, such as {differing[0]}{saved.hint()}"
         )
-    for name, tensor in found.items():
-        if not tensor.is_floating_point() and possible.get(name, expected.get(name, tensor)).is_floating_point():
-            raise AdapterError(f"the adapter in {folder} holds integers in {name}, which must be floating-point")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values() if tensor.is_floating_point()):
-        raise AdapterError(f"the adapter in {folder} holds values that are not finite")
+    for name, tensor in saved.tensors.items():
+        if not tensor.is_floating_point() and expected[name].is_floating_point():
+            raise AdapterError(f"the adapter in {saved.folder} holds integers in {name}, which must be floating-point")
     _settle(peft_model, before)
     return peft_model
 

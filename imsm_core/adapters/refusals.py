@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import AdapterError
+from .patterns import check_patterns
 
 REFUSED_TYPES = {
     "MULTITASK_PROMPT_TUNING": "it needs a task id with every text",
@@ -90,7 +91,9 @@ def _finite(value: Any) -> bool:
 
 
 def check_fits(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Raise AdapterError if a config names tokens that `model` does not have, or its lm_head."""
+    """Raise AdapterError if a config names tokens that `model` does not have, or its lm_head, or has a pattern that
+    cannot be used on its modules."""
+    check_patterns(config, model)
     embeddings: Any = model.get_input_embeddings()
     chosen = getattr(config, "trainable_token_indices", None)
     found = list(chosen.values()) if isinstance(chosen, dict) else [] if chosen is None else [chosen]

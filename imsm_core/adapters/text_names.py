@@ -9,57 +9,39 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .configs import CONFIG_TYPES, read_fields
+from .patterns import check_patterns
+from .saved import SavedAdapter
 
 _PART = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
 _WHOLE = ("model.language_model.", "language_model.model.", "model.text_model.", "text_model.model.")
 _ROOT = "base_model.model."
 
 
-@contextmanager
-def for_text_part(model: PreTrainedModel, folder: Path) -> Iterator[Path]:
-    """`folder`, or a temporary one with the same adapter under the names of `model`, if it was trained on a multimodal
-    model that `model` is the text part of. Prints how many weights are left out."""
-    fields, tensors = _read(folder)
-    if tensors is None or not is_for_whole(model, tensors):
-        yield folder
-        return
-    config = CONFIG_TYPES[fields["peft_type"]].from_peft_type(**fields)
-    kept = text_tensors(tensors)
-    if left_out := len(tensors) - len(kept):
+def for_text_part(model: PreTrainedModel, saved: SavedAdapter) -> SavedAdapter:
+    """`saved`, under the names of `model` if it was trained on a multimodal model that `model` is the text part of.
+    Prints how many weights are left out. Raises AdapterError for a pattern that cannot be used."""
+    if not is_for_whole(model, saved.tensors):
+        return saved
+    check_patterns(saved.config, model)
+    kept = text_tensors(saved.tensors)
+    if left_out := len(saved.tensors) - len(kept):
         print(
-            f"{left_out} of {len(tensors)} weights of the adapter are not for the text part of its multimodal model "
-            "and are left out",
+            f"{left_out} of {len(saved.tensors)} weights of the adapter are not for the text part of its multimodal "
+            "model and are left out",
             file=sys.stderr,
         )
-    use_text_names(config, model)
-    with tempfile.TemporaryDirectory() as place:
-        config.save_pretrained(place)
-        save_file(kept, Path(place) / "adapter_model.safetensors", metadata={"format": "pt"})
-        yield Path(place)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """What the folder holds; no tensors where it is damaged, which whoever loads it says."""
-    try:
-        fields = read_fields(folder / "adapter_config.json")
-        fields.pop("runtime_config", None)
-        return fields, load_file(folder / "adapter_model.safetensors")
-    except Exception:  # as `load_adapter` finds again
-        return {}, None
+    use_text_names(saved.config, model)
+    return replace(saved, tensors=kept)
 
 
 def is_for_whole(model: PreTrainedModel, tensors: dict[str, Tensor]) -> bool:

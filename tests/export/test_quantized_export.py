@@ -185,3 +185,11 @@ def test_the_portable_form_has_none_of_the_projects_operators(tmp_path: Path) ->
     assert not model.functions
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
     assert not any(name.startswith("fuse_quantized") for name in exported.manifest["passes"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("adapter", ["lora_tokens", "trainable_tokens", "lora_saved_embeddings"])
+def test_trained_embeddings_keep_their_values_beside_a_rounded_table(tmp_path: Path, adapter: str, tied: bool) -> None:
+    exported = export_tiny(tmp_path, tied=tied, adapter=adapter, settings=ExportSettings(precision="int8"))
+    assert exported.manifest["parity"]["greedy_tokens_equal"] == exported.manifest["parity"]["decode_steps"]
+    assert exported.manifest["quantization"]["embeddings"]

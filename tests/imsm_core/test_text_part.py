@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import cli
-from imsm_core.adapters.attach import load_adapter
+from imsm_core.adapters.attach import put_on
+from imsm_core.adapters.saved import read_adapter
 from imsm_core.adapters.text_names import for_text_part
 from imsm_core.backbone import load_base_model
 from imsm_core.errors import BaseModelError
@@ -101,8 +102,7 @@ def test_adapter_of_the_whole_model_works_on_its_text_part(
     folder, whole = multimodal_adapter(tmp_path, kind, target_modules=TARGETS[targets])
     base = load_base_model(str(tmp_path / "base"))
     before = logits(base)
-    with for_text_part(base, folder) as named:
-        tuned = load_adapter(base, named)
+    tuned = put_on(base, for_text_part(base, read_adapter(folder)))
     torch.testing.assert_close(logits(tuned), logits(whole), rtol=1e-5, atol=1e-5)
     assert (logits(tuned) - before).abs().max() > 0.05
     vision = [name for name in load_file(folder / "adapter_model.safetensors") if "language_model" not in name]
@@ -122,8 +122,7 @@ def test_patterns_layers_and_saved_modules_keep_their_meaning(tmp_path: Path) ->
     }
     folder, whole = multimodal_adapter(tmp_path, "gemma3", **options)
     base = load_base_model(str(tmp_path / "base"))
-    with for_text_part(base, folder) as named:
-        tuned = load_adapter(base, named)
+    tuned = put_on(base, for_text_part(base, read_adapter(folder)))
     torch.testing.assert_close(logits(tuned), logits(whole), rtol=1e-5, atol=1e-5)
     ranks = {name: p.shape[0] for name, p in tuned.named_parameters() if "lora_A" in name}
     assert {name.split(".lora_A")[0].removeprefix("base_model.model."): rank for name, rank in ranks.items()} == {
@@ -142,8 +141,8 @@ def test_names_of_older_versions_of_transformers_are_known(tmp_path: Path) -> No
     save_file(old, file, metadata={"format": "pt"})
     assert next(iter(old)).startswith("base_model.model.language_model.model.layers.")
     base = load_base_model(str(tmp_path / "base"))
-    with for_text_part(base, folder) as named:
-        torch.testing.assert_close(logits(load_adapter(base, named)), logits(whole), rtol=1e-5, atol=1e-5)
+    tuned = put_on(base, for_text_part(base, read_adapter(folder)))
+    torch.testing.assert_close(logits(tuned), logits(whole), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "llava"])

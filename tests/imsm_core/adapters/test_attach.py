@@ -178,8 +178,19 @@ def test_adapter_with_a_weight_for_a_layer_that_is_not_there_is_refused(
 
 
 def test_adapter_of_another_base_model_is_refused(gpt2_folder: Path, adapter_folder: Path) -> None:
-    with pytest.raises(AdapterError, match="cannot load the adapter in"):
+    with pytest.raises(AdapterError) as caught:
         load_adapter(load_base_model(str(gpt2_folder)), adapter_folder)
+    trained_on = json.loads((adapter_folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert str(caught.value) == (
+        f"cannot load the adapter in {adapter_folder}: this gpt2 model has none of its target modules, such as "
+        "'model.layers.0.mlp.down_proj'; if the adapter was trained on another model, "
+        f"{trained_on!r}, give that one by base"
+    )
+
+
+def test_adapter_of_a_wider_base_model_is_refused_with_both_sizes(qwen2_folder: Path, adapter_folder: Path) -> None:
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.default\.weight is \[4, 32\] .* and \[4, 64\] .*by base$"):
+        load_adapter(load_base_model(str(qwen2_folder)), adapter_folder)
 
 
 def test_adapter_with_values_that_are_not_finite_is_refused(base_folder: Path, adapter_folder: Path) -> None:
@@ -264,6 +275,10 @@ def test_refused_adapter_that_peft_alone_made_is_refused_when_it_is_loaded(
 ) -> None:
     config, message = REFUSED[name]
     folder = write_adapter(base_folder, config, tmp_path / "adapter")
+    if name == "saved head":  # which is harmless as long as nothing has changed it
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: tensor + 0.1 for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+        message = r"trains the lm_head for tokens that the base model has \(259, such as 0\); IMSM keeps it frozen"
     with pytest.raises(AdapterError, match=message):
         load_adapter(load_base_model(str(base_folder)), folder)
 
@@ -364,7 +379,14 @@ def rewrite(folder: Path, **fields: object) -> Path:
         ({"trainable_token_indices": [-1]}, "the token id -1 is not in"),
         ({"next_years_field": 1, "task_type": "SEQ_CLS"}, "for the task SEQ_CLS"),
         ({"modules_to_save": ["lm_head"]}, "touches lm_head; IMSM keeps"),
-        ({"r": 5}, r"Error\(s\) in loading state_dict for PeftModelForCausalLM: size mismatch for .*lora_A.*\[4, 32\]"),
+        (
+            {"r": 5},
+            r"does not fit: .*lora_A\.default\.weight is \[4, 32\] in its file and \[5, 32\] by",
+        ),
+        (
+            {"r": 10**9},
+            r"does not fit: .*lora_A\.default\.weight is \[4, 32\] in its file and \[1000000000,",
+        ),
     ],
     ids=str,
 )
