@@ -34,6 +34,7 @@ from .report import (
     report_trace,
 )
 from .settings import TOLERANCES, ExportSettings
+from .texts import trained_raw
 from .trace import TracedGraph, trace
 from .two_stream import TwoStreamStep
 from .verification.measure import evaluate
@@ -195,7 +196,7 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     quality = None
     if prepared.texts.evaluation:
         streams, texts = written.graph.streams, prepared.texts.evaluation
-        quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on)
+        quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on, report)
         report_quality(quality, settings, report)
     kernels = None
     if settings.dtype_name != "float32":
@@ -231,7 +232,7 @@ def describe(prepared: Prepared, written: Written, verified: Verified, folder: P
             "fingerprint": info.base_fingerprint,
         },
         "training": info.training,
-        "prompts": {"raw": bool(info.training.get("raw", False))},
+        "prompts": {"raw": trained_raw(settings, info)},
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),

@@ -26,14 +26,26 @@ class TuneSettings:
     Raises SettingsError for a value outside its range, or two that contradict each other.
     """
 
-    prompt_field: str = field(default="prompt", metadata={"help": "the field with the prompt", "metavar": "NAME"})
-    answer_field: str = field(default="answer", metadata={"help": "the field with the answer", "metavar": "NAME"})
+    prompt_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "the field with the prompt; without it, and without one for the answer, the first row decides",
+            "metavar": "NAME",
+        },
+    )
+    answer_field: str | None = field(
+        default=None, metadata={"help": "the field with the answer; as for the prompt", "metavar": "NAME"}
+    )
     raw: bool = field(default=False, metadata={"help": "do not use the tokenizer's chat template"})
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "leave out and count rows that cannot be used, instead of stopping at the first"},
+    )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "skip rows that have more tokens, prompt and answer together; without it the model's context, at "
-            f"most {LONGEST}",
+            "help": "skip rows that have more tokens, prompt and answer together, and cut plain text into pieces; "
+            f"without it the model's context, at most {LONGEST}",
             "metavar": "N",
         },
     )

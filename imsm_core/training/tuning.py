@@ -16,9 +16,9 @@ from ..adapters.attach import attach_adapter, peft_type
 from ..adapters.configs import read_peft_config
 from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
-from ..backbone import fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
+from ..backbone import embedded_tokens, fingerprint, first_line, hidden_size, load_base_model, load_tokenizer
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
-from ..data.dataset import load_jsonl
+from ..data.dataset import Dataset, load_jsonl, told
 from ..errors import OutputExistsError, SettingsError, setting
 from ..files import refuse_existing, sha256_of_file
 from ..gates import make_gate
@@ -45,9 +45,9 @@ def tune(
 ) -> dict[str, Any]:
     """Tune an adapter and a gate on the base model `model` (a folder or a hub id) and write `out`; returns metrics.
 
-    data: JSONL. device: cpu, cuda, or auto. resume: continue an interrupted run of the same call. force: replace
-    `out`, and discard an interrupted run of it. Raises the errors of `imsm_core.errors`, before the long work where
-    possible; Interrupted on Ctrl-C.
+    data: a file of JSON objects in one of the forms of `imsm_core.data.forms`. device: cpu, cuda, or auto. resume:
+    continue an interrupted run of the same call. force: replace `out`, and discard an interrupted run of it. Raises the
+    errors of `imsm_core.errors`, before the long work where possible; Interrupted on Ctrl-C.
     """
     settings, training = settings or TuneSettings(), training or TrainSettings()
     data, target = Path(data), Path(out).resolve()
@@ -57,7 +57,10 @@ def tune(
     device = _device(device)
     refuse_existing(target, INFO, force)
     partial = partial_folder(target)
-    if newest_snapshot(partial) is not None and not resume:
+    if newest_snapshot(partial) is None:
+        if resume:
+            print(f"nothing to resume in {partial}: the run starts from the beginning", file=sys.stderr)
+    elif not resume:
         if not force:
             raise OutputExistsError(
                 f"{partial} holds an interrupted run; {setting('resume')} continues it, {setting('force')} discards it"
@@ -70,9 +73,19 @@ def tune(
     config = adapter_config(settings, base)
     training = with_learning_rate(training, config)
     max_length = min(settings.max_length or LONGEST, _room_for_text(settings, config, base))
-    dataset = load_jsonl(data, tokenizer, settings.prompt_field, settings.answer_field, max_length, settings.raw)
-    if dataset.skipped:
-        print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
+    vocabulary = embedded_tokens(base)
+    dataset = load_jsonl(
+        data,
+        tokenizer,
+        settings.prompt_field,
+        settings.answer_field,
+        max_length,
+        settings.raw,
+        settings.skip_bad_rows,
+        vocabulary,
+    )
+    if counts := dataset.skipped_by_reason:
+        print(f"rows that are skipped: {told(counts)} (the longest may have {max_length} tokens)", file=sys.stderr)
     base_fingerprint = fingerprint(base)
     if rounding := settings.rounding():
         round_backbone(base, **rounding)
@@ -83,6 +96,8 @@ def tune(
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    if pad_token_id >= vocabulary:  # masked everywhere, so that any token does
+        pad_token_id = 0
     file = settings.peft_config and sha256_of_file(settings.peft_config)
     origin = asdict(settings) | {"model": base_fingerprint, "max_length": max_length, "peft_config": file}
     metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
@@ -93,8 +108,15 @@ def tune(
         gate_kind=settings.gate,
         gate_rank=gate.rank,
         peft_type=peft_type(config),
-        training=asdict(training) | {"max_length": max_length, "raw": settings.raw},
-        data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
+        training=asdict(training) | prompt_settings(settings, dataset) | {"max_length": max_length},
+        data={
+            "path": dataset.path,
+            "sha256": dataset.sha256,
+            "form": dataset.form,
+            "rows": dataset.rows,
+            "examples": len(dataset.examples),
+            "skipped": dataset.skipped_by_reason,
+        },
         metrics=metrics,
         quantized_backbone=rounding,
     )
@@ -108,6 +130,15 @@ def adapter_config(settings: TuneSettings, model: PreTrainedModel) -> PeftConfig
     if settings.peft_config is not None:
         return read_peft_config(settings.peft_config)
     return peft_config(settings.peft or DEFAULT_METHOD, **settings.adapter_options(), model=model)
+
+
+def prompt_settings(settings: TuneSettings, dataset: Dataset) -> dict[str, Any]:
+    """What shapes a prompt, as a checkpoint keeps it. Plain text trains prompts as they are, whatever the settings."""
+    return {
+        "prompt_field": settings.prompt_field,
+        "answer_field": settings.answer_field,
+        "raw": settings.raw or dataset.form == "text",
+    }
 
 
 def _room_for_text(settings: TuneSettings, config: PeftConfig, model: PreTrainedModel) -> int:
