@@ -73,7 +73,8 @@ def hidden_size(model: PreTrainedModel) -> int:
 
 def embedded_tokens(model: PreTrainedModel) -> int:
     """How many tokens the model can read: perhaps fewer than its tokenizer has."""
-    return len(model.get_input_embeddings().get_parameter("weight"))
+    embeddings: Any = model.get_input_embeddings()  # PEFT's, where an adapter trains some of them
+    return int(embeddings.weight.shape[0])
 
 
 def last_hidden_state(model: PreTrainedModel, **inputs: Any) -> Tensor:

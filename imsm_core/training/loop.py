@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from ..data.collate import IGNORED_LABEL, collate
 from ..data.dataset import Dataset, Example
 from ..errors import AdapterError, Diverged, Interrupted, setting
+from ..head_loss import summed_loss
 from ..siamese import SiameseModel
 from .adalora import RankAllocation, rank_allocation
 from .schedule import make_optimizer, make_schedule, micro_batches, with_learning_rate
@@ -114,9 +114,9 @@ def answer_loss(model: SiameseModel, examples: Sequence[Example], pad_token_id: 
     input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
     states = model.stream_states(input_ids, attention_mask)
     rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
-    logits, _ = model.fused_logits(states, query_mask, rows, positions)
+    fused = model.fused_states(states, query_mask, rows, positions).fused
     targets = labels[rows, positions + 1]
-    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+    return summed_loss(model.causal_lm, fused, targets), len(targets)
 
 
 def _step(
