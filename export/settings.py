@@ -19,8 +19,8 @@ wrong tensor changes values by about their size."""
 @dataclass(frozen=True)
 class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
-    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) for GPTQ; None rounds to
-    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts (JSONL) to measure
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts for GPTQ; None rounds to
+    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts to measure
     the quality on, `eval_texts` of them; the export warns of a perplexity that rises by more than
     `max_perplexity_change`. prompt_field, answer_field: where their rows have prompts and answers, None as the adapter
     was trained; raw: whether prompts are plain text, here and in the artifact, None as the adapter was trained;
@@ -57,7 +57,7 @@ class ExportSettings:
     )
     calibrate: Path | None = field(
         default=None,
-        metadata={"help": "quantize with GPTQ on these texts (JSONL), not by rounding", "metavar": "FILE"},
+        metadata={"help": "quantize with GPTQ on these texts, not by rounding", "metavar": "FILE"},
     )
     kv_cache: str = field(
         default="float",
@@ -68,7 +68,7 @@ class ExportSettings:
     )
     eval_data: Path | None = field(
         default=None,
-        metadata={"help": "measure the quality against fp32 on held-out texts (JSONL)", "metavar": "FILE"},
+        metadata={"help": "measure the quality against fp32 on held-out texts", "metavar": "FILE"},
     )
     eval_texts: int = field(default=64, metadata={"help": "how many texts of --eval-data to use", "metavar": "N"})
     max_perplexity_change: float = field(
@@ -138,7 +138,7 @@ class ExportSettings:
             raise SettingsError("eval_data", self.eval_data, rule)
         if self.eval_data is None and self.calibrate is None:
             for name in ("prompt_field", "answer_field", "skip_bad_rows"):
-                if getattr(self, name):
+                if getattr(self, name) not in (None, False):
                     raise SettingsError(name, getattr(self, name), "it needs {eval_data} or {calibrate}")
         if self.eval_texts < 1:
             raise SettingsError("eval_texts", self.eval_texts, "it must be at least 1")

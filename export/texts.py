@@ -115,8 +115,8 @@ def text_fields(settings: ExportSettings, info: CheckpointInfo) -> Fields:
             raise CheckpointError(f"{INFO} is damaged: {name} of its training is {value!r}")
         trained[name] = value
     given = settings.prompt_field is not None or settings.answer_field is not None
-    prompt = settings.prompt_field or trained["prompt_field"]
-    return Fields(prompt, settings.answer_field or trained["answer_field"], required=given)
+    prompt, answer = (trained[name] if getattr(settings, name) is None else getattr(settings, name) for name in trained)
+    return Fields(prompt, answer, required=given)
 
 
 def read_texts(

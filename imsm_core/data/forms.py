@@ -73,8 +73,10 @@ class Form:
 
 def find_form(row: Row, fields: Fields) -> Form:
     """The form of a file with this first row. Raises BadRow if it has none of them."""
-    given = (fields.prompt is not None, fields.answer is not None)
-    pairs = [(fields.prompt or p, fields.answer or a) for p, a in _PAIRS] if any(given) else []
+    pairs: list[tuple[str, str]] = []
+    if fields.prompt is not None or fields.answer is not None:
+        pairs = [(p if fields.prompt is None else fields.prompt, a) for p, a in _PAIRS]
+        pairs = [(p, a if fields.answer is None else fields.answer) for p, a in pairs]
     for pair in pairs:
         if row.keys() >= set(pair):
             return Form("prompts", pair)

@@ -43,7 +43,7 @@ def rows(content: bytes, path: Path) -> Iterator[tuple[int, Row | BadRow]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return _array(text, path) if text.lstrip(_BLANK).startswith("[") else _lines(text)
+    return _array(text, path) if text.startswith("[", _skip_blank(text, 0)) else _lines(text)
 
 
 def _lines(text: str) -> Iterator[tuple[int, Row | BadRow]]:

@@ -83,6 +83,8 @@ def test_fields_that_are_given_win_over_the_known_forms() -> None:
     assert turns(row, Fields("text")) == [Turn("t", "a")]
     assert turns(row, Fields(None, "output")) == [Turn("p", "o")]
     assert turns({"question": "q", "completion": "c"}, Fields("question")) == [Turn("q", "c")]
+    with pytest.raises(BadRow, match=r"^it has no field ''; it has 'prompt'"):
+        turns(row, Fields(""))
     with pytest.raises(BadRow, match=r"^it has no field 'question'; it has 'messages'$"):
         turns({"messages": [ASK, SAY]}, Fields("question"))
 
