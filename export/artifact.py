@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from imsm_core.data.encoding import end_token
 from imsm_core.disk import room_for
 from imsm_core.files import sha256_of_file
 
@@ -85,7 +86,7 @@ def write_tokenizer(
     return {
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_ids": end_tokens(config.eos_token_id, tokenizer.eos_token_id),
+        "eos_token_ids": end_tokens(config.eos_token_id, tokenizer.eos_token_id, end_token(tokenizer)),
         "pad_token_id": tokenizer.pad_token_id,
     }
 

@@ -39,6 +39,7 @@ from .report import (
     report_trace,
 )
 from .settings import TOLERANCES, ExportSettings
+from .texts import trained_raw
 from .trace import TracedGraph, trace
 from .two_stream import TwoStreamStep
 from .verification.encoders import compare_encoders
@@ -202,7 +203,7 @@ class Verified:
 def write_encoder(prepared: Prepared, folder: Path, report: Report) -> Encoder:
     """Write the tokenizer, and compare what the runtime makes of it with what it was trained with. Raises
     UnsupportedError or VerificationError."""
-    raw = bool(prepared.info.training.get("raw", False))
+    raw = trained_raw(prepared.settings, prepared.info)
     tokens = write_tokenizer(prepared.tokenizer, prepared.model.causal_lm, folder, raw)
     compared = compare_encoders(folder, prepared.tokenizer, tokens["special_tokens"])
     report(f"encode    {compared['compared']} texts and conversations get the token ids of training")
@@ -261,7 +262,7 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
     if prepared.texts.evaluation:
         streams, texts = written.graph.streams, prepared.texts.evaluation
         with phase("quality", report):
-            quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on)
+            quality = evaluate(folder, prepared.model, streams, texts, settings.verify_on, report)
         report_quality(quality, settings, report)
     kernels = None
     if settings.dtype_name != "float32":

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from imsm_core.adapters import virtual_tokens as prompts
 from imsm_core.adapters.biases import original_biases
+from imsm_core.backbone import embedded_tokens
 from imsm_core.checkpoint import CheckpointInfo
 from imsm_core.siamese import SiameseModel
 
@@ -101,7 +102,7 @@ def prepare(
     facts = model_facts(causal_lm, settings.context_length, virtual_tokens)
     if virtual_tokens and (settings.dtype_name == "bfloat16" or settings.kv_cache == "int8"):
         raise UnsupportedError("caches that begin with virtual tokens are float32 or float16, not bf16 or int8")
-    texts = read_texts(settings, tokenizer, facts.context_length, facts.vocab_size)
+    texts = read_texts(settings, tokenizer, info, facts.context_length, embedded_tokens(causal_lm), report)
     with replaced_layers(causal_lm, base_layers(model.peft_model)):
         plan = plan_attention(causal_lm, facts.layers, facts.context_length + virtual_tokens)
     model.check_forward()

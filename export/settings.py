@@ -21,14 +21,17 @@ wrong tensor changes values by about their size."""
 @dataclass(frozen=True)
 class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
-    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts (JSONL) for GPTQ; None rounds to
-    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts (JSONL) to measure
+    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts for GPTQ; None rounds to
+    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts to measure
     the quality on, `eval_texts` of them; the export warns of a perplexity that rises by more than
-    `max_perplexity_change`. portable: one attention node per stream, for execution providers other than the CPU's;
-    None: where activations are not fp32. context_length: in tokens; None is the model's own. base_only: one stream
-    without adapter and gate, for comparing. max_delta_mb: the most that changes stored as whole matrices may take, in
-    10^6 bytes; None is any size. verify_on: the execution provider that runs the graph to verify it and to measure its
-    quality; the CPU's cannot run bf16, which is then not verified.
+    `max_perplexity_change`. prompt_field, answer_field: where their rows have prompts and answers, None as the adapter
+    was trained; raw: whether prompts are plain text, here and in the artifact, None as the adapter was trained;
+    skip_bad_rows: count rows that cannot be used instead of stopping at the first. portable: one attention node per
+    stream, for execution providers other than the CPU's; None: where activations are not fp32. context_length: in
+    tokens; None is the model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the
+    most that changes stored as whole matrices may take, in 10^6 bytes; None is any size. verify_on: the execution
+    provider that runs the graph to verify it and to measure its quality; the CPU's cannot run bf16, which is then not
+    verified.
 
     Raises SettingsError for a value of another type or outside its range and for settings that contradict each other.
     """
@@ -56,7 +59,7 @@ class ExportSettings:
     )
     calibrate: Path | None = field(
         default=None,
-        metadata={"help": "quantize with GPTQ on these texts (JSONL), not by rounding", "metavar": "FILE"},
+        metadata={"help": "quantize with GPTQ on these texts, not by rounding", "metavar": "FILE"},
     )
     kv_cache: str = field(
         default="float",
@@ -67,12 +70,31 @@ class ExportSettings:
     )
     eval_data: Path | None = field(
         default=None,
-        metadata={"help": "measure the quality against fp32 on held-out texts (JSONL)", "metavar": "FILE"},
+        metadata={"help": "measure the quality against fp32 on held-out texts", "metavar": "FILE"},
     )
     eval_texts: int = field(default=64, metadata={"help": "how many texts of --eval-data to use", "metavar": "N"})
     max_perplexity_change: float = field(
         default=LARGEST_PERPLEXITY_CHANGE,
         metadata={"help": "warn if the perplexity on --eval-data rises by more than this share", "metavar": "X"},
+    )
+    prompt_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "the field with the prompt in --eval-data and --calibrate; without it the checkpoint's, else the "
+            "first row decides",
+            "metavar": "NAME",
+        },
+    )
+    answer_field: str | None = field(
+        default=None, metadata={"help": "the field with the answer there; as for the prompt", "metavar": "NAME"}
+    )
+    raw: bool | None = field(
+        default=None,
+        metadata={"help": "prompts are plain text, without the chat template; without it as the adapter was trained"},
+    )
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "leave out and count rows that cannot be used, instead of stopping at the first"},
     )
     portable: bool | None = field(
         default=None,
@@ -117,6 +139,10 @@ class ExportSettings:
         if self.eval_data is not None and not self.verifiable:
             rule = "the quality of bf16 cannot be measured on the CPU provider; name another one with {verify_on}"
             raise SettingsError("eval_data", self.eval_data, rule)
+        if self.eval_data is None and self.calibrate is None:
+            for name in ("prompt_field", "answer_field", "skip_bad_rows"):
+                if getattr(self, name) not in (None, False):
+                    raise SettingsError(name, getattr(self, name), "it needs {eval_data} or {calibrate}")
         if self.eval_texts < 1:
             raise SettingsError("eval_texts", self.eval_texts, "it must be at least 1")
         if math.isnan(self.max_perplexity_change):

@@ -112,6 +112,12 @@ def hidden_size(model: PreTrainedModel) -> int:
     return int(head.weight.shape[-1])
 
 
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model can read: perhaps fewer than its tokenizer has."""
+    embeddings: Any = model.get_input_embeddings()  # PEFT's, where an adapter trains some of them
+    return int(embeddings.weight.shape[0])
+
+
 def last_hidden_state(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """(B, S, d): the backbone's output after its final norm, without lm_head and without a cache."""
     hidden: Tensor = model.base_model(use_cache=False, **inputs).last_hidden_state

@@ -23,7 +23,13 @@ def register(commands: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="the base model, a local folder or a hub id")
     add("--revision", metavar="REV", help="the hub revision of the base model")
-    add("--data", required=True, type=Path, metavar="FILE", help="training data, one JSON object per line")
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="training data: JSON objects, one a line or in an array",
+    )
     add("--out", required=True, type=Path, metavar="CKPT", help="the checkpoint folder to write")
     add("--force", action="store_true", help="replace CKPT, and discard an interrupted run of it")
     add("--resume", action="store_true", help="continue an interrupted run of the same command")

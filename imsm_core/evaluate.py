@@ -19,6 +19,7 @@ from .backbone import apply_head
 from .data.collate import IGNORED_LABEL, collate
 from .data.dataset import Example
 from .errors import DataError, SettingsError
+from .head_loss import pieces
 from .siamese import SiameseModel
 
 Stream = Literal["base", "adapter", "fused"]
@@ -56,33 +57,34 @@ def evaluate(
     model.eval()
     try:
         for batch in _batches(examples, batch_size):
-            logits, targets, rows = answer_logits(model, batch, stream, pad_token_id, memory_bias)
-            loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
+            states, targets, rows = answer_states(model, batch, stream, pad_token_id, memory_bias)
+            wrong = torch.zeros(len(batch), dtype=torch.bool, device=states.device)
+            for part in pieces(model.causal_lm, len(targets)):
+                logits = apply_head(model.causal_lm, states[part][None])[0].float()
+                loss += float(functional.cross_entropy(logits, targets[part], reduction="sum"))
+                wrong[rows[part][logits.argmax(-1) != targets[part]]] = True
             tokens += len(targets)
-            correct += len(batch) - len(rows[logits.argmax(-1) != targets].unique())
+            correct += len(batch) - int(wrong.sum())
     finally:
         model.train(was_training)
     return Evaluation(loss / tokens, correct / len(examples), len(examples), tokens)
 
 
-def answer_logits(
+def answer_states(
     model: SiameseModel, examples: Sequence[Example], stream: Stream, pad_token_id: int, memory_bias: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one stream predicts at the M answer tokens of `examples`, given all tokens before each.
-
-    Returns logits (M, vocab) float32, the answers' token ids (M,) int64, and the example that each belongs to (M,)
-    int64, an index into `examples`.
+    """One stream's last hidden states (M, d) that predict the M answer tokens of `examples`, given all tokens before
+    each; the answers' token ids (M,) int64; and the example that each belongs to (M,) int64, an index into `examples`.
     """
     device = next(model.parameters()).device
     input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
     states = model.stream_states(input_ids, attention_mask)
     rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
     if stream == "fused":
-        logits, _ = model.fused_logits(states, query_mask, rows, positions, memory_bias)
+        chosen = model.fused_states(states, query_mask, rows, positions, memory_bias).fused
     else:
-        chosen = states.base if stream == "base" else states.adapter
-        logits = apply_head(model.causal_lm, chosen[rows, positions][None])[0]
-    return logits.float(), labels[rows, positions + 1], rows
+        chosen = (states.base if stream == "base" else states.adapter)[rows, positions]
+    return chosen, labels[rows, positions + 1], rows
 
 
 def _check(examples: Sequence[Example], stream: str, batch_size: int) -> None:

@@ -97,19 +97,26 @@ class SiameseModel(nn.Module):
             if not bool(torch.isfinite(state).all()):
                 raise AdapterError(f"the {stream} stream gives values that are not finite")
 
-    def fused_logits(
+    def fused_states(
         self, states: StreamStates, query_mask: Tensor, rows: Tensor, positions: Tensor, memory_bias: float = 0.0
-    ) -> tuple[Tensor, Gated]:
-        """Logits at chosen positions only.
+    ) -> Gated:
+        """The gate's results (M, d) at chosen positions only.
 
         query_mask: (B, S), 1 at the prompt's tokens. rows, positions: (M,) int64, the wanted (row, position) pairs.
-        Returns logits (M, vocab) and the gate's results (M, d).
         """
         query_base, query_adapter = (masked_mean(state, query_mask) for state in states)
         memories = Memories(
             states.base[rows, positions], states.adapter[rows, positions], query_base[rows], query_adapter[rows]
         )
-        gated = self.gate(memories, torch.tensor(memory_bias, device=query_base.device) if memory_bias else None)
+        bias = torch.tensor(memory_bias, device=query_base.device) if memory_bias else None
+        gated: Gated = self.gate(memories, bias)
+        return gated
+
+    def fused_logits(
+        self, states: StreamStates, query_mask: Tensor, rows: Tensor, positions: Tensor, memory_bias: float = 0.0
+    ) -> tuple[Tensor, Gated]:
+        """Logits (M, vocab) and the gate's results (M, d) at chosen positions only, as `fused_states`."""
+        gated = self.fused_states(states, query_mask, rows, positions, memory_bias)
         return apply_head(self.causal_lm, gated.fused[None])[0], gated
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

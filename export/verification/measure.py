@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from imsm_core.data.dataset import Example
 from imsm_core.siamese import SiameseModel
 
 from ..artifact import GRAPH
 from ..virtual_tokens import load_virtual_cache
 from .parity import expected_outputs
 from .plain_run import Array, CachedGraph
-from .quality import QualityReport, measure_quality, query_length
+from .quality import QualityReport, measure_quality
 
 
 def evaluate(
-    folder: Path, model: SiameseModel, streams: tuple[str, ...], texts: Sequence[list[int]], provider: str = "cpu"
+    folder: Path,
+    model: SiameseModel,
+    streams: tuple[str, ...],
+    texts: Sequence[Example],
+    provider: str,
+    report: Callable[[str], None],
 ) -> QualityReport:
-    """Compare the graph in `folder`, run by `provider`, with `model`, which has its original weights. Raises
-    VerificationError."""
+    """Compare the graph in `folder`, run by `provider`, with `model`, which has its original weights. report: gets
+    lines about the progress. Raises VerificationError."""
     graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
 
-    def reference(text: list[int]) -> Array:
-        return expected_outputs(model, text, query_length(text), streams)["logits"]
+    def reference(text: Example) -> Array:
+        return expected_outputs(model, text.token_ids, len(text.prompt_ids), streams)["logits"]
 
-    def found(text: list[int]) -> Array:
-        logits: Array = graph.whole(text, query_length(text))["logits"][0]
+    def found(text: Example) -> Array:
+        logits: Array = graph.whole(text.token_ids, len(text.prompt_ids))["logits"][0]
         return logits
 
-    return measure_quality(reference, found, texts)
+    return measure_quality(reference, found, texts, report)

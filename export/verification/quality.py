@@ -5,32 +5,27 @@ Knows nothing about graphs or PyTorch's models: either side is a function from a
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from imsm_core.data.encoding import encode_answer, encode_prompt
-from imsm_core.data.readers import rows, text_field
-from imsm_core.errors import DataError
+from imsm_core.data.dataset import Example
 
 from ..choices import LARGEST_PERPLEXITY_CHANGE
 from ..errors import ExportError, VerificationError
 
 Array = NDArray[Any]
-Logits = Callable[[list[int]], Array]
-"""A text's token ids (S,) -> logits (S, vocab) float32, row t after the tokens up to t."""
+Logits = Callable[[Example], Array]
+# A text of S tokens -> logits (S, vocab) float32, row t after the tokens up to t; its prompt is the gate's query.
 
-LONGEST = 512  # tokens of a text: logits at every position of a large vocabulary fill the memory
-QUERY_TOKENS = 8
 FEW_TOKENS = 1000
 _ROWS = 128  # positions whose logits are in float64 at a time
+_SECONDS = 10.0  # between two reports of progress
 _LARGEST_LOSS = 700.0  # e to a higher power overflows
 
 
@@ -52,64 +47,18 @@ class QualityReport:
         return asdict(self)
 
 
-def query_length(text: Sequence[int]) -> int:
-    """How many of a text's first tokens are the gate's query, on both sides: as when a prompt is continued, what is
-    predicted comes after it, so that no prediction sees its own answer through the query."""
-    return min(QUERY_TOKENS, len(text) - 1)
+def measure_quality(
+    reference: Logits, found: Logits, texts: Sequence[Example], report: Callable[[str], None] = lambda line: None
+) -> QualityReport:
+    """Compare the two sides' predictions of every answer token, in float64.
 
-
-def read_eval_texts(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int,
-    limit: int,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-) -> list[list[int]]:
-    """Token ids of the first `limit` rows of a JSONL file, each cut to the context and to LONGEST.
-
-    A row holds "text", or a prompt and an answer, which are encoded as for training; all rows like the first one.
-    Raises DataError with the line number for a row in another form or with fewer than two tokens, and for a file
-    without rows; ExportError for a limit or a context that leaves nothing.
-    """
-    if limit < 1:
-        raise ExportError(f"the number of texts to evaluate is {limit}; it must be at least 1")
-    longest = min(context_length, LONGEST)
-    if longest < 2:
-        raise ExportError(f"a context of {context_length} tokens leaves nothing to predict")
-    texts: list[list[int]] = []
-    plain: bool | None = None
-    for number, row in itertools.islice(rows(path), limit):
-        if plain is None:
-            plain = "text" in row
-            if not plain and not {prompt_field, answer_field} <= row.keys():
-                raise DataError(
-                    f"{path}, line {number} has neither 'text' nor {prompt_field!r} and {answer_field!r}; "
-                    f"it has {', '.join(map(repr, row)) or 'nothing'}"
-                )
-        if plain:
-            ids: list[int] = tokenizer(text_field(row, "text", path, number))["input_ids"]
-        else:
-            prompt, answer = (text_field(row, field, path, number) for field in (prompt_field, answer_field))
-            ids = [*encode_prompt(tokenizer, prompt), *encode_answer(tokenizer, answer)]
-        if len(ids) < 2:
-            raise DataError(f"{path}, line {number} has fewer than two tokens; there is nothing to predict")
-        texts.append(ids[:longest])
-    if not texts:
-        raise DataError(f"{path} has no rows to evaluate on")
-    return texts
-
-
-def measure_quality(reference: Logits, found: Logits, texts: Sequence[list[int]]) -> QualityReport:
-    """Compare the two sides' predictions of every token after `query_length` of each text, in float64.
-
-    reference: the siamese model in float32. found: the artifact. Both take the text's first `query_length` tokens as
-    the query, and no later ones; one text is in memory at a time. Raises VerificationError if their logits differ in
-    shape or are not finite, ExportError if there are no texts.
+    reference: the siamese model in float32. found: the artifact. One text is in memory at a time. report: gets a line
+    at the start, and one every few seconds in a long run. Raises VerificationError if their logits differ in shape or
+    are not finite, ExportError if there are no texts.
     """
     tokens = agreeing = 0
     kl = loss_reference = loss_found = 0.0
-    for text in texts:
+    for text in _with_progress(texts, report):
         sides = [side(text) for side in (reference, found)]
         for logits, name in zip(sides, ("reference", "quantized"), strict=True):
             if len(logits) != len(text) or logits.shape != sides[0].shape:
@@ -119,8 +68,8 @@ def measure_quality(reference: Logits, found: Logits, texts: Sequence[list[int]]
                 )
             if not np.isfinite(logits).all():
                 raise VerificationError(f"the {name} model gives logits that are not finite")
-        first = query_length(text) - 1
-        targets = np.array(text[first + 1 :])
+        first = len(text.prompt_ids) - 1
+        targets = np.array(text.answer_ids)
         tokens += len(targets)
         for start in range(0, len(targets), _ROWS):
             part = targets[start : start + _ROWS]
@@ -142,6 +91,19 @@ def measure_quality(reference: Logits, found: Logits, texts: Sequence[list[int]]
         perplexity=math.exp(min(loss_found / tokens, _LARGEST_LOSS)),
         perplexity_change=math.expm1(min((loss_found - loss_reference) / tokens, _LARGEST_LOSS)),
     )
+
+
+def _with_progress(texts: Sequence[Example], report: Callable[[str], None]) -> Iterator[Example]:
+    """Every text, with lines about how far the measurement is."""
+    start = told = time.monotonic()
+    tokens, judged = sum(map(len, texts)), sum(len(text.answer_ids) for text in texts)
+    report(f"quality   measuring on {len(texts)} texts of {tokens} tokens, {judged} of which are judged")
+    for done, text in enumerate(texts):
+        now = time.monotonic()
+        if now - told >= _SECONDS:
+            report(f"quality   {done} of {len(texts)} texts after {now - start:.0f} s")
+            told = now
+        yield text
 
 
 def quality_warnings(report: QualityReport, threshold: float = LARGEST_PERPLEXITY_CHANGE) -> list[str]:

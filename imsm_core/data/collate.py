@@ -31,7 +31,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     labels = torch.full_like(input_ids, IGNORED_LABEL)
     for row, example in enumerate(examples):
         prompt_end, end = len(example.prompt_ids), len(example)
-        input_ids[row, :end] = torch.tensor(example.prompt_ids + example.answer_ids)
+        input_ids[row, :end] = torch.tensor(example.token_ids)
         attention_mask[row, :end] = 1
         query_mask[row, :prompt_end] = 1
         labels[row, prompt_end:end] = input_ids[row, prompt_end:end]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from ..data.collate import IGNORED_LABEL, collate
 from ..data.dataset import Dataset, Example
-from ..errors import AdapterError, Diverged, Interrupted, setting
+from ..errors import AdapterError, Diverged, Interrupted, SettingsError, setting
+from ..head_loss import summed_loss
 from ..siamese import SiameseModel
 from .adalora import RankAllocation, rank_allocation
 from .schedule import make_optimizer, make_schedule, micro_batches, with_learning_rate
@@ -79,7 +79,8 @@ def train(
     ):
         while len(losses) < total:
             trained, number = list(parameters.values()), len(losses) + 1
-            losses.append(_step(model, next(batches), optimizer, trained, settings, pad_token_id, ranks, number))
+            with _memory_told(settings):
+                losses.append(_step(model, next(batches), optimizer, trained, settings, pad_token_id, ranks, number))
             if not math.isfinite(losses[-1]):
                 raise Diverged(f"the loss is {losses[-1]} at step {len(losses)}; lower the learning rates")
             schedule.step()
@@ -93,6 +94,9 @@ def train(
                 save_snapshot(partial, len(losses), parameters, optimizer, state, others)
             if interrupted:
                 raise Interrupted(f"interrupted after step {len(losses)} of {total}{_advice(partial)}")
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        rates = f"{setting('learning_rate')}, {setting('gate_learning_rate')} or {setting('weight_decay')}"
+        raise Diverged(f"after step {total} the adapter or the gate holds values that are not finite; lower {rates}")
     model.eval()
     return {
         "steps": total,
@@ -114,9 +118,9 @@ def answer_loss(model: SiameseModel, examples: Sequence[Example], pad_token_id: 
     input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
     states = model.stream_states(input_ids, attention_mask)
     rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
-    logits, _ = model.fused_logits(states, query_mask, rows, positions)
+    fused = model.fused_states(states, query_mask, rows, positions).fused
     targets = labels[rows, positions + 1]
-    return functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+    return summed_loss(model.causal_lm, fused, targets), len(targets)
 
 
 def _step(
@@ -154,6 +158,19 @@ def _advice(partial: Path | None) -> str:
 def _recent(losses: list[float]) -> float:
     window = losses[-20:]
     return sum(window) / len(window)
+
+
+@contextmanager
+def _memory_told(settings: TrainSettings) -> Iterator[None]:
+    """Inside the block, memory that runs out is a SettingsError. PyTorch has a type for it on a GPU only."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in text:
+            raise
+        rule = "a step takes more memory than there is; lower it, and raise {gradient_accumulation} by the same factor"
+        raise SettingsError("batch_size", settings.batch_size, rule) from error
 
 
 @contextmanager

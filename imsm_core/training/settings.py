@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapters.options import PEFT_METHODS, SETTINGS, check_options
+from ..adapters.options import LARGEST_RANK, PEFT_METHODS, SETTINGS, check_options
 from ..checks import check_fields
 from ..choices import BITS, BLOCK_SIZE, GATE_KINDS, check_gate_kind, check_rounding
 from ..errors import SettingsError
 
 DEFAULT_METHOD = "lora"
 LONGEST = 1024
+MOST_EXAMPLES = 2**20
+LARGEST_RATE = 100.0
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,26 @@ class TuneSettings:
     Raises SettingsError for a value of another type or outside its range, or two that contradict each other.
     """
 
-    prompt_field: str = field(default="prompt", metadata={"help": "the field with the prompt", "metavar": "NAME"})
-    answer_field: str = field(default="answer", metadata={"help": "the field with the answer", "metavar": "NAME"})
+    prompt_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "the field with the prompt; without it, and without one for the answer, the first row decides",
+            "metavar": "NAME",
+        },
+    )
+    answer_field: str | None = field(
+        default=None, metadata={"help": "the field with the answer; as for the prompt", "metavar": "NAME"}
+    )
     raw: bool = field(default=False, metadata={"help": "do not use the tokenizer's chat template"})
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={"help": "leave out and count rows that cannot be used, instead of stopping at the first"},
+    )
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "skip rows that have more tokens, prompt and answer together; without it the model's context, at "
-            f"most {LONGEST}",
+            "help": "skip rows that have more tokens, prompt and answer together, and cut plain text into pieces; "
+            f"without it the model's context, at most {LONGEST}",
             "metavar": "N",
         },
     )
@@ -116,6 +130,9 @@ class TuneSettings:
         check_gate_kind(self.gate)
         if self.gate_rank < 1:
             raise SettingsError("gate_rank", self.gate_rank, "it must be at least 1")
+        if self.gate_rank > LARGEST_RANK:
+            rule = f"it must be at most {LARGEST_RANK}: the gate would be larger than the model's layers"
+            raise SettingsError("gate_rank", self.gate_rank, rule)
         if self.quantized_backbone is not None:
             check_rounding(**self.rounding())
         elif self.block_size is not None:
@@ -192,10 +209,17 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(name, value, "it must be at least 1")
-        for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
+        if self.batch_size * self.gradient_accumulation > MOST_EXAMPLES:
+            name = "batch_size" if self.batch_size > self.gradient_accumulation else "gradient_accumulation"
+            rule = f"an optimizer step may see at most {MOST_EXAMPLES} examples"
+            raise SettingsError(name, getattr(self, name), rule)
+        for name in ("max_grad_norm", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(name, getattr(self, name), "it must be above 0 and finite")
+        for name in ("learning_rate", "gate_learning_rate"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(name, value, "it must be above 0 and finite")
+            if value is not None and not 0 < value <= LARGEST_RATE:
+                raise SettingsError(name, value, f"it must be above 0 and at most {LARGEST_RATE:g}")
         if not 0 <= self.weight_decay < math.inf:
             raise SettingsError("weight_decay", self.weight_decay, "it must be at least 0 and finite")
         for name in ("gate_dropout", "warmup_ratio"):

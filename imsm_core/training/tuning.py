@@ -16,11 +16,11 @@ from ..adapters.attach import attach_adapter, peft_type
 from ..adapters.configs import read_peft_config
 from ..adapters.methods import peft_config
 from ..adapters.virtual_tokens import context_length
-from ..backbone import fingerprint, hidden_size, load_base_model, load_tokenizer
+from ..backbone import embedded_tokens, fingerprint, hidden_size, load_base_model, load_tokenizer
 from ..base_source import remembered
 from ..checkpoint import INFO, CheckpointInfo, save_checkpoint
 from ..claims import Place, claimed
-from ..data.dataset import load_jsonl
+from ..data.dataset import Dataset, load_jsonl, told
 from ..disk import check_room
 from ..errors import OutputExistsError, SettingsError, first_line, setting
 from ..files import sha256_of_file
@@ -48,9 +48,9 @@ def tune(
 ) -> dict[str, Any]:
     """Tune an adapter and a gate on the base model `model` (a folder or a hub id) and write `out`; returns metrics.
 
-    data: JSONL. device: cpu, cuda, or auto. resume: continue an interrupted run of the same call. force: replace
-    `out`, and discard an interrupted run of it. Raises the errors of `imsm_core.errors`, before the long work where
-    possible; Interrupted on Ctrl-C.
+    data: a file of JSON objects in one of the forms of `imsm_core.data.forms`. device: cpu, cuda, or auto. resume:
+    continue an interrupted run of the same call. force: replace `out`, and discard an interrupted run of it. Raises the
+    errors of `imsm_core.errors`, before the long work where possible; Interrupted on Ctrl-C.
     """
     settings, training = settings or TuneSettings(), training or TrainSettings()
     # 1. Everything that can be refused is refused before the long work.
@@ -75,7 +75,10 @@ def _tune(
 ) -> dict[str, Any]:
     """As `tune`, with the output folder claimed."""
     partial = partial_folder(place)
-    if newest_snapshot(partial) is not None and not resume:
+    if newest_snapshot(partial) is None:
+        if resume:
+            print(f"nothing to resume in {partial}: the run starts from the beginning", file=sys.stderr)
+    elif not resume:
         if not force:
             raise OutputExistsError(
                 f"{partial} holds an interrupted run; {setting('resume')} continues it, {setting('force')} discards it"
@@ -88,9 +91,19 @@ def _tune(
     config = adapter_config(settings, base)
     training = with_learning_rate(training, config)
     max_length = min(settings.max_length or LONGEST, _room_for_text(settings, config, base))
-    dataset = load_jsonl(data, tokenizer, settings.prompt_field, settings.answer_field, max_length, settings.raw)
-    if dataset.skipped:
-        print(f"{dataset.skipped} rows are longer than {max_length} tokens and are skipped", file=sys.stderr)
+    vocabulary = embedded_tokens(base)
+    dataset = load_jsonl(
+        data,
+        tokenizer,
+        settings.prompt_field,
+        settings.answer_field,
+        max_length,
+        settings.raw,
+        settings.skip_bad_rows,
+        vocabulary,
+    )
+    if counts := dataset.skipped_by_reason:
+        print(f"rows that are skipped: {told(counts)} (the longest may have {max_length} tokens)", file=sys.stderr)
     base_fingerprint = fingerprint(base)
     if rounding := settings.rounding():
         round_backbone(base, **rounding)
@@ -102,6 +115,8 @@ def _tune(
 
     # 3. Train and write.
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    if pad_token_id >= vocabulary:  # masked everywhere, so that any token does
+        pad_token_id = 0
     file = settings.peft_config and sha256_of_file(settings.peft_config)
     origin = asdict(settings) | {"model": base_fingerprint, "max_length": max_length, "peft_config": file}
     metrics = train(siamese, dataset, training, pad_token_id, partial, resume, progress, origin)
@@ -112,8 +127,15 @@ def _tune(
         gate_kind=settings.gate,
         gate_rank=gate.rank,
         peft_type=peft_type(config),
-        training=asdict(training) | {"max_length": max_length, "raw": settings.raw},
-        data={"path": dataset.path, "sha256": dataset.sha256, "rows": len(dataset.examples)},
+        training=asdict(training) | prompt_settings(settings, dataset) | {"max_length": max_length},
+        data={
+            "path": dataset.path,
+            "sha256": dataset.sha256,
+            "form": dataset.form,
+            "rows": dataset.rows,
+            "examples": len(dataset.examples),
+            "skipped": dataset.skipped_by_reason,
+        },
         metrics=metrics,
         quantized_backbone=rounding,
     )
@@ -134,6 +156,15 @@ def _size_of_output(model: SiameseModel, steps: int, training: TrainSettings) ->
     with two moments for each parameter."""
     trained = sum(value.numel() * value.element_size() for value in model.trainable_parameters().values())
     return trained * (1 + 3 * min(2, steps // training.save_every))
+
+
+def prompt_settings(settings: TuneSettings, dataset: Dataset) -> dict[str, Any]:
+    """What shapes a prompt, as a checkpoint keeps it. Plain text trains prompts as they are, whatever the settings."""
+    return {
+        "prompt_field": settings.prompt_field,
+        "answer_field": settings.answer_field,
+        "raw": settings.raw or dataset.form == "text",
+    }
 
 
 def _room_for_text(settings: TuneSettings, config: PeftConfig, model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import cli
 from imsm_core.adapters.options import PEFT_METHODS
+from imsm_core.backbone import load_tokenizer
 from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.choices import GATE_KINDS
 from imsm_core.errors import AdapterError, BaseModelError, DataError, IMSMError, OutputExistsError, SettingsError
@@ -136,8 +137,86 @@ def test_rows_that_are_too_long_are_counted_on_stderr(
     write_jsonl(data, [*ROWS, {"prompt": "p" * 200, "answer": "a"}])
     train_command(*arguments, "--out", tmp_path / "out")
     captured = capsys.readouterr()
-    assert "1 rows are longer than 128 tokens and are skipped" in captured.err
+    assert "rows that are skipped: 1 too long (the longest may have 128 tokens)" in captured.err
     assert json.loads(captured.out)["skipped_rows"] == 1
+
+
+ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "form", "examples"),
+    [
+        (json.dumps({"messages": [ASK, SAY]}), [], "messages", 1),
+        (json.dumps({"messages": [ASK, SAY] * 3}), [], "messages", 3),
+        (json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}), [], None, 1),
+        (json.dumps({"prompt": [ASK], "completion": [SAY]}), ["--answer-field", "completion"], "prompts", 1),
+        (json.dumps([{"instruction": "Add", "input": "1", "output": "2"}], indent=1), [], "instructions", 1),
+        (
+            json.dumps([{"instruction": "Add", "input": "1", "output": "2"}]),
+            ["--prompt-field", "instruction", "--answer-field", "output"],
+            "prompts",
+            1,
+        ),
+        (json.dumps({"text": "Once upon a time"}), [], "text", 1),
+    ],
+    ids=range(7),
+)
+def test_everyday_data_trains_as_it_is(
+    tmp_path: Path,
+    arguments: list[object],
+    chat_folder: Path,
+    data: Path,
+    text: str,
+    options: list[object],
+    form: str | None,
+    examples: int,
+) -> None:
+    data.write_text(text + "\n")
+    out = tmp_path / "out"
+    assert train_command(*arguments, "--model", chat_folder, "--out", out, "--steps", 1, *options) == 0
+    found = read_info(out).data
+    assert (found["form"], found["rows"], found["examples"]) == (form or "conversations", 1, examples)
+
+
+def test_bad_rows_stop_the_run_or_are_skipped_and_counted(
+    tmp_path: Path, arguments: list[object], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": null}\nnull\n{"prompt": "d"}\n')
+    line = [str(part) for part in ("train", *arguments, "--out", tmp_path / "out")]
+    assert cli.main(line) == 2
+    message = f"error: {data}, line 2: field 'answer' is null, not text; --skip-bad-rows skips and counts such rows\n"
+    assert capsys.readouterr().err == message
+    assert cli.main([*line, "--skip-bad-rows"]) == 0
+    captured = capsys.readouterr().err
+    assert "rows that are skipped: 1 null, 1 not a JSON object, 1 missing field" in captured
+    counts = {"null": 1, "not a JSON object": 1, "missing field": 1}
+    assert read_info(tmp_path / "out").data["skipped"] == counts
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_told_by_its_token(
+    tmp_path: Path, arguments: list[object], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padding with a token that the model lacks harms nobody; a row with one does."""
+    base = make_base_folder(tmp_path / "base")
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(str(base))
+    write_jsonl(data, [{"prompt": "a", "answer": "b"}, {"prompt": "aaaa", "answer": "b"}])
+    options = [*arguments, "--model", base, "--batch-size", 2, "--out"]
+    assert train_command(*options, tmp_path / "out") == 0
+    write_jsonl(data, [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b <extra>"}])
+    with pytest.raises(DataError, match="line 2: its token '<extra>' has the id 260, and the model has 259 tokens"):
+        train_command(*options, tmp_path / "other")
+
+
+def test_resuming_without_an_interrupted_run_says_so(
+    tmp_path: Path, arguments: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert train_command(*arguments, "--out", out, "--resume") == 0
+    assert f"nothing to resume in {out}.partial: the run starts from the beginning\n" in capsys.readouterr().err
 
 
 def wrong(name: str, value: object, error: type[IMSMError], message: str) -> Any:
@@ -149,7 +228,7 @@ def wrong(name: str, value: object, error: type[IMSMError], message: str) -> Any
     [
         wrong("--model", "/no/where", BaseModelError, "the folder does not exist"),
         wrong("--data", "/no/rows.jsonl", DataError, "cannot read the data file"),
-        wrong("--prompt-field", "question", DataError, "line 1 has no field 'question'; it has 'prompt', 'answer'"),
+        wrong("--prompt-field", "question", DataError, "line 1: it has no field 'question'; it has 'prompt', 'answer'"),
         wrong("--peft", "magic", SettingsError, "--peft is magic; choose one of lora, dora"),
         wrong("--peft", "ia3", SettingsError, "--adapter-rank is 4; ia3 does not take it; it takes --target-modules"),
         wrong("--peft", "trainable_tokens", SettingsError, "--adapter-rank is 4; trainable_tokens does not take it"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from imsm_core.backbone import load_base_model
+from imsm_core.backbone import apply_head, load_base_model
 from imsm_core.data.dataset import Example
 from imsm_core.errors import DataError, SettingsError
-from imsm_core.evaluate import Stream, answer_logits, evaluate
+from imsm_core.evaluate import Stream, answer_states, evaluate
 from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate, reference_step
 from imsm_core.siamese import SiameseModel
@@ -40,7 +40,8 @@ def plain_loss(model: torch.nn.Module) -> float:
 def test_fused_logits_equal_the_reference_at_every_answer_token(base_folder: Path, kind: str) -> None:
     model = make_siamese(base_folder, kind)
     with torch.no_grad():
-        logits, targets, rows = answer_logits(model, EXAMPLES, "fused", PAD, memory_bias=0.3)
+        states, targets, rows = answer_states(model, EXAMPLES, "fused", PAD, memory_bias=0.3)
+        logits = apply_head(model.causal_lm, states[None])[0]
     assert rows.tolist() == [0, 0, 0, 1, 2, 2]
     assert targets.tolist() == [33, 44, 55, 66, 99, 18]
     index = 0

@@ -15,8 +15,11 @@ from export.errors import ExportError
 from export.quantization.gptq import backbone_layers, calibrated_weights, gptq, layer_name, output_error
 from export.quantization.precision import rounded_weights
 from export.quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
-from export.verification.quality import measure_quality, read_eval_texts
+from export.texts import TextReader
+from export.verification.quality import measure_quality
 from imsm_core.backbone import apply_head, load_tokenizer
+from imsm_core.data.encoding import Encoder
+from imsm_core.data.forms import Fields
 from imsm_core.errors import SettingsError
 from imsm_core.siamese import SiameseModel
 from tests.builders import make_siamese, randomize
@@ -127,9 +130,10 @@ def test_the_real_models_perplexity_rises_less_than_by_rounding_to_nearest(
     model = make_siamese(stories_folder, "mean_logits", rank=2)
     randomize(model, seed=1, scale=0.03)  # an adapter stream that is still a language model
     tokenizer = load_tokenizer(str(stories_folder))
-    held_out = read_eval_texts(shared_data / "tinystories" / "heldout.jsonl", tokenizer, 256, 10)
-    texts = read_eval_texts(shared_data / "tinystories" / "train.jsonl", tokenizer, 256, 12)
-    expected = {tuple(text): base_logits(model, text) for text in held_out}
+    reader = TextReader(Encoder(tokenizer), Fields(), 256, len(tokenizer), False, lambda line: None)
+    held_out = reader.judged(shared_data / "tinystories" / "heldout.jsonl", 10)
+    texts = reader.whole(shared_data / "tinystories" / "train.jsonl", 12)
+    expected = {tuple(text.token_ids): base_logits(model, text.token_ids) for text in held_out}
     calibrated = calibrated_weights(model, texts, 4, 32, symmetric, lambda line: None)
     nearest = {
         name: round_to_nearest(layer.get_parameter("weight").detach().numpy(), 4, 32, symmetric)
@@ -140,7 +144,9 @@ def test_the_real_models_perplexity_rises_less_than_by_rounding_to_nearest(
         weights = {f"model.{name}.base_layer.weight": weight for name, weight in rounded.items()}
         with rounded_weights(model.causal_lm, weights):
             report = measure_quality(
-                lambda text: expected[tuple(text)], lambda text: base_logits(model, text), held_out
+                lambda text: expected[tuple(text.token_ids)],
+                lambda text: base_logits(model, text.token_ids),
+                held_out,
             )
         changes.append(report.perplexity_change)
     assert 0 < changes[0] < 0.95 * changes[1]  # 0.6 of it with five times the texts

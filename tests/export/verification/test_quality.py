@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,11 @@ from numpy.typing import NDArray
 
 from export.errors import ExportError, VerificationError
 from export.verification.quality import (
-    LONGEST,
-    QUERY_TOKENS,
     QualityReport,
     measure_quality,
     quality_warnings,
-    query_length,
-    read_eval_texts,
 )
-from imsm_core.backbone import load_tokenizer
-from imsm_core.data.encoding import encode_prompt
-from imsm_core.errors import DataError
-from tests.builders import EOS, write_jsonl
+from imsm_core.data.dataset import QUERY_TOKENS, Example, plain_example
 
 Array = NDArray[Any]
 VOCABULARY = 5
@@ -36,9 +28,9 @@ def random_logits(seed: int, scale: float = 1.0) -> dict[int, Array]:
     return {size: scale * generator.normal(size=(size, VOCABULARY)).astype(np.float32) for size in sizes}
 
 
-def random_texts(*lengths: int) -> list[list[int]]:
+def random_texts(*lengths: int) -> list[Example]:
     generator = np.random.default_rng(7)
-    return [[int(token) for token in generator.integers(0, VOCABULARY, length)] for length in lengths]
+    return [plain_example([int(token) for token in generator.integers(0, VOCABULARY, size)]) for size in lengths]
 
 
 def test_a_model_agrees_with_itself() -> None:
@@ -52,15 +44,19 @@ def test_a_model_agrees_with_itself() -> None:
 
 
 def test_numbers_equal_those_of_the_definitions() -> None:
-    reference, found, texts = random_logits(0), random_logits(1), random_texts(300, 12, 3)
+    reference, found, texts = (
+        random_logits(0),
+        random_logits(1),
+        [*random_texts(300, 12, 3), Example([1, 2, 3, 4] * 5, [0, 2])],
+    )
     report = measure_quality(lambda text: reference[len(text)], lambda text: found[len(text)], texts)
     kl, losses, same = [], [], []
     for text in texts:
-        for position in range(query_length(text) - 1, len(text) - 1):
+        for position in range(len(text.prompt_ids) - 1, len(text) - 1):
             p, q = (np.exp(side[len(text)][position].astype(np.float64)) for side in (reference, found))
             p, q = p / p.sum(), q / q.sum()
             kl.append(float((p * np.log(p / q)).sum()))
-            losses.append([-math.log(side[text[position + 1]]) for side in (p, q)])
+            losses.append([-math.log(side[text.token_ids[position + 1]]) for side in (p, q)])
             same.append(p.argmax() == q.argmax())
     before, after = np.exp(np.mean(losses, axis=0))
     assert report.mean_kl == pytest.approx(np.mean(kl))
@@ -88,7 +84,7 @@ def test_a_constant_added_to_the_logits_keeps_the_distribution() -> None:
 def test_broken_logits_are_an_error(broken: str) -> None:
     logits = random_logits(0)
 
-    def found(text: list[int]) -> Array:
+    def found(text: Example) -> Array:
         array = logits[len(text)].copy()
         if broken == "nan":
             array[-2, 1] = np.nan
@@ -118,46 +114,15 @@ def test_warnings_say_what_is_past_the_threshold() -> None:
     assert "10 tokens" in few
 
 
-def test_text_rows_are_read_up_to_the_limit_and_the_context(base_folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(base_folder))
-    path = write_jsonl(tmp_path / "held.jsonl", [{"text": "abc"}, {"text": "d" * 2000}, {"text": "e"}])
-    texts = read_eval_texts(path, tokenizer, 128, 2)
-    assert texts == [tokenizer("abc")["input_ids"], tokenizer("d" * 2000)["input_ids"][:128]]
-    assert [len(text) for text in read_eval_texts(path, tokenizer, 10**6, 9)] == [4, LONGEST, 2]
-
-
-def test_prompts_and_answers_are_encoded_as_for_training(chat_folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(chat_folder))
-    path = write_jsonl(tmp_path / "held.jsonl", [{"question": "why", "answer": "so"}])
-    (text,) = read_eval_texts(path, tokenizer, 128, 5, "question")
-    prompt = encode_prompt(tokenizer, "why")
-    assert text[: len(prompt)] == prompt
-    assert text[-1] == EOS
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "no rows"),
-        ([{"story": "abc"}], "line 1 has neither 'text' nor 'prompt' and 'answer'; it has 'story'"),
-        ([{"prompt": "abc"}], "line 1 has neither"),
-        ([{"text": "abc"}, {"prompt": "abc", "answer": "d"}], "line 2 has no field 'text'"),
-        ([{"text": "abc"}, {"text": 5}], "line 2: field 'text' is int, not text"),
-        ([{"text": "abc"}, {"text": ""}], "line 2 has fewer than two tokens"),
-    ],
-)
-def test_bad_rows_are_refused(rows: list[dict[str, object]], message: str, base_folder: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "held.jsonl", rows)
-    with pytest.raises(DataError, match=message):
-        read_eval_texts(path, load_tokenizer(str(base_folder)), 128, 100)
-
-
-def test_a_missing_file_and_a_senseless_limit_are_refused(base_folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(base_folder))
-    with pytest.raises(DataError, match="cannot read"):
-        read_eval_texts(tmp_path / "none.jsonl", tokenizer, 128, 100)
-    path = write_jsonl(tmp_path / "held.jsonl", [{"text": "abc"}])
-    with pytest.raises(ExportError, match="at least 1"):
-        read_eval_texts(path, tokenizer, 128, 0)
-    with pytest.raises(ExportError, match="nothing to predict"):
-        read_eval_texts(path, tokenizer, 1, 5)
+def test_a_measurement_reports_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, lines = random_logits(0), list[str]()
+    clock = iter([100.0, 100.0, 105.0, 111.0, 112.0, 125.0])
+    monkeypatch.setattr("export.verification.quality.time.monotonic", lambda: next(clock))
+    measure_quality(
+        lambda text: logits[len(text)], lambda text: logits[len(text)], random_texts(20, 20, 30, 9, 9), lines.append
+    )
+    assert lines == [
+        "quality   measuring on 5 texts of 88 tokens, 48 of which are judged",
+        "quality   2 of 5 texts after 11 s",
+        "quality   4 of 5 texts after 25 s",
+    ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase
 
 from imsm_core.backbone import load_tokenizer
-from imsm_core.data.dataset import Dataset, Example, epoch_order, load_jsonl
+from imsm_core.data.dataset import TOO_LONG, Dataset, Example, epoch_order, load_jsonl, told
 from imsm_core.data.encoding import encode_answer, encode_prompt
 from imsm_core.errors import DataError
 from tests.builders import EOS, make_tokenizer, write_jsonl
@@ -49,9 +51,10 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD + "{broken\n", "line 2 is not JSON"),
-        (GOOD + '{"prompt": "p"}\n', "line 2 has no field 'answer'"),
-        (GOOD + '{"prompt": "", "answer": "a"}\n', "line 2: the prompt field 'prompt' is empty"),
+        (GOOD + "{broken\n", "line 2: it is not JSON"),
+        (GOOD + '{"prompt": "p"}\n', "line 2: it has no field 'answer'"),
+        (GOOD + '{"prompt": "", "answer": "a"}\n', "line 2: field 'prompt' is empty"),
+        (GOOD + '{"prompt": "p", "answer": null}\n', "line 2: field 'answer' is null, not text; skip_bad_rows skips"),
         ("", "nothing to train on: it has no rows"),
         ('{"prompt": "' + "p" * 200 + '", "answer": "a"}\n', "all 1 rows are longer than 100 tokens"),
     ],
@@ -65,13 +68,77 @@ def test_bad_row_is_named_by_its_line(
     assert "\n" not in str(caught.value)
 
 
+def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    bad = ["{broken", "[]", '{"prompt": "p"}', '{"prompt": "p", "answer": null}', '{"prompt": "p", "answer": null}']
+    long = '{"prompt": "' + "p" * 200 + '", "answer": "a"}'
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*bad[:2], GOOD, *bad[2:], long, GOOD]))
+    dataset = load_jsonl(file, chat_tokenizer, None, None, 100, skip_bad_rows=True)
+    assert len(dataset.examples) == 2
+    expected = {"not JSON": 1, "not a JSON object": 1, "missing field": 1, "null": 2, TOO_LONG: 1}
+    assert dataset.skipped_by_reason == expected
+    assert (dataset.skipped, dataset.rows, dataset.form) == (1, 8, "prompts")
+    assert told(expected) == "2 null, 1 not JSON, 1 not a JSON object, 1 missing field, 1 too long"
+    file.write_text("\n".join(bad))
+    with pytest.raises(DataError, match=r"nothing to train on: all rows are skipped \(2 null, 1 not JSON"):
+        load_jsonl(file, chat_tokenizer, None, None, 100, skip_bad_rows=True)
+
+
+def test_every_answer_of_a_conversation_is_an_example(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": [*turns, {"role": "assistant", "content": "d"}]}])
+    dataset = load_jsonl(file, chat_tokenizer, None, None, 100)
+    found = [[chat_tokenizer.decode(ids) for ids in (e.prompt_ids, e.answer_ids)] for e in dataset.examples]
+    assert found == [["[user]a\n[assistant]", "b</s>"], ["[user]a\n[assistant]b\n[user]c\n[assistant]", "d</s>"]]
+    assert dataset.form == "messages"
+
+
+def test_plain_text_is_trained_on_in_pieces_whose_first_tokens_are_the_query(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "p" * 30}, {"text": "abc"}, {"text": "q" * 18}])
+    dataset = load_jsonl(file, tokenizer, None, None, 20)
+    ids = [tokenizer(text)["input_ids"] + [EOS] for text in ("p" * 30, "abc", "q" * 18)]
+    whole = [ids[0][:20], ids[0][20:], ids[1], ids[2]]
+    assert [example.token_ids for example in dataset.examples] == whole
+    assert [len(example.prompt_ids) for example in dataset.examples] == [8, 8, 4, 8]
+    assert (dataset.form, dataset.skipped_by_reason) == ("text", {})
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_token_that_the_model_lacks_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, skip: bool) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "answer": "a"}, {"prompt": "~p", "answer": "a"}])
+    known = tokenizer.get_vocab()["~"]
+    assert len(load_jsonl(file, tokenizer, None, None, 100, vocabulary=known + 1).examples) == 2
+    if skip:
+        found = load_jsonl(file, tokenizer, None, None, 100, skip_bad_rows=True, vocabulary=known)
+        assert found.skipped_by_reason == {"unknown token": 1}
+        return
+    message = f"line 2: its token '~' has the id {known}, and the model has {known} tokens: the tokenizer is larger"
+    with pytest.raises(DataError, match=message):
+        load_jsonl(file, tokenizer, None, None, 100, vocabulary=known)
+
+
 def test_answer_without_a_single_token_is_refused(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path)
-    empty = '{"prompt": "p", "answer": ""}\n'
-    assert load(tmp_path, tokenizer, empty).examples[0].answer_ids == [EOS]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    nothing = '{"prompt": "p", "answer": "x"}\n'
+    assert load(tmp_path, tokenizer, nothing).examples[0].answer_ids == [EOS]
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="line 2: the answer field 'answer' is empty"):
-        load(tmp_path, tokenizer, GOOD + empty)
+    with pytest.raises(DataError, match="line 2: its answer has no tokens"):
+        load(tmp_path, tokenizer, GOOD + nothing)
+
+
+def test_an_array_of_instructions_is_read_whole(shared_data: Path, stories_folder: Path) -> None:
+    file = shared_data / "instruct" / "instruction-data.json"
+    dataset = load_jsonl(file, load_tokenizer(str(stories_folder)), None, None, 100_000, skip_bad_rows=True)
+    assert dataset.form == "instructions"
+    assert (
+        len(dataset.examples) + sum(dataset.skipped_by_reason.values())
+        == dataset.rows
+        == len(json.loads(file.read_text()))
+    )
+    assert len(dataset.examples) > 0.99 * dataset.rows
 
 
 def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imsm_core.backbone import load_base_model
-from imsm_core.errors import Diverged, Interrupted
+from imsm_core.errors import Diverged, Interrupted, SettingsError
 from imsm_core.gates import GATES
 from imsm_core.siamese import SiameseModel
 from imsm_core.training.loop import answer_loss
@@ -163,6 +163,31 @@ def test_loss_that_is_not_finite_ends_the_run(base_folder: Path, tmp_path: Path)
     with pytest.raises(Diverged, match="the loss is nan at step 1"):
         run(model, partial=tmp_path / "partial")
     assert newest_snapshot(tmp_path / "partial") is None
+
+
+def test_values_that_are_not_finite_after_the_last_step_are_not_a_result(base_folder: Path) -> None:
+    with pytest.raises(Diverged, match="after step 1 the adapter or the gate holds values that are not finite"):
+        run(make_siamese(base_folder), replace(SETTINGS, steps=1, weight_decay=1e300))
+
+
+@pytest.mark.parametrize("kind", ["host", "device", "python"])
+def test_memory_that_runs_out_in_a_step_names_the_batch(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def greedy(*arguments: object) -> Tensor:
+        if kind == "host":
+            return torch.empty(2**58)
+        raise torch.OutOfMemoryError("CUDA out of memory") if kind == "device" else MemoryError
+
+    monkeypatch.setattr("imsm_core.training.loop.answer_loss", greedy)
+    with pytest.raises(SettingsError, match=r"^batch_size is 2; a step takes more memory than there is"):
+        run(make_siamese(base_folder))
+
+
+def test_another_fault_in_a_step_is_told_as_it_is(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imsm_core.training.loop.answer_loss", lambda *_: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(make_siamese(base_folder))
 
 
 # Interruption
