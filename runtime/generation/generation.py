@@ -287,7 +287,7 @@ def _checked(
     settings = replace(settings or GenerationSettings(), **changes)
     if isinstance(prompt, str):
         return settings, model.codec.encode_prompt(prompt, settings.raw)
-    return settings, model.session.token_ids(prompt, "prompt")
+    return settings, model.session.token_ids(prompt)
 
 
 def _timings(prompt_tokens: int, times: list[float]) -> Timings:
