@@ -35,7 +35,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             return None
         (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
     if typing.get_origin(kind) in (tuple, list, Sequence):
-        if isinstance(value, _NO_SEQUENCES) or not isinstance(value, Sequence):
+        if not is_sequence(value):
             raise SettingsError(name, value, f"it must be a sequence, not {type(value).__name__}")
         found = [typed(name, part, typing.get_args(kind)[0]) for part in value]
         return found if isinstance(value, list) and typing.get_origin(kind) is not tuple else tuple(found)
@@ -62,9 +62,14 @@ def instance(name: str, value: Any, kind: type[Any]) -> None:
         raise SettingsError(name, value, f"it must be a {kind.__name__}, not {type(value).__name__}")
 
 
+def is_sequence(value: Any) -> bool:
+    """Whether a value has elements in an order. The characters and bytes of a text are none."""
+    return isinstance(value, Sequence) and not isinstance(value, _NO_SEQUENCES)
+
+
 def integers(values: Any, what: str) -> list[int]:
-    """Whole numbers of a sequence or a NumPy array (N,). Raises PromptError for anything else: a mask of booleans names
-    nothing, and the bytes of a text are not its tokens."""
+    """Whole numbers of a sequence or a NumPy array (N,). what: one of them, for the message. Raises PromptError for
+    anything else: a mask of booleans names nothing, and the bytes of a text are not its tokens."""
     if not isinstance(values, list | tuple):
         values = _elements(values, what)
     if set(map(type, values)) <= {int}:
@@ -95,12 +100,13 @@ def _elements(values: Any, what: str) -> Sequence[Any]:
     if hasattr(values, "__array__"):
         array = np.asarray(values)
         if array.ndim != 1:
-            raise PromptError(f"{what}: an array of shape {array.shape} is given where one of shape (N,) is wanted")
+            raise PromptError(f"an array of shape {array.shape} is not a sequence of {what}s, (N,)")
         elements: list[Any] = array.tolist()
         return elements
-    if isinstance(values, _NO_SEQUENCES) or not isinstance(values, Sequence):
-        raise PromptError(f"{what}: {shown(values)} is not a sequence of whole numbers")
-    return values
+    if not is_sequence(values):
+        raise PromptError(f"{shown(values)} is not a sequence of {what}s")
+    found: Sequence[Any] = values
+    return found
 
 
 def _is(value: Any, kind: Any) -> bool:

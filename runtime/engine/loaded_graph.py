@@ -202,10 +202,10 @@ class LoadedGraph:
         if not isinstance(bias, np.ndarray) or bias.dtype != np.float32 or bias.shape != (state.batch,):
             raise SettingsError("memory_bias", bias, f"a state's must be a float32 array ({state.batch},)")
 
-    def token_ids(self, values: Sequence[int] | Array, where: str = "token id") -> list[int]:
+    def token_ids(self, values: Sequence[int] | Array) -> list[int]:
         """Token ids as Python's numbers. Raises PromptError for what is no sequence of whole numbers, or outside the
-        vocabulary. where: what the message calls them."""
-        found = integers(values, where)
+        vocabulary."""
+        found = integers(values, "token id")
         if found and not 0 <= min(found) <= max(found) < self.manifest.vocab_size:
             outside = next(token for token in found if not 0 <= token < self.manifest.vocab_size)
             raise PromptError(f"token id {shown(outside)} is outside the vocabulary of {self.manifest.vocab_size}")

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import instance, typed, whole_number
+from ..checks import instance, is_sequence, typed, whole_number
 from ..errors import PromptError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
@@ -119,8 +119,8 @@ class Session(LoadedGraph):
         self.check_state(state)
         texts = self._texts(state, prompts)
         chunk = self._chunk(state.batch) if chunk is None else whole_number("chunk", chunk, 1)
-        state.begin()
         try:
+            state.begin()
             state.query_sum += state.reply_sum
             state.query_count += state.reply_count
             state.reply_sum[:] = 0
@@ -145,8 +145,8 @@ class Session(LoadedGraph):
         longest = int(state.lengths.max()) + 1
         if longest > self.manifest.context_length:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
-        state.begin()
         try:
+            state.begin()
             self.reserve(state, longest)
             output = self.binding_of(state).step(self, state, np.array(chosen), picks)
             state.pending = [None] * state.batch
@@ -158,15 +158,15 @@ class Session(LoadedGraph):
 
     def _texts(self, state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What every row reads: its pending token and its prompt. Raises PromptError for what cannot be read."""
-        if np.ndim(prompts) == 0 if isinstance(prompts, np.ndarray) else not isinstance(prompts, list | tuple):
+        if not (is_sequence(prompts) or (isinstance(prompts, np.ndarray) and prompts.ndim)):
             raise PromptError(f"prompts are {shown(prompts)}, not a sequence of prompts")
         if len(prompts) != state.batch:
             raise PromptError(f"{len(prompts)} prompts for {state.batch} rows")
-        texts = [self.token_ids(prompt, f"prompt {index}") for index, prompt in enumerate(prompts, 1)]
+        texts = [self.token_ids(prompt) for prompt in prompts]
         for index, text in enumerate(texts, 1):
             if not text:
                 raise PromptError(f"prompt {index} of {state.batch} is empty")
-        pending = [self.token_ids([] if token is None else [token], "pending") for token in state.pending]
+        pending = [self.token_ids([] if token is None else [token]) for token in state.pending]
         texts = [[*before, *text] for before, text in zip(pending, texts, strict=True)]
         self.check_lengths(state, texts)
         return texts

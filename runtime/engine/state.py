@@ -122,8 +122,8 @@ class DecodeState(Journal):
         if len(wanted) != self.batch:
             raise PromptError(f"{len(wanted)} lengths for {self.batch} rows")
         found: list[Mark | None] = [self._mark(row, length) for row, length in enumerate(wanted)]
-        self.begin()
         try:
+            self.begin()
             for row, (length, mark) in enumerate(zip(wanted, found, strict=True)):
                 if length != self.lengths[row]:
                     self._cut(row, length, mark)
@@ -150,8 +150,8 @@ class DecodeState(Journal):
         raise TypeError("a state cannot be pickled: its caches are onnxruntime's; keep the text's tokens and read them")
 
     def _turn_into(self, made: DecodeState) -> None:
-        self.begin()
         try:
+            self.begin()
             self._become(made)
             self.note = None
         except BaseException:

@@ -320,7 +320,7 @@ def _encoded(
         if not prompt:
             raise PromptError("the prompt is empty")
     elif not _are_messages(prompt):
-        return _Prompt(model.session.token_ids(prompt, "prompt"))  # type: ignore[arg-type]
+        return _Prompt(model.session.token_ids(prompt))  # type: ignore[arg-type]
     elif raw:
         raise PromptError("messages go through the chat template; give text to send it as it is (raw)")
     else:

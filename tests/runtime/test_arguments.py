@@ -340,7 +340,7 @@ def test_random_token_ids_are_read_as_they_are_or_refused(model: Model, seed: in
             expected = session.prefill(session.new_state(), array).logits
             np.testing.assert_array_equal(found, expected)
         else:
-            with pytest.raises(PromptError, match=r"token id|prompt 1"):
+            with pytest.raises(PromptError, match="token id"):
                 session.prefill(session.new_state(), [prompt])
 
 
