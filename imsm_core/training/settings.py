@@ -16,6 +16,8 @@ from ..choices import BITS, BLOCK_SIZE, GATE_KINDS, check_gate_kind, check_round
 from ..errors import SettingsError
 
 DEFAULT_METHOD = "lora"
+MOST = 65_536
+"""Of what has to be in memory at once."""
 LONGEST = 1024
 
 
@@ -114,6 +116,8 @@ class TuneSettings:
         check_gate_kind(self.gate)
         if self.gate_rank < 1:
             raise SettingsError("gate_rank", self.gate_rank, "it must be at least 1")
+        if self.gate_rank > MOST:
+            raise SettingsError("gate_rank", self.gate_rank, f"it must be at most {MOST}")
         if self.quantized_backbone is not None:
             check_rounding(**self.rounding())
         elif self.block_size is not None:
@@ -189,6 +193,9 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(name, value, "it must be at least 1")
+        for name in ("batch_size", "gradient_accumulation"):
+            if getattr(self, name) > MOST:
+                raise SettingsError(name, getattr(self, name), f"it must be at most {MOST}")
         for name in ("learning_rate", "gate_learning_rate", "max_grad_norm", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -44,6 +44,8 @@ def test_epochs_give_the_steps_unless_steps_are_given() -> None:
     "wrong",
     [
         {"batch_size": 0},
+        {"batch_size": 10**30},
+        {"gradient_accumulation": 10**30},
         {"gradient_accumulation": 0},
         {"save_every": 0},
         {"steps": 0},
@@ -103,3 +105,8 @@ def test_settings_are_checked_where_pytorch_and_peft_are_missing() -> None:
 @pytest.mark.parametrize("settings", [TuneSettings, TrainSettings])
 def test_every_setting_explains_itself(settings: type) -> None:
     assert all(field.metadata["help"] for field in fields(settings))
+
+
+def test_a_gate_of_an_absurd_rank_is_refused() -> None:
+    with pytest.raises(SettingsError, match="gate_rank is 1000000000000000000000000000000; it must be at most 65536"):
+        TuneSettings(gate_rank=10**30)
