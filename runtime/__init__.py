@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from .engine.execution import Execution
     from .engine.session import Session
     from .engine.state import DecodeState, LikeliestOutput, StepOutput
-    from .errors import ArtifactError, IMSMRuntimeError, MissingPackageError, PromptError, ProviderError, SettingsError
+    from .errors import (
+        ArtifactError,
+        IMSMRuntimeError,
+        IMSMWarning,
+        MissingPackageError,
+        PromptError,
+        ProviderError,
+        SettingsError,
+    )
     from .generation.generation import (
         Chunk,
         Generation,
@@ -38,6 +46,7 @@ _HOMES = {
     "errors": (
         "ArtifactError",
         "IMSMRuntimeError",
+        "IMSMWarning",
         "MissingPackageError",
         "PromptError",
         "ProviderError",
@@ -67,6 +76,7 @@ __all__ = [
     "Generation",
     "GenerationSettings",
     "IMSMRuntimeError",
+    "IMSMWarning",
     "LikeliestOutput",
     "MissingPackageError",
     "Model",
