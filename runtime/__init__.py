@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from .engine.execution import Execution
     from .engine.session import Session
     from .engine.state import DecodeState, LikeliestOutput, StepOutput
-    from .errors import ArtifactError, IMSMRuntimeError, MissingPackageError, PromptError, ProviderError, SettingsError
+    from .errors import (
+        ArtifactError,
+        IMSMRuntimeError,
+        IMSMWarning,
+        MissingPackageError,
+        PromptError,
+        ProviderError,
+        SettingsError,
+    )
     from .generation.generation import (
         Chunk,
         Generation,
@@ -43,6 +51,7 @@ _HOMES = {
     "errors": (
         "ArtifactError",
         "IMSMRuntimeError",
+        "IMSMWarning",
         "MissingPackageError",
         "PromptError",
         "ProviderError",
@@ -72,6 +81,7 @@ __all__ = [
     "Generation",
     "GenerationSettings",
     "IMSMRuntimeError",
+    "IMSMWarning",
     "LikeliestOutput",
     "MissingPackageError",
     "Model",

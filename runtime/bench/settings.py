@@ -8,6 +8,9 @@ from ..checks import check_fields
 from ..engine.execution import Execution
 from ..errors import SettingsError
 
+MOST = 1_000_000
+"""More of anything would never end."""
+
 
 @dataclass(frozen=True)
 class BenchSettings:
@@ -29,3 +32,5 @@ class BenchSettings:
         for name in ("new_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise SettingsError(name, getattr(self, name), "it must be at least 1")
+            if getattr(self, name) > MOST:
+                raise SettingsError(name, getattr(self, name), f"it must be at most {MOST}")

@@ -44,6 +44,8 @@ def test_epochs_give_the_steps_unless_steps_are_given() -> None:
     "wrong",
     [
         {"batch_size": 0},
+        {"batch_size": 10**30},
+        {"gradient_accumulation": 10**30},
         {"gradient_accumulation": 0},
         {"save_every": 0},
         {"steps": 0},

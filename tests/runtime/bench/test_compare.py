@@ -183,6 +183,8 @@ def test_an_error_inside_onnxruntime_is_one_line(tiny: Exported, monkeypatch: py
         ("--prompt-lengths 4,x", SettingsError, "--prompt-lengths is 4,x; they must be numbers like 32,128"),
         ("--json /no/where/file.json", SettingsError, "--json is /no/where/file.json; its folder does not exist"),
         ("--prompt-lengths 0", SettingsError, "at least 1"),
+        ("--batch 1000000000000000000000000000000", SettingsError, "it must be at most 1000000"),
+        ("--json /", SettingsError, "--json is /; it is a folder"),
         ("--new-tokens 0", SettingsError, "--new-tokens is 0; it must be at least 1"),
         ("--prompt-lengths 100 --new-tokens 100", SettingsError, "more than the context"),
         ("--providers cpu,quantum --prompt-lengths 4", ProviderError, "unknown execution provider 'quantum'"),
