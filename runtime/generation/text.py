@@ -195,6 +195,11 @@ class TextCodec:
         return without_control_tokens(self.tokenizer, self._control_tokens)
 
     def _encode(self, text: str, special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"character {error.start + 1} is {text[error.start]!r}"
+            raise PromptError(f"the prompt is not text: {what}, which UTF-8 does not have") from error
         with border(PromptError, "tokenizer.json cannot encode the prompt"):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
         return _some(ids)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from runtime import Model, PromptError, generate, load, stream_generate
 from runtime.generation.text import TextCodec
+from runtime.inspect import format_summary, summarize
 from tests.chat_templates import TEMPLATES, make_chat_tokenizer
 from tests.exported import Exported, copied, edit_manifest, export_tiny
 
@@ -174,3 +175,5 @@ def test_generation_follows_what_the_model_was_tuned_on(exported: Exported, tmp_
 
     assert count(tuned_raw, None) == count(tuned_chat, True) == 6
     assert count(tuned_chat, None) == count(tuned_raw, False) > 6
+    assert "prompts      as they are, as the model was tuned" in format_summary(summarize(artifact))
+    assert "prompts      chat template" in format_summary(summarize(exported.artifact))
