@@ -277,8 +277,8 @@ def multimodal() -> list[str]:
         "",
         f"The text part is taken out of {kinds}: on text it gives the logits of the whole model, which "
         "tests/imsm_core/test_text_part.py shows on tiny ones of each. What it exports to is what the text model alone "
-        "does. Others are refused by name, among them PaliGemma, whose prompt attends to all of itself, Aya Vision, whose "
-        "text model alone scales its logits, Gemma 3n and GLM-4V.",
+        "does. Others are refused by name, among them PaliGemma, whose prompt attends to all of itself, Aya Vision, "
+        "whose text model alone scales its logits, Gemma 3n and GLM-4V.",
     ]
 
 
