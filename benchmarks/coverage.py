@@ -43,6 +43,7 @@ from imsm_core.backbone import load_base_model, load_tokenizer
 from imsm_core.errors import AdapterError, BaseModelError
 from imsm_core.reference import reference_generate
 from imsm_core.siamese import SiameseModel
+from imsm_core.text_part import TAKEN_OUT
 from runtime import Session
 from tests.adapters import ADAPTERS, TOKENS, make_siamese_with
 from tests.builders import save_tiny_checkpoint
@@ -264,7 +265,21 @@ def write_document(cells: dict[tuple[str, str], Cell], path: Path) -> None:
         lines.append("")
     lines += ["## Architectures that are refused", "", "Before any long work, by name:", ""]
     lines += [f"- {line}" for line in refusals()]
+    lines += ["", *multimodal()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def multimodal() -> list[str]:
+    """Which multimodal models the text part is taken out of."""
+    kinds = ", ".join(f"`{kind}`" for kind in sorted(TAKEN_OUT))
+    return [
+        "## Multimodal models",
+        "",
+        f"The text part is taken out of {kinds}: on text it gives the logits of the whole model, which "
+        "tests/imsm_core/test_text_part.py shows on tiny ones of each. What it exports to is what the text model alone "
+        "does. Others are refused by name, among them PaliGemma, whose prompt attends to all of itself, Aya Vision, "
+        "whose text model alone scales its logits, Gemma 3n and GLM-4V.",
+    ]
 
 
 def refusals() -> list[str]:

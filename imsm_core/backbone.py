@@ -88,6 +88,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(source.place, **source.arguments())
+            tokenizer("a")  # a setting of the wrong type, such as model_max_length, shows only here
     except Exception as error:  # as in load_base_model
         raise BaseModelError(f"cannot load the tokenizer of {name!r}: {reason(source, error)}") from error
     if not tokenizer.is_fast:

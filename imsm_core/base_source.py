@@ -19,7 +19,7 @@ import huggingface_hub
 import transformers
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .errors import BaseModelError, first_line
@@ -231,12 +231,15 @@ def quiet_libraries() -> Iterator[None]:
     """transformers and the hub's client report at length, on stderr, what an error's line says, and draw bars."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     levels = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf_bar, gguf.tqdm = gguf.tqdm, transformers.utils.logging.tqdm  # it draws one that cannot be switched off
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        gguf.tqdm = gguf_bar
         if bars:
             transformers.utils.logging.enable_progress_bar()
         transformers.logging.set_verbosity(levels[0])

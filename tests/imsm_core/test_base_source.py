@@ -246,6 +246,11 @@ def test_end_tokens_that_are_none_are_named(base: Path, ends: Any) -> None:
     assert "is damaged" in one_line(base)
 
 
+def test_setting_of_the_tokenizer_that_has_the_wrong_type_is_told(base: Path) -> None:
+    edit(base / "tokenizer_config.json", model_max_length="long")
+    assert "cannot load the tokenizer of" in one_line(base, load_tokenizer)
+
+
 def test_base_model_that_has_moved_is_asked_for(tmp_path: Path) -> None:
     base = make_base_folder(tmp_path / "before")
     save_tiny_checkpoint(make_siamese(base), base, tmp_path / "checkpoint")

@@ -37,13 +37,14 @@ def test_gguf_gives_the_logits_and_tokens_of_the_folder_it_was_written_from(
 
 
 def test_train_remembers_the_file_and_export_reads_it(
-    stories_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stories_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Once", "answer": " upon a time"}])
     monkeypatch.chdir(stories_gguf.parent)
     checkpoint, artifact = tmp_path / "checkpoint", tmp_path / "artifact"
     command = ["--debug", "train", "--model", stories_gguf.name, "--data", data, "--out", checkpoint, "--steps", "2"]
     assert cli.main([*map(str, command), "--no-progress"]) == 0
+    assert "it/s" not in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert load_checkpoint(checkpoint)[1].base_model == str(stories_gguf)
     assert cli.main(["--debug", "export", str(checkpoint), str(artifact)]) == 0
