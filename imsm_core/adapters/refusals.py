@@ -58,6 +58,10 @@ def check_config(config: PeftConfig) -> None:
     virtual = getattr(config, "num_virtual_tokens", None)
     if config.is_prompt_learning and (type(virtual) is not int or virtual < 1):
         raise AdapterError(f"the adapter's num_virtual_tokens is {virtual!r}; it must be a whole number of at least 1")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str | list | dict) and field.type in ("int", "float", int, float):
+            raise AdapterError(f"the adapter's {field.name} is {value!r}; it must be a number")
 
 
 def check_new_config(config: PeftConfig) -> None:
