@@ -22,7 +22,7 @@ from .errors import ExportError
 from .report import Report
 from .settings import ExportSettings
 
-LONGEST = 512  # tokens of a text: logits at every position of a large vocabulary fill the memory
+LONGEST = 512  # tokens of a text: the logits of a long answer in a large vocabulary fill the memory
 Kept = TypeVar("Kept")
 CALIBRATION_TEXTS = 64
 RANDOM_TEXTS, RANDOM_TOKENS = 8, 64

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
+from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
+from imsm_core.evaluate import Stream, answer_states
 from imsm_core.siamese import SiameseModel
 
 from ..artifact import GRAPH
 from ..virtual_tokens import load_virtual_cache
-from .parity import expected_outputs
 from .plain_run import Array, CachedGraph
 from .quality import QualityReport, measure_quality
 
@@ -27,8 +30,13 @@ def evaluate(
     lines about the progress. Raises VerificationError."""
     graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
 
+    stream: Stream = "fused" if len(streams) > 1 else "base"
+
+    @torch.no_grad()
     def reference(text: Example) -> Array:
-        return expected_outputs(model, text.token_ids, len(text.prompt_ids), streams)["logits"]
+        states, _, _ = answer_states(model, [text], stream, pad_token_id=0)
+        logits: Array = apply_head(model.causal_lm, states[None])[0].numpy()
+        return logits
 
     def found(text: Example) -> Array:
         logits: Array = graph.whole(text.token_ids, len(text.prompt_ids))["logits"][0]

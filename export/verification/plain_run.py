@@ -72,11 +72,13 @@ class CachedGraph:
         return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)), self.lengths)
 
     def whole(self, text: list[int], query: int) -> dict[str, Array]:
-        """One text at once, of which the first `query` tokens are the gate's query; outputs at every position."""
+        """One text at once, of which the first `query` tokens are the gate's query; outputs where the others are
+        predicted."""
         self._reset(1)
         self.lengths = np.array([len(text)])
         mask = (np.arange(len(text)) < query)[None].astype(np.float32)
-        return self._run(np.array([text]), mask, np.arange(len(text))[None], self.lengths)
+        wanted = np.arange(query - 1, len(text) - 1)[None]
+        return self._run(np.array([text]), mask, np.arange(len(text))[None], self.lengths, wanted)
 
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""
@@ -112,7 +114,10 @@ class CachedGraph:
                 bfloat16 = value.type == "tensor(bfloat16)"
                 self.state[name] = _bfloat16_value(first) if bfloat16 else first
 
-    def _run(self, input_ids: Array, query_mask: Array, positions: Array, new: Array) -> dict[str, Array]:
+    def _run(
+        self, input_ids: Array, query_mask: Array, positions: Array, new: Array, wanted: Array | None = None
+    ) -> dict[str, Array]:
+        """wanted: (B, N), where outputs are; None: at every new token."""
         rows, sequence = input_ids.shape
         feed = {
             "input_ids": input_ids,
@@ -121,7 +126,7 @@ class CachedGraph:
             # Room for the padding of every row, unless no row has any.
             "total_sequence_length": np.array((self.lengths - new).max() + sequence, np.int32),
             "query_seqlens": new.astype(np.int32),
-            "logit_positions": np.tile(np.arange(sequence), (rows, 1)),
+            "logit_positions": np.tile(np.arange(sequence), (rows, 1)) if wanted is None else wanted,
             "query_mask": query_mask,
             "memory_bias": np.zeros(rows, np.float32),
             **self.state,

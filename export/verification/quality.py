@@ -21,7 +21,7 @@ from ..errors import ExportError, VerificationError
 
 Array = NDArray[Any]
 Logits = Callable[[Example], Array]
-# A text of S tokens -> logits (S, vocab) float32, row t after the tokens up to t; its prompt is the gate's query.
+# A text whose prompt is the gate's query -> logits (N, vocab) float32, which predict its N answer tokens.
 
 FEW_TOKENS = 1000
 _ROWS = 128  # positions whose logits are in float64 at a time
@@ -61,20 +61,18 @@ def measure_quality(
     for text in _with_progress(texts, report):
         sides = [side(text) for side in (reference, found)]
         for logits, name in zip(sides, ("reference", "quantized"), strict=True):
-            if len(logits) != len(text) or logits.shape != sides[0].shape:
+            if len(logits) != len(text.answer_ids) or logits.shape != sides[0].shape:
                 raise VerificationError(
-                    f"the {name} model's logits are {logits.shape} for {len(text)} tokens; the reference's are "
-                    f"{sides[0].shape}"
+                    f"the {name} model's logits are {logits.shape} for {len(text.answer_ids)} tokens; the reference's "
+                    f"are {sides[0].shape}"
                 )
             if not np.isfinite(logits).all():
                 raise VerificationError(f"the {name} model gives logits that are not finite")
-        first = len(text.prompt_ids) - 1
         targets = np.array(text.answer_ids)
         tokens += len(targets)
         for start in range(0, len(targets), _ROWS):
             part = targets[start : start + _ROWS]
-            at = slice(first + start, first + start + len(part))
-            expected, actual = (_log_softmax(logits[at]) for logits in sides)
+            expected, actual = (_log_softmax(logits[start : start + len(part)]) for logits in sides)
             agreeing += int((expected.argmax(-1) == actual.argmax(-1)).sum())
             kl += float((np.exp(expected) * (expected - actual)).sum())
             chosen = np.arange(len(part)), part

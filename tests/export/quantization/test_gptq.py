@@ -18,6 +18,7 @@ from export.quantization.weight_format import QuantizedWeight, dequantize, round
 from export.texts import TextReader
 from export.verification.quality import measure_quality
 from imsm_core.backbone import apply_head, load_tokenizer
+from imsm_core.data.dataset import Example
 from imsm_core.data.encoding import Encoder
 from imsm_core.data.forms import Fields
 from imsm_core.errors import SettingsError
@@ -118,9 +119,9 @@ def test_calibration_without_a_text_is_refused(base_folder: Path) -> None:
 
 
 @torch.no_grad()
-def base_logits(model: SiameseModel, text: list[int]) -> Array:
-    logits: Array = apply_head(model.causal_lm, model.stream_states(torch.tensor([text])).base)[0].numpy()
-    return logits
+def base_logits(model: SiameseModel, text: Example) -> Array:
+    logits: Array = apply_head(model.causal_lm, model.stream_states(torch.tensor([text.token_ids])).base)[0].numpy()
+    return logits[len(text.prompt_ids) - 1 : -1]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -133,7 +134,7 @@ def test_the_real_models_perplexity_rises_less_than_by_rounding_to_nearest(
     reader = TextReader(Encoder(tokenizer), Fields(), 256, len(tokenizer), False, lambda line: None)
     held_out = reader.judged(shared_data / "tinystories" / "heldout.jsonl", 10)
     texts = reader.whole(shared_data / "tinystories" / "train.jsonl", 12)
-    expected = {tuple(text.token_ids): base_logits(model, text.token_ids) for text in held_out}
+    expected = {tuple(text.token_ids): base_logits(model, text) for text in held_out}
     calibrated = calibrated_weights(model, texts, 4, 32, symmetric, lambda line: None)
     nearest = {
         name: round_to_nearest(layer.get_parameter("weight").detach().numpy(), 4, 32, symmetric)
@@ -145,7 +146,7 @@ def test_the_real_models_perplexity_rises_less_than_by_rounding_to_nearest(
         with rounded_weights(model.causal_lm, weights):
             report = measure_quality(
                 lambda text: expected[tuple(text.token_ids)],
-                lambda text: base_logits(model, text.token_ids),
+                lambda text: base_logits(model, text),
                 held_out,
             )
         changes.append(report.perplexity_change)

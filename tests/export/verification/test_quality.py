@@ -22,9 +22,9 @@ VOCABULARY = 5
 
 
 def random_logits(seed: int, scale: float = 1.0) -> dict[int, Array]:
-    """By the length of a text, (S, VOCABULARY) float32."""
+    """By the length N of an answer, (N, VOCABULARY) float32."""
     generator = np.random.default_rng(seed)
-    sizes = range(2, 400)
+    sizes = range(1, 400)
     return {size: scale * generator.normal(size=(size, VOCABULARY)).astype(np.float32) for size in sizes}
 
 
@@ -35,7 +35,9 @@ def random_texts(*lengths: int) -> list[Example]:
 
 def test_a_model_agrees_with_itself() -> None:
     logits = random_logits(0)
-    report = measure_quality(lambda text: logits[len(text)], lambda text: logits[len(text)], random_texts(2, 30, 300))
+    report = measure_quality(
+        lambda text: logits[len(text.answer_ids)], lambda text: logits[len(text.answer_ids)], random_texts(2, 30, 300)
+    )
     assert report.argmax_agreement == 1
     assert report.mean_kl == report.perplexity_change == 0
     assert report.perplexity == report.perplexity_reference
@@ -49,14 +51,16 @@ def test_numbers_equal_those_of_the_definitions() -> None:
         random_logits(1),
         [*random_texts(300, 12, 3), Example([1, 2, 3, 4] * 5, [0, 2])],
     )
-    report = measure_quality(lambda text: reference[len(text)], lambda text: found[len(text)], texts)
+    report = measure_quality(
+        lambda text: reference[len(text.answer_ids)], lambda text: found[len(text.answer_ids)], texts
+    )
     kl, losses, same = [], [], []
     for text in texts:
-        for position in range(len(text.prompt_ids) - 1, len(text) - 1):
-            p, q = (np.exp(side[len(text)][position].astype(np.float64)) for side in (reference, found))
+        for place, token in enumerate(text.answer_ids):
+            p, q = (np.exp(side[len(text.answer_ids)][place].astype(np.float64)) for side in (reference, found))
             p, q = p / p.sum(), q / q.sum()
             kl.append(float((p * np.log(p / q)).sum()))
-            losses.append([-math.log(side[text.token_ids[position + 1]]) for side in (p, q)])
+            losses.append([-math.log(side[token]) for side in (p, q)])
             same.append(p.argmax() == q.argmax())
     before, after = np.exp(np.mean(losses, axis=0))
     assert report.mean_kl == pytest.approx(np.mean(kl))
@@ -68,14 +72,18 @@ def test_numbers_equal_those_of_the_definitions() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     near, far = random_logits(0, 1e4), random_logits(1, 1e4)
-    report = measure_quality(lambda text: near[len(text)], lambda text: far[len(text)], random_texts(40))
+    report = measure_quality(
+        lambda text: near[len(text.answer_ids)], lambda text: far[len(text.answer_ids)], random_texts(40)
+    )
     assert all(math.isfinite(value) for value in report.as_dict().values())
     assert report.mean_kl > 1
 
 
 def test_a_constant_added_to_the_logits_keeps_the_distribution() -> None:
     logits = random_logits(0)
-    report = measure_quality(lambda text: logits[len(text)], lambda text: logits[len(text)] + 100, random_texts(40))
+    report = measure_quality(
+        lambda text: logits[len(text.answer_ids)], lambda text: logits[len(text.answer_ids)] + 100, random_texts(40)
+    )
     assert report.mean_kl == pytest.approx(0, abs=1e-9)
     assert report.perplexity_change == pytest.approx(0, abs=1e-4)
 
@@ -85,13 +93,13 @@ def test_broken_logits_are_an_error(broken: str) -> None:
     logits = random_logits(0)
 
     def found(text: Example) -> Array:
-        array = logits[len(text)].copy()
+        array = logits[len(text.answer_ids)].copy()
         if broken == "nan":
             array[-2, 1] = np.nan
         return array[:-1] if broken == "rows" else array[:, :-1] if broken == "vocabulary" else array
 
     with pytest.raises(VerificationError, match="not finite" if broken == "nan" else "logits are"):
-        measure_quality(lambda text: logits[len(text)], found, random_texts(20))
+        measure_quality(lambda text: logits[len(text.answer_ids)], found, random_texts(20))
 
 
 def test_nothing_to_compare_is_an_error() -> None:
@@ -119,7 +127,10 @@ def test_a_measurement_reports_how_far_it_is(monkeypatch: pytest.MonkeyPatch) ->
     clock = iter([100.0, 100.0, 105.0, 111.0, 112.0, 125.0])
     monkeypatch.setattr("export.verification.quality.time.monotonic", lambda: next(clock))
     measure_quality(
-        lambda text: logits[len(text)], lambda text: logits[len(text)], random_texts(20, 20, 30, 9, 9), lines.append
+        lambda text: logits[len(text.answer_ids)],
+        lambda text: logits[len(text.answer_ids)],
+        random_texts(20, 20, 30, 9, 9),
+        lines.append,
     )
     assert lines == [
         "quality   measuring on 5 texts of 88 tokens, 48 of which are judged",
