@@ -36,7 +36,7 @@ def other_checkpoint(folder: Path) -> Path:
     [
         (["train", "--model", "/no/where", "--data", "DATA", "--out", "OUT"], "no base model at '/no/where'"),
         (["train", "--model", "BASE", "--data", "/no/file", "--out", "OUT"], "cannot read the data file /no/file"),
-        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT"], "line 1 has no field 'prompt'"),
+        (["train", "--model", "BASE", "--data", "DATA", "--out", "OUT"], "line 1: no form is known"),
         (
             ["train", "--model", "BASE", "--data", "DATA", "--out", "OUT", "--peft", "magic"],
             "--peft is magic; choose one of lora",

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from ..checks import check_fields
-from ..errors import IMSMWarning, SettingsError
+from ..errors import IMSMWarning, SettingsError, shown
 from ..machine import usable_processors
 
 
@@ -38,7 +38,8 @@ class Execution:
             raise SettingsError("threads", self.threads, "it must be at least 1")
         most = usable_processors()
         if self.threads is not None and self.threads > most:
-            text = f"{self.threads} threads are more than the {most} processors that this process may use; {most} run"
+            wanted = f"{shown(self.threads)} threads"
+            text = f"{wanted} are more than the {most} processors that this process may use; {most} run"
             warnings.warn(text, IMSMWarning, stacklevel=3)
             object.__setattr__(self, "threads", most)
         if self.cuda_graph and self.provider != "cuda":

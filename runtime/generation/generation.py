@@ -46,7 +46,10 @@ def load(folder: Path | str, execution: Execution | None = None, **changes: Any)
     Raises ArtifactError, ProviderError or SettingsError.
     """
     session = Session(folder, execution, **changes)
-    return Model(session, TextCodec(session.folder, session.manifest.special_tokens))
+    manifest = session.manifest
+    return Model(
+        session, TextCodec(session.folder, manifest.special_tokens, manifest.raw_prompts, manifest.eos_token_ids)
+    )
 
 
 class Token(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class Recorder:
         assert needs["extra"] == "export"
         self.run = run
         return self.parser
+
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def provide(self, name: str, function: Any, **needs: Any) -> None:
         self.services[name] = function

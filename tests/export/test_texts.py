@@ -179,7 +179,7 @@ def test_an_adapter_of_raw_prompts_is_measured_on_raw_prompts(tmp_path: Path) ->
     answers = sum(len(f"{row['answer']}>") for row in rows)  # a byte is a token
     assert f"quality   measuring on 4 texts of {tokens + answers} tokens, {answers} of which are judged" in lines
     assert (manifest["quality"]["texts"], manifest["quality"]["tokens"]) == (4, answers)
-    assert manifest["prompts"] == {"raw": True}
+    assert manifest["prompts"]["raw"] is True
 
 
 def test_plain_text_trains_prompts_as_they_are(tmp_path: Path) -> None:
@@ -205,4 +205,4 @@ def test_the_token_that_ends_the_templates_turns_ends_generation(tmp_path: Path)
     settings = ExportSettings(context_length=CONTEXT, raw=True)
     manifest = export_model(model, load_tokenizer(str(base)), info, tmp_path / "a", settings, report=lambda line: None)
     assert manifest["tokens"]["eos_token_ids"] == [EOS, PAD]
-    assert manifest["prompts"] == {"raw": True}
+    assert manifest["prompts"]["raw"] is True

@@ -93,7 +93,7 @@ def test_a_field_has_its_type_or_is_refused(settings: type[Any]) -> None:
     [
         (lambda: TrainSettings(steps="3"), "steps is 3; it must be a whole number, not str"),
         (lambda: TrainSettings(batch_size=True), "batch_size is True; it must be a whole number, not bool"),
-        (lambda: TrainSettings(learning_rate=float("nan")), "learning_rate is nan; it must be above 0 and finite"),
+        (lambda: TrainSettings(learning_rate=float("nan")), "learning_rate is nan; it must be above 0 and at most 100"),
         (lambda: TrainSettings(epochs=10**400), "it must be a number that a float can hold"),
         (lambda: TuneSettings(target_modules="q_proj"), "target_modules is q_proj; it must be a sequence, not str"),
         (lambda: TuneSettings(token_indices=[3, "4"]), "token_indices is 4; it must be a whole number, not str"),

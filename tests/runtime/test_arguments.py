@@ -297,6 +297,7 @@ FIELD_KINDS: dict[Any, Callable[[Any], bool]] = {
     bool: is_bool,
     str: is_text,
     int | None: optional(is_whole),
+    bool | None: optional(is_bool),
     tuple[int, ...]: lambda value: isinstance(value, list | tuple | range) and all(map(is_whole, value)),
     Execution: no,
 }

@@ -43,14 +43,10 @@ ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelC
   return inputs;
 }
 
-OrtStatus* imsm_product_x_and_y(ImsmInputs* inputs, OrtKernelContext* context, const ImsmProductKernel* kernel,
-                                const float** x, size_t* rows, float** y) {
-  ImsmTensor input;
-  IMSM_TRY(imsm_read(inputs, 0, &input));
-  *x = input.data;
-  *rows = inputs->sizes[IMSM_ROWS];
-  input.shape[input.dimensions - 1] = kernel->n;
-  return imsm_output(context, 0, input.shape, input.dimensions, y);
+OrtStatus* imsm_product_y(OrtKernelContext* context, const ImsmProductKernel* kernel, const ImsmTensor* x, float** y) {
+  ImsmTensor like = *x;
+  like.shape[like.dimensions - 1] = kernel->n;
+  return imsm_output(context, 0, like.shape, like.dimensions, y);
 }
 
 OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index,

@@ -61,9 +61,8 @@ OrtStatus* imsm_product_create(const ImsmOperator* operator, const OrtKernelInfo
 // The inputs of a call, with the sizes that the attributes tell.
 ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelContext* context);
 
-// Reads x (..., k) at input 0, as `rows` rows, and makes y (..., n), output 0.
-OrtStatus* imsm_product_x_and_y(ImsmInputs* inputs, OrtKernelContext* context, const ImsmProductKernel* kernel,
-                                const float** x, size_t* rows, float** y);
+// Makes y (..., n), output 0, for x (..., k), input 0. Comes after all inputs were read: n is as large as a node says.
+OrtStatus* imsm_product_y(OrtKernelContext* context, const ImsmProductKernel* kernel, const ImsmTensor* x, float** y);
 
 // Reads the matrix whose weights are at input `index`, followed by scales, zero points and a bias; without a change.
 OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index,

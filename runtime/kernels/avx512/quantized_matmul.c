@@ -19,16 +19,17 @@ static void columns_task(void* arguments, size_t task) {
 
 static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext* context, Call* call) {
   ImsmInputs inputs = imsm_product_inputs(kernel, context);
-  const float* x = NULL;
-  size_t rows = 0;
-  IMSM_TRY(imsm_product_x_and_y(&inputs, context, kernel, &x, &rows, &call->y));
+  ImsmTensor x;
+  IMSM_TRY(imsm_read(&inputs, X, &x));
+  const size_t rows = inputs.sizes[IMSM_ROWS];
   IMSM_TRY(imsm_product_matrix(&inputs, kernel, WEIGHTS, &call->matrix));
   if (kernel->operator->input_count > ROWS) {
-    IMSM_TRY(imsm_low_rank_begin(&call->change, &inputs, ROWS, A, x, rows, kernel->k, kernel->n));
+    IMSM_TRY(imsm_low_rank_begin(&call->change, &inputs, ROWS, A, x.data, rows, kernel->k, kernel->n));
     call->matrix.change = &call->change;
   }
+  IMSM_TRY(imsm_product_y(context, kernel, &x, &call->y));
   if (rows == 0) return NULL;
-  IMSM_TRY(imsm_activations_begin(&call->x, context, x, rows, kernel->k, kernel->bits));
+  IMSM_TRY(imsm_activations_begin(&call->x, context, x.data, rows, kernel->k, kernel->bits));
   return imsm_parallel_for(context, columns_task, imsm_product_tasks(&call->x, kernel->n), call);
 }
 

@@ -41,22 +41,23 @@ TARGET static void columns_task(void* arguments, size_t task) {
 static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext* context, Call* call) {
   const size_t k = kernel->k, n = kernel->n;
   ImsmInputs inputs = imsm_product_inputs(kernel, context);
-  const float* x = NULL;
-  size_t rows = 0;
+  ImsmTensor x;
   void* other;
-  IMSM_TRY(imsm_product_x_and_y(&inputs, context, kernel, &x, &rows, &call->y));
+  IMSM_TRY(imsm_read(&inputs, X, &x));
+  const size_t rows = inputs.sizes[IMSM_ROWS];
   IMSM_TRY(imsm_product_matrix(&inputs, kernel, GATE, &call->gate));
   IMSM_TRY(imsm_product_matrix(&inputs, kernel, UP, &call->up));
   if (kernel->operator->input_count > ROWS) {
-    IMSM_TRY(imsm_low_rank_begin(&call->gate_change, &inputs, ROWS, GATE_A, x, rows, k, n));
-    IMSM_TRY(imsm_low_rank_begin(&call->up_change, &inputs, ROWS, UP_A, x, rows, k, n));
+    IMSM_TRY(imsm_low_rank_begin(&call->gate_change, &inputs, ROWS, GATE_A, x.data, rows, k, n));
+    IMSM_TRY(imsm_low_rank_begin(&call->up_change, &inputs, ROWS, UP_A, x.data, rows, k, n));
     call->gate.change = &call->gate_change;
     call->up.change = &call->up_change;
   }
+  IMSM_TRY(imsm_product_y(context, kernel, &x, &call->y));
   if (rows == 0) return NULL;
   IMSM_TRY(imsm_allocate(imsm_times(rows, n), sizeof(float), &other));
   call->other = other;
-  IMSM_TRY(imsm_activations_begin(&call->x, context, x, rows, k, kernel->bits));
+  IMSM_TRY(imsm_activations_begin(&call->x, context, x.data, rows, k, kernel->bits));
   return imsm_parallel_for(context, columns_task, imsm_product_tasks(&call->x, n), call);
 }
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import cli
-from export.artifact import write_tokenizer
+from export.artifact import seal, write_tokenizer
 from export.errors import UnsupportedError, VerificationError
 from export.verification.encoders import compare_encoders
 from imsm_core.backbone import load_base_model, load_tokenizer
@@ -21,7 +21,7 @@ from runtime import ArtifactError
 from runtime.generation import hard_texts
 from runtime.generation.text import TextCodec
 from tests.chat_templates import TEMPLATES, make_chat_tokenizer
-from tests.exported import Exported, copied, edit_manifest
+from tests.exported import Exported, copied
 
 
 def written(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
@@ -136,6 +136,6 @@ def test_the_manifest_has_the_fingerprint_and_verify_checks_it(
     assert cli.main(["verify", str(tiny.artifact)]) == 0
     assert f"prompts  {prompts['compared']} texts" in capsys.readouterr().out
     artifact = copied(tiny.artifact, tmp_path / "artifact")
-    edit_manifest(artifact, prompts=prompts | {"fingerprint": "0" * 64})
+    seal(artifact, tiny.manifest | {"prompts": prompts | {"fingerprint": "0" * 64}})
     assert cli.main(["verify", str(artifact)]) == 2
     assert "prompts get other token ids here than at the export" in capsys.readouterr().err

@@ -3,6 +3,7 @@ place. onnxruntime is replaced by a recorder, since the CPU's has neither bfloat
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from export.settings import ExportSettings
 from runtime import Session
 from runtime.engine import loaded_graph
 from runtime.engine.device import Device
-from runtime.engine.signature import _NUMPY_NAMES
+from runtime.engine.signature import _NUMPY_NAMES, SECTIONS, section_hash
 from runtime.engine.step import DeviceDecodeBinding
 from runtime.manifest import Manifest, TensorSignature, read_manifest
 from tests.exported import PROMPT, Exported, export_tiny
@@ -94,6 +95,11 @@ class Recorder:
 
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def get_modelmeta(self) -> Any:
+        sections = self._manifest().raw.items()
+        hashes = {name: section_hash(name, section) for name, section in sections if name != "format_version"}
+        return SimpleNamespace(custom_metadata_map={SECTIONS: json.dumps(hashes)})
 
     def io_binding(self) -> Binding:
         return Binding()
