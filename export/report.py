@@ -125,14 +125,14 @@ def report_parity(parity: ParityReport, report: Report) -> None:
             "`verify` with --checkpoint and --provider, or export with --verify-on"
         )
         return
-    for way, changes in parity.changes.items():
-        middle = ", ".join(f"{name} {value:.1%}" for name, value in changes.items())
-        report(f"verify    {way}: rounding changes the middle position by {middle} (limit {LIMIT_OF_ROUNDING:.0%})")
     for way, differences in parity.differences.items():
         if way in parity.changes:
             continue
         worst = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
         report(f"verify    {way}: largest difference from PyTorch: {worst}")
+    for way, changes in parity.changes.items():
+        middle = ", ".join(f"{name} {value:.1%}" for name, value in changes.items())
+        report(f"verify    {way}: rounding changes the middle position by {middle} (limit {LIMIT_OF_ROUNDING:.0%})")
     report(f"verify    greedy tokens equal: {parity.greedy_tokens_equal} of {parity.decode_steps}")
 
 

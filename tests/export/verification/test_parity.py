@@ -76,8 +76,8 @@ def test_of_a_rounded_graph_what_is_judged_is_shown() -> None:
     lines: list[str] = []
     report_parity(exact, lines.append)
     assert lines[:2] == [
-        "verify    prefill, finished: rounding changes the middle position by logits 3.0% (limit 50%)",
         "verify    prefill: largest difference from PyTorch: logits 0.0e+00",
+        "verify    prefill, finished: rounding changes the middle position by logits 3.0% (limit 50%)",
     ]
     assert exact.as_dict()["middle_change"]["prefill, finished"]["logits"] == pytest.approx(0.03, rel=1e-3)
     assert exact.as_dict()["max_abs_difference"]["prefill, finished"]["logits"] > 28
