@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,23 +21,6 @@ from tests.exported import Exported
 
 Found = TypeVar("Found")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a folder that is a file system of its own, of so many kilobytes."""
-    folder = tmp_path / "mounted"
-
-    def mount(kilobytes: int) -> Path:
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs the permission to mount a file system")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -258,23 +258,6 @@ def test_a_current_folder_that_was_deleted_is_in_nobodys_way(tmp_path: Path) -> 
     assert names(tmp_path) == ["out"]
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a folder that is a file system of its own, of so many kilobytes."""
-    folder = tmp_path / "mounted"
-
-    def mount(kilobytes: int) -> Path:
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("needs the permission to mount a file system")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_mount_point_is_filled(mounted: Callable[[int], Path], tmp_path: Path) -> None:
     target = mounted(4096)
     with pytest.raises(OutputExistsError):
