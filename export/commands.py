@@ -27,7 +27,11 @@ def register(commands: Any) -> None:
     add("checkpoint", type=Path, nargs="?", metavar="CKPT", help="a checkpoint folder, as `train` writes it")
     add("artifact", type=Path, metavar="ARTIFACT", help="the folder to write")
     add("--force", action="store_true", help="replace ARTIFACT if it exists")
-    add("--base", metavar="DIR_OR_HUB_ID", help="where the base model is, if not where the checkpoint says")
+    add(
+        "--base",
+        metavar="DIR_OR_HUB_ID",
+        help="where the base model (or its GGUF file) is, if not where the checkpoint says",
+    )
     add(
         "--adapter", type=Path, metavar="DIR", help="instead of CKPT: a PEFT adapter on --base, wherever it was trained"
     )

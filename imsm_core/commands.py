@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
         extra="train",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="the base model, a local folder or a hub id")
+    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="the base model: a folder, a GGUF file or a hub id")
     add("--revision", metavar="REV", help="the hub revision of the base model")
     add(
         "--data",
