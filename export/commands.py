@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
     add(
         "--base",
         metavar="DIR_OR_HUB_ID",
-        help="where the base model (or its GGUF file) is, if not where the checkpoint says",
+        help="where the base model (or GGUF file) is, if not where the checkpoint says",
     )
     add(
         "--adapter", type=Path, metavar="DIR", help="instead of CKPT: a PEFT adapter on --base, wherever it was trained"

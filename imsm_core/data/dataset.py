@@ -169,9 +169,12 @@ def load_jsonl(
 
 
 def _pieces(text: Example, eos_token_id: int | None, longest: int) -> list[Example]:
-    """A plain text with its end token, in pieces of at most `longest` tokens."""
+    """A plain text with its end token, in pieces of at most `longest` tokens. A last one of a single token, of which
+    nothing can be learned, gets the one before it as well."""
     ids = [*text.token_ids, *([] if eos_token_id is None else [eos_token_id])]
     pieces = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+    if len(pieces) > 1 and len(pieces[-1]) == 1:
+        pieces[-1] = ids[-2:]
     return [plain_example(piece) for piece in pieces if len(piece) > 1]
 
 

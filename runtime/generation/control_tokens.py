@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
@@ -26,26 +28,33 @@ Span = tuple[int, int]
 
 
 class Marked(NamedTuple):
-    """Messages with marks around every text in them, and those texts, stripped, in the order of their marks."""
+    """Messages with marks around the texts in them, and those texts, stripped, in the order of their marks. unmarked:
+    the words that got none: keys, roles and types, and texts beyond the number of marks."""
 
     messages: list[Message]
     texts: list[str]
+    unmarked: list[str]
 
 
 def mark(messages: Sequence[Message]) -> Marked:
     """Put marks around the texts of messages, inside the white space at their ends, which templates may strip."""
     texts: list[str] = []
+    unmarked: list[str] = []
 
     def marked(value: str) -> str:
         text = value.strip()
-        if not text or len(texts) >= _MOST_MARKS:
+        if not text:
+            return value
+        if len(texts) >= _MOST_MARKS:
+            unmarked.append(text)
             return value
         begin, end = _marks(len(texts))
         texts.append(text)
         before, _, after = value.partition(text)
         return f"{before}{begin}{text}{end}{after}"
 
-    return Marked([_with_texts(message, marked) for message in messages], texts)
+    found = [_with_texts(message, marked) for message in messages]
+    return Marked(found, texts, [*unmarked, *_kept_words(messages)])
 
 
 def without_words(messages: Sequence[Message]) -> list[Message]:
@@ -123,6 +132,19 @@ def without_control_tokens(tokenizer: Tokenizer, control: Collection[int]) -> To
     return copy
 
 
+def _kept_words(value: Any, kept: bool = False) -> Iterator[str]:
+    """What `_with_texts` leaves as it is."""
+    if isinstance(value, str):
+        yield from [value] if kept else []
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _kept_words(item, kept or key in _KEPT)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _kept_words(item, kept)
+
+
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
     """A message with every text in it changed."""
     if isinstance(value, str):
@@ -148,13 +170,38 @@ def _common_beginning(one: str, other: str) -> int:
 
 def _spelt(encoding: Encoding, text: str, spans: Sequence[Span], control: Collection[int]) -> list[Span]:
     """Where content makes a control token, or a part of one: the part of the token that is content."""
-    found = []
+    found, apart = [], _apart(spans)
     for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
         if token in control:
             word = text[begin:end]  # some tokens take the white space beside them
             begin, end = begin + len(word) - len(word.lstrip()), end - len(word) + len(word.rstrip())
-            found += [(max(begin, first), min(end, last)) for first, last in spans if first < end and begin < last]
+            index = bisect_right(apart, begin, key=itemgetter(1))  # the first that ends after the token's beginning
+            while index < len(apart) and apart[index][0] < end:
+                found.append((max(begin, apart[index][0]), min(end, apart[index][1])))
+                index += 1
     return [(begin, end) for begin, end in found if text[begin:end].strip(FILLER)]
+
+
+def _apart(spans: Sequence[Span]) -> list[Span]:
+    """The spans in order, those that overlap as one."""
+    found: list[Span] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((begin, end))
+    return found
+
+
+def controls_outside(encoding: Encoding, spans: Sequence[Span], control: Collection[int]) -> list[int]:
+    """The control tokens that nothing in `spans` has a part in."""
+    found, apart = [], _apart(spans)
+    for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in control:
+            index = bisect_right(apart, begin, key=itemgetter(1))
+            if index == len(apart) or apart[index][0] >= end:
+                found.append(token)
+    return found
 
 
 def _between_control_tokens(

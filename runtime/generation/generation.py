@@ -331,11 +331,10 @@ def _encoded(
     if not goes_on:
         return _Prompt(codec.encode_chat(messages, settings.control_tokens))
     ids, pending = codec.encode_continuation(messages, settings.control_tokens), state.pending[0]
-    if pending is None or not (pending in model.session.manifest.eos_token_ids or codec.is_special(pending)):
-        return _Prompt(ids)  # the reply was cut off
-    if pending == ids[0]:
-        return _Prompt(ids[1:])  # it ended as the template ends a turn
-    return _Prompt(ids, replaces_pending=True)
+    ends = pending is not None and pending in model.session.manifest.eos_token_ids
+    if pending is not None and pending == ids[0] and (ends or codec.is_special(pending)):
+        return _Prompt(ids[1:])  # the reply ended as the template ends a turn
+    return _Prompt(ids, replaces_pending=ends)  # as another end token says, or it was cut off
 
 
 def _are_messages(prompt: Any) -> bool:

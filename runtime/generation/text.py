@@ -17,6 +17,7 @@ from .control_tokens import (
     FILLER,
     Span,
     content_spans,
+    controls_outside,
     encode_content_as_text,
     mark,
     without_control_tokens,
@@ -24,6 +25,14 @@ from .control_tokens import (
 )
 from .text_stream import Stage, final_pieces, finish_all, push_through
 
+_PROBES = (
+    ("user", "assistant", "user"),
+    ("system", "user", "assistant", "user"),
+    ("user", "assistant", "tool", "user"),
+    ("system", "user", "assistant", "tool", "assistant", "user"),
+    ("developer", "user"),
+)
+"""Turns that show what a template writes around them."""
 _REPLY = "imsmreply"  # a word that templates have no reason to change
 
 
@@ -149,23 +158,37 @@ class TextCodec:
         """Where in the rendered conversation the messages' own texts are. Raises PromptError if that cannot be told and
         they make control tokens."""
         marked = mark(messages)
+        if any(self._controls(word) for word in set(marked.unmarked) if word):
+            raise PromptError(
+                "a role, a key or a type of a message spells a control token (or one of a very long list of texts); "
+                "take it out, or allow control tokens (control_tokens)"
+            )
         spans: list[Span] | None = None
         with contextlib.suppress(PromptError):  # a template may refuse the marks
             spans = content_spans(rendered, self._render(marked.messages), marked.texts)
-        if spans is not None:
+        spelt = any(map(self._controls, marked.texts))
+        if spans is not None and not spelt:
             return spans
-        spelt = any(self._controls(text) for text in marked.texts)
+        # What the template writes of its own must be there without the texts too: no more, no other.
+        outside: list[int] | None = None
         with contextlib.suppress(PromptError):
-            spelt = spelt or self._controls(rendered) != self._controls(self._render(without_words(messages)))
+            outside = self._controls(self._render(without_words(messages)))
+        if spans is None:
+            spelt = spelt or (outside is not None and self._controls(rendered) != outside)
+        else:
+            spelt = self._controls(rendered, spans) != outside
         if spelt:
             raise PromptError(
                 "a message spells a control token, and the chat template does not show where its text goes; take it "
                 "out, or allow control tokens (control_tokens)"
             )
-        return ()
+        return spans or ()
 
-    def _controls(self, text: str) -> list[int]:
-        return [token for token in self._encode(text, special_tokens=False) if token in self._control_tokens]
+    def _controls(self, text: str, spans: Sequence[Span] = ()) -> list[int]:
+        """The control tokens in a text, outside of `spans`."""
+        with border(PromptError, "tokenizer.json cannot encode the prompt"):
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return controls_outside(encoding, spans, self._control_tokens)
 
     def _encode_rendered(self, text: str, spans: Sequence[Span]) -> list[int]:
         with border(PromptError, "tokenizer.json cannot encode the prompt"):
@@ -179,10 +202,11 @@ class TextCodec:
         found = {number for number, token in added.items() if token.special}
         named = (self.tokenizer.token_to_id(word) for word in self.special_tokens.values())
         found |= {number for number in named if number is not None}
-        turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
-        with contextlib.suppress(PromptError):  # a template may refuse these
-            written = set(self._encode(self._render(turns), special_tokens=False))
-            found |= {number for number in written if number in added and not added[number].content.isspace()}
+        for roles in _PROBES:
+            with contextlib.suppress(PromptError):  # a template may refuse these
+                turns = [{"role": role, "content": "Hello"} for role in roles]
+                written = set(self._encode(self._render(turns), special_tokens=False))
+                found |= {number for number in written if number in added and not added[number].content.isspace()}
         with contextlib.suppress(PromptError):
             found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
         return frozenset(found | self._eos_token_ids)

@@ -162,3 +162,16 @@ def test_real_data_sets_load_whole(
     assert len(dataset.examples) == rows
     assert dataset.skipped == 0
     assert all(example.answer_ids[-1] == 2 for example in dataset.examples)
+
+
+@pytest.mark.parametrize("words", [7, 8, 9, 15, 16])
+def test_the_end_of_a_plain_text_is_learned_whatever_its_length(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, words: int
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "p" * words}) + "\n")
+    dataset = load_jsonl(file, tokenizer, None, None, 8)
+    assert dataset.examples[-1].token_ids[-1] == tokenizer.eos_token_id
+    whole = [token for example in dataset.examples for token in example.token_ids]
+    assert len(whole) >= words
+    assert all(len(example) <= 8 for example in dataset.examples)

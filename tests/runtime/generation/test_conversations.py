@@ -177,3 +177,16 @@ def test_generation_follows_what_the_model_was_tuned_on(exported: Exported, tmp_
     assert count(tuned_chat, None) == count(tuned_raw, False) > 6
     assert "prompts      as they are, as the model was tuned" in format_summary(summarize(artifact))
     assert "prompts      chat template" in format_summary(summarize(exported.artifact))
+
+
+def test_a_reply_that_was_cut_off_after_a_special_token_keeps_it(tiny: Exported) -> None:
+    model = load(tiny.artifact)
+    ends = model.session.manifest.eos_token_ids
+    special = next(token for token in range(20) if model.codec.is_special(token) and token not in ends)
+    lengths = {}
+    for last in (special, 9):
+        state = model.session.new_state(1)
+        generate(model, "1+1?", sampler=Says([9, last]), state=state, max_new_tokens=2, raw=True)
+        generate(model, "2", sampler=Says([9]), state=state, max_new_tokens=1, raw=True)
+        lengths[last] = int(state.lengths[0])
+    assert lengths[special] == lengths[9]
