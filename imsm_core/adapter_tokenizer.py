@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from .backbone import load_tokenizer
 from .errors import AdapterError, BaseModelError, first_line
+from .template_trial import check_templates
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -92,10 +93,8 @@ def _own(folder: Path, base_model: str, revision: str | None) -> FoundTokenizer:
         ) from error
     if not usable:
         raise AdapterError(f"the tokenizer in {folder} has no tokenizer.json form, which the runtime needs")
-    templates: Any = tokenizer.chat_template
-    texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise AdapterError(f"the tokenizer in {folder} has a chat template that is no text: {templates!r}")
+    if why := check_templates(tokenizer.chat_template):
+        raise AdapterError(f"the chat template in {folder} cannot be used: {why}")
     template = folder if tokenizer.chat_template else None
     if template is None and (folder / _TEMPLATES[1]).is_file():
         template = folder / _TEMPLATES[1]
@@ -128,6 +127,8 @@ def _read_template(path: Path) -> str:
         raise AdapterError(f"{path} is no chat template: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(text, str) or not text.strip():
         raise AdapterError(f"{path} is no chat template: it holds no text")
+    if why := check_templates(text):
+        raise AdapterError(f"the chat template in {path} cannot be used: {why}")
     return text
 
 

@@ -29,6 +29,7 @@ from .base_source import (
 )
 from .base_weights import check_complete, check_end_tokens, check_layers, check_stored, make_float32, stored_weights
 from .errors import BaseModelError
+from .template_trial import check_templates
 from .text_part import text_part
 
 
@@ -93,6 +94,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise BaseModelError(f"cannot load the tokenizer of {name!r}: {reason(source, error)}") from error
     if not tokenizer.is_fast:
         raise BaseModelError(f"the tokenizer of {name!r} has no tokenizer.json form, which the runtime needs")
+    if why := check_templates(tokenizer.chat_template):
+        raise BaseModelError(f"the chat template of {name!r} cannot be used: {why}")
     return tokenizer
 
 

@@ -62,12 +62,19 @@ def find_source(name: str, revision: str | None = None) -> BaseSource:
             )
         return BaseSource(name, str(path.parent), gguf_file=path.name)
     if path.is_dir():
+        if odd := next((file for file in sorted(path.iterdir()) if file.exists() and not _is_usual(file)), None):
+            raise BaseModelError(f"the base model {name!r} has {odd.name}, which is no file but a pipe or a device")
         return BaseSource(name, name, revision)
     if path.is_file():
         raise BaseModelError(f"the base model {name!r} is a file; give its folder, or a GGUF file (*.gguf)")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         raise BaseModelError(f"no base model at {name!r}: the folder does not exist")
     return BaseSource(name, name, revision, offline=not _hub_answers())
+
+
+def _is_usual(path: Path) -> bool:
+    """Reading anything else may wait without end."""
+    return path.is_file() or path.is_dir()
 
 
 def remembered(name: str) -> str:

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import IMSMRuntimeError, IMSMWarning, MissingPackageError
-from .interrupts import Received, Terminated, loading, signals_raise
+from .interrupts import Received, loading, signals_raise
 from .machine import usable_cores
 from .options import add_options, read_options, spelt_option
 from .streams import STDOUT, forget_stdout, prepare_streams
 
 GROUP = "imsm.commands"
+RUST_PANIC = "pyo3_runtime"  # the module of PanicException, which is no Exception
 DISTRIBUTION = "imsm-runtime"
 DESCRIPTION = "Tune, export and run siamese language models (IMSM)."
 MISTAKE = IMSMRuntimeError.exit_code
@@ -154,7 +155,9 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
     with signals_raise() as received, _warnings_in_one_line():
         try:
             return _parse_and_run(name, registers, words)
-        except (Exception, KeyboardInterrupt, Terminated) as error:
+        except SystemExit:
+            raise
+        except BaseException as error:  # a panic of Rust code is no Exception
             if "--debug" in words:
                 raise
             return _explain(error, received)
@@ -195,6 +198,8 @@ def _explain(error: BaseException, received: Received) -> int:
         return _failed(f"memory ran out ({why}); use shorter texts, a smaller batch, or a smaller model or precision")
     if isinstance(error, OSError):
         return _failed(_of_the_system(error))
+    if type(error).__module__ == RUST_PANIC:
+        return _failed(f"a tokenizer or a weights file makes its library fail: {error}")
     raise error
 
 

@@ -171,5 +171,5 @@ def test_damaged_template_alone_is_one_line(base_folder: Path, tmp_path: Path, n
 def test_template_that_is_no_text_is_refused(base_folder: Path, folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     rewritten("tokenizer_config.json", chat_template=5)(folder)
-    with pytest.raises(AdapterError, match="has a chat template that is no text: 5"):
+    with pytest.raises(AdapterError, match="cannot be used: it is no text but of type int"):
         find_tokenizer([folder], str(base_folder))
