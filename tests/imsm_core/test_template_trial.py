@@ -18,9 +18,7 @@ from tests.builders import write_jsonl
 from tests.chat_templates import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
-ENDLESS = (
-    "{% for i in range(90000) %}{% for j in range(90000) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}"
-)
+ENDLESS = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 HUGE = "{{ messages[0]['content'] * 99999999 * 20 }}"
 
 
@@ -68,7 +66,8 @@ def test_a_pipe_in_a_base_models_folder_is_refused_and_not_waited_for(
     base = shutil.copytree(base_folder, tmp_path / "base")
     (base / "config.json").unlink()
     os.mkfifo(base / "config.json")
-    command = ["export", "--adapter", str(tmp_path), "--base", str(base), str(tmp_path / "out")]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "answer": "b"}])
+    command = ["train", "--model", str(base), "--data", str(rows), "--out", str(tmp_path / "out")]
     assert cli.main(command) == 2
     assert "config.json, which is no file but a pipe or a device" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from runtime.engine import own_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "runtime" / "kernels"
-SECONDS = 20
+SECONDS = 12
 OPERATORS = (
     "QuantizedMatMul",
     "QuantizedMatMulLowRank",
