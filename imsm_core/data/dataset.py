@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError, setting
 from .encoding import Encoder
-from .forms import Fields, Form, find_form
+from .forms import NULL, Fields, Form, find_form
 from .readers import BadRow, Row, read_file, rows
 
 QUERY_TOKENS = 8
@@ -57,7 +57,8 @@ class ExampleReader:
 
     encoder: of prompts and answers. fields: where a row's prompt and answer are. vocabulary: how many tokens the model
     has; None does not check. skip_bad_rows: count rows that cannot be used in `skipped`, by reason, instead of stopping
-    at the first. After the first good row `form` is the file's form; `rows` counts them all; `sha256` is the file's.
+    at the first; rows whose text is null, as tables write what is missing, always. After the first good row `form` is
+    the file's form; `rows` counts them all; `sha256` is the file's.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ExampleReader:
             try:
                 found = self._examples(row)
             except BadRow as bad:
-                if not self._skip:
+                if not self._skip and bad.reason != NULL:
                     advice = f"{setting('skip_bad_rows')} skips and counts such rows"
                     raise DataError(f"{self.path}, line {number}: {bad}; {advice}") from bad
                 self.skipped[bad.reason] += 1

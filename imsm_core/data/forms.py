@@ -21,6 +21,8 @@ FORMS = (
     "'messages', 'conversations', 'prompt' with 'answer' or 'completion', 'instruction' with 'output' (and 'input'), "
     "or 'text'"
 )
+NULL = "null"
+"""The reason of a row that says that it has no value."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _text(row: Row, field: str, may_be_empty: bool = False) -> str:
 def _checked(value: object, place: str) -> str:
     """Text as it is. Raises BadRow for other values, and for half a surrogate pair, which JSON can hold."""
     if not isinstance(value, str):
-        raise BadRow("null" if value is None else "not text", f"{place} is {kind_of(value)}, not text")
+        raise BadRow(NULL if value is None else "not text", f"{place} is {kind_of(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -185,7 +185,7 @@ def test_bad_rows_stop_the_run_or_are_skipped_and_counted(
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": null}\nnull\n{"prompt": "d"}\n')
     line = [str(part) for part in ("train", *arguments, "--out", tmp_path / "out")]
     assert cli.main(line) == 2
-    message = f"error: {data}, line 2: field 'answer' is null, not text; --skip-bad-rows skips and counts such rows\n"
+    message = f"error: {data}, line 3: it is null, not a JSON object; --skip-bad-rows skips and counts such rows\n"
     assert capsys.readouterr().err == message
     assert cli.main([*line, "--skip-bad-rows"]) == 0
     captured = capsys.readouterr().err

@@ -54,7 +54,7 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
         (GOOD + "{broken\n", "line 2: it is not JSON"),
         (GOOD + '{"prompt": "p"}\n', "line 2: it has no field 'answer'"),
         (GOOD + '{"prompt": "", "answer": "a"}\n', "line 2: field 'prompt' is empty"),
-        (GOOD + '{"prompt": "p", "answer": null}\n', "line 2: field 'answer' is null, not text; skip_bad_rows skips"),
+        (GOOD + '{"prompt": "p", "answer": 5}\n', "line 2: field 'answer' is a number, not text; skip_bad_rows skips"),
         ("", "nothing to train on: it has no rows"),
         ('{"prompt": "' + "p" * 200 + '", "answer": "a"}\n', "all 1 rows are longer than 100 tokens"),
     ],
@@ -66,6 +66,14 @@ def test_bad_row_is_named_by_its_line(
         load(tmp_path, tokenizer, content)
     assert "rows.jsonl" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_without_a_value_are_skipped_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    dataset = load(tmp_path, tokenizer, GOOD + '{"prompt": "p", "answer": null}\n{"prompt": null, "answer": "a"}\n')
+    assert (len(dataset.examples), dataset.rows) == (1, 3)
+    assert dataset.skipped_by_reason == {"null": 2}
+    with pytest.raises(DataError, match=r"nothing to train on: all rows are skipped \(1 null\)"):
+        load(tmp_path, tokenizer, '{"prompt": "p", "answer": null}\n')
 
 
 def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
