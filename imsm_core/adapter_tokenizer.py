@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .backbone import load_tokenizer
+from .base_source import find_source
 from .errors import AdapterError, BaseModelError, first_line
 from .template_trial import check_templates
 
@@ -79,7 +80,8 @@ def find_tokenizer(folders: list[Path], base_model: str, revision: str | None = 
 
 def _own(folder: Path, base_model: str, revision: str | None) -> FoundTokenizer:
     try:
-        config: Any = AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=False)
+        source = find_source(base_model, revision)
+        config: Any = AutoConfig.from_pretrained(source.place, **source.arguments())
     except Exception:  # the base model is refused where it is loaded; some have a tokenizer without a config
         config = PreTrainedConfig()
     try:

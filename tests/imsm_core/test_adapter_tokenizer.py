@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from imsm_core.adapter_tokenizer import find_tokenizer
 from imsm_core.errors import AdapterError, BaseModelError
@@ -173,3 +173,18 @@ def test_template_that_is_no_text_is_refused(base_folder: Path, folder: Path) ->
     rewritten("tokenizer_config.json", chat_template=5)(folder)
     with pytest.raises(AdapterError, match="cannot be used: it is no text but of type int"):
         find_tokenizer([folder], str(base_folder))
+
+
+def test_a_base_model_on_a_hub_that_does_not_answer_is_not_asked(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def from_pretrained(name: str, **arguments: Any) -> Any:
+        asked.append(arguments | {"name": name})
+        raise OSError("not there")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    assert find_tokenizer([base_folder], "org/name").folder == base_folder
+    assert asked
+    assert all(one.get("local_files_only") and one["trust_remote_code"] is False for one in asked)
