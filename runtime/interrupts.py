@@ -69,6 +69,32 @@ def loading() -> Iterator[None]:
 
 
 @contextmanager
+def postponed() -> Iterator[None]:
+    """Signals come when the block is left, so that nothing in it is half done. A process that is started in it never
+    gets SIGINT, which a terminal sends to all of them: whoever started it ends it."""
+    came: list[int] = []
+    with _handled_by(lambda number, frame: came.append(number)), _blocked_for_children():
+        yield
+    for number in came[-1:]:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _blocked_for_children() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker  # not on Windows
+
+    resource_tracker.ensure_running()  # it would unblock the signal where a process is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _handled_by(handler: Handler) -> Iterator[None]:
     """Signals that are ignored, as those of a job in the background, stay so."""
     if threading.current_thread() is not threading.main_thread():

@@ -124,23 +124,25 @@ def test_a_benchmark_that_is_ended_leaves_no_process(tiny: Exported, number: sig
     command = [sys.executable, str(ROOT / "cli.py"), "bench", str(tiny.artifact), "--repeats", "1000000"]
     settings = ["--prompt-lengths", "4", "--new-tokens", "4"]
     with subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        workers = wait_for(lambda: measuring(process.pid))
+        # Nothing can be tidied up after SIGKILL: then the worker is past reading what to do.
+        workers = wait_for(lambda: measuring(process.pid, loaded=number is signal.SIGKILL))
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
         assert wait_for(lambda: all(not Path("/proc", worker).exists() for worker in workers))
     assert (process.returncode, told) in ((143, b"interrupted\n"), (-signal.SIGKILL, b""))
 
 
-def measuring(parent: int) -> list[str]:
-    """The process that measures, of a benchmark."""
+def measuring(parent: int, loaded: bool) -> list[str]:
+    """The process that measures, of a benchmark; once it has onnxruntime's library, or at once."""
     found = []
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
             status = Path("/proc", process, "status").read_text()
             words = Path("/proc", process, "cmdline").read_text()
+            libraries = Path("/proc", process, "maps").read_text() if loaded else "onnxruntime"
         except OSError:  # it has ended
             continue
-        if f"PPid:\t{parent}\n" in status and "spawn_main" in words:
+        if f"PPid:\t{parent}\n" in status and "spawn_main" in words and "onnxruntime" in libraries:
             found.append(process)
     return found
 

@@ -18,6 +18,7 @@ from ..engine.execution import Execution
 from ..engine.providers import PROVIDERS, is_onnxruntimes, usable_providers
 from ..engine.session import Session
 from ..errors import IMSMRuntimeError, ProviderError, SettingsError
+from ..interrupts import postponed
 from ..machine import describe_machine, usable_cores
 from ..manifest import Manifest, read_manifest
 from .bandwidth import read_gb_per_s
@@ -208,16 +209,18 @@ def _in_own_process(folder: Path, provider: str, settings: BenchSettings) -> _Me
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(sender, folder, provider, settings))
-    process.start()
-    sender.close()
     try:
+        with postponed():
+            process.start()
+        sender.close()
         outcome = receiver.recv()
     except EOFError as error:
         process.join()
         raise IMSMRuntimeError(f"the benchmark of {provider!r} {_death(process.exitcode)}") from error
     except BaseException:  # Ctrl-C, or SIGTERM
-        process.terminate()
-        process.join()
+        if process.is_alive():
+            process.kill()
+            process.join()
         raise
     process.join()
     if isinstance(outcome, Exception):
