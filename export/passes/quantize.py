@@ -68,7 +68,7 @@ class Quantizer:
         weight = node.inputs[1]
         assert weight is not None
         in_by_out = not (node.attributes.get_int("transB", 0))
-        packed, scales, zero_points = self._tensors.of(graph, weight, in_by_out)
+        tensors = self._tensors.of(graph, weight, in_by_out)
         shape = weights.matrix(weight).shape
         inputs, outputs = shape if in_by_out else shape[::-1]
         result, bias = node.outputs[0], None
@@ -81,11 +81,11 @@ class Quantizer:
         fused = add_node(
             after,
             "MatMulNBits",
-            [node.inputs[0], packed, scales, zero_points, None, bias],
+            [node.inputs[0], tensors.packed, tensors.scales, tensors.zero_points, None, bias],
             domain="com.microsoft",
             K=int(inputs),
             N=int(outputs),
-            bits=self.settings.bits,
+            bits=tensors.bits,
             block_size=self.settings.block_size,
             accuracy_level=0,
         )
@@ -100,18 +100,19 @@ class Quantizer:
         """The lookup of the tokens' embeddings, out of the lm_head's tensor where they are tied."""
         weight = node.inputs[0]
         assert weight is not None
-        packed, scales, zero_points = self._tensors.of(graph, weight, in_by_out=False)
+        tensors = self._tensors.of(graph, weight, in_by_out=False)
+        packed = tensors.packed
         width, block = weights.matrix(weight).shape[1], self.settings.block_size
         blocks = -(-width // block)
-        sizes = np.array([-1, blocks * block * self.settings.bits // 8], np.int64)
+        sizes = np.array([-1, blocks * block * tensors.bits // 8], np.int64)
         flat = new_constant(graph, f"{packed.name}.row_shape", sizes)
         rows = add_node(node, "Reshape", [packed, flat])  # `share_storage` makes a view of the file of it
         looked_up = add_node(
             node,
             "GatherBlockQuantized",
-            [rows.outputs[0], node.inputs[1], scales, zero_points],
+            [rows.outputs[0], node.inputs[1], tensors.scales, tensors.zero_points],
             domain="com.microsoft",
-            bits=self.settings.bits,
+            bits=tensors.bits,
             block_size=block,
             gather_axis=0,
             quantize_axis=1,

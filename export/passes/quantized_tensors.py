@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from ..quantization.gptq import layer_name
-from ..quantization.weight_format import QuantizedWeight, round_to_nearest
+from ..quantization.weight_format import QuantizedWeight, in_bytes, round_to_nearest
 from . import weights
 from .graph import new_constant
 from .half_adapter import in_half
 from .quantization import Quantization, Quantized
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """B, scales and zero points of a node, and the bits of the codes in B."""
+
+    packed: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+    bits: int
 
 
 class QuantizedTensors:
@@ -21,27 +31,28 @@ class QuantizedTensors:
     def __init__(self, settings: Quantization, done: Quantized) -> None:
         self.settings = settings
         self.done = done
-        self._found: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value, ir.Value | None]] = {}
+        self._found: dict[tuple[ir.Value, bool], Tensors] = {}
 
     @property
     def made(self) -> set[ir.Value]:
-        return {value for tensors in self._found.values() for value in tensors if value is not None}
+        values = (value for found in self._found.values() for value in (found.packed, found.scales, found.zero_points))
+        return {value for value in values if value is not None}
 
-    def of(self, graph: ir.Graph, weight: ir.Value, in_by_out: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """B, scales and zero points of a weight, stored as (in, out) or as (out, in)."""
+    def of(self, graph: ir.Graph, weight: ir.Value, in_by_out: bool) -> Tensors:
+        """Those of a weight, stored as (in, out) or as (out, in). Of 5 and 6 bits the codes are bytes with zero points:
+        the operators of onnxruntime have no such widths."""
         key = weight, in_by_out
         if key not in self._found:
             found = self._quantized(weight, in_by_out)
+            stored = found if found.more is None else in_bytes(found)
             dtype = weight.dtype or ir.DataType.FLOAT
-            packed = new_constant(graph, f"{weight.name}.int{self.settings.bits}", found.packed)
-            scales = new_constant(graph, f"{weight.name}.scales", found.scales.astype(dtype.numpy()))
-            points = found.zero_points
+            packed = new_constant(graph, f"{weight.name}.int{stored.bits}", stored.packed)
+            scales = new_constant(graph, f"{weight.name}.scales", stored.scales.astype(dtype.numpy()))
+            points = stored.zero_points
             zeros = None if points is None else new_constant(graph, f"{weight.name}.zero_points", points)
-            self._found[key] = packed, scales, zeros
+            self._found[key] = Tensors(packed, scales, zeros, stored.bits)
             self.done.bytes_before += weights.nbytes(weight)
-            self.done.bytes_after += sum(
-                weights.nbytes(value) for value in (packed, scales, zeros) if value is not None
-            )
+            self.done.bytes_after += found.nbytes + weights.nbytes(scales)
         return self._found[key]
 
     def _quantized(self, weight: ir.Value, in_by_out: bool) -> QuantizedWeight:
@@ -71,10 +82,15 @@ def _in_half(scales: weights.Array) -> weights.Array:
 
 
 def _concatenated(found: list[QuantizedWeight]) -> QuantizedWeight:
+    """Weights beside each other; of different widths, or if only some have zero points, all of them in bytes."""
+    if len({(weight.bits, weight.zero_points is None) for weight in found}) > 1:
+        found = [in_bytes(weight) for weight in found]
     points = [weight.zero_points for weight in found if weight.zero_points is not None]
+    more = [weight.more for weight in found if weight.more is not None]
     return QuantizedWeight(
         np.concatenate([weight.packed for weight in found]),
         np.concatenate([weight.scales for weight in found]),
         np.concatenate(points) if points else None,
         found[0].bits,
+        np.concatenate(more) if more else None,
     )

@@ -314,6 +314,36 @@ def test_calibrated_weights_take_the_place_of_rounded_ones_by_their_layers_name(
     assert_same(logits(model), logits(expected))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_a_node_has_the_width_of_its_weight(bits: int, symmetric: bool) -> None:
+    other = round_to_nearest(WEIGHTS["model.even_embed.weight"], bits, 32, symmetric)
+    model = tied("model.even_embed.weight")
+    done = quantize(model, Quantization(4, calibrated={"even_embed": other}))
+    assert {node.attributes.get_int("bits", 0) for node in model.graph if node.domain} == {8}
+    assert done.weights["model.even_embed.weight"] is other
+    assert done.bytes_after == other.nbytes + other.scales.nbytes
+    expected = tied("model.even_embed.weight")
+    values = dequantize(other, 64)
+    expected.graph.initializers["model.even_embed.weight"].const_value = ir.tensor(values, name="w")
+    assert_same(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_parts_of_different_widths_are_one_product(symmetric: bool) -> None:
+    names, widths = [f"model.{part}.weight" for part in "qkv"], (4, 6, 5)
+    channels = np.split(WEIGHTS["model.up.weight"].T, [32, 48])
+    parts = [round_to_nearest(rows, bits, 32, symmetric) for rows, bits in zip(channels, widths, strict=True)]
+    model = made(PRODUCT)
+    weights.note_parts(model.graph.initializers["model.up.weight"], names, [32, 16, 16])
+    done = quantize(model, Quantization(4, calibrated=dict(zip("qkv", parts, strict=True))))
+    assert [done.weights[name].bits for name in names] == list(widths)
+    expected = rounded(made(PRODUCT), BOTH)
+    values = np.concatenate([dequantize(part, 40) for part in parts]).T.copy()
+    expected.graph.initializers["model.up.weight"].const_value = ir.tensor(values, name="w")
+    assert_same(logits(model), logits(expected))
+
+
 def test_a_packed_weight_is_quantized_by_its_parts() -> None:
     names, sizes = [f"model.{part}.base_layer.weight" for part in "qkv"], [32, 16, 16]
     other = round_to_nearest(normal(16, 40), 4, 32, True)
