@@ -16,6 +16,7 @@ import onnx_ir as ir
 _TABLES: dict[str, tuple[int, ...]] = {
     "Gather": (0,),
     "GatherBlockQuantized": (0, 2, 3),
+    "QuantizedGather": (1, 2, 3, 4),
     "com.microsoft.RotaryEmbedding": (2, 3),
     "RotaryEmbedding": (1, 2),
     "GroupQueryAttention": (7, 8),

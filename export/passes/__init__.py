@@ -17,6 +17,7 @@ from .int8_compute import int8_compute
 from .low_rank import pack_low_rank
 from .name_dimensions import name_dimensions
 from .norms import fuse_rms_norm, fuse_skip_rms_norm
+from .pack_codes import pack_codes
 from .pack_products import pack_products
 from .pack_qkv import pack_qkv
 from .quantizable import head_is_quantized
@@ -85,6 +86,7 @@ def ordered_passes(quantizer: Quantizer | None = None) -> tuple[Step, ...]:
         Step(Stage.AFTER_VERIFICATION, int8_compute, must_fire=True),
         Step(Stage.AFTER_VERIFICATION, store_adapter_in_half),
         Step(Stage.OWN_OPERATORS, fuse_quantized_matmul),
+        Step(Stage.OWN_OPERATORS, pack_codes),
         Step(Stage.OWN_OPERATORS, fuse_quantized_swiglu),
     )
     return tuple(step for step in steps if step is not None)

@@ -1,4 +1,4 @@
-"""Products with int4 or int8 weights as one operator of this project, with the adapter's low-rank change of them.
+"""Products with quantized weights as one operator of this project, with the adapter's low-rank change of them.
 
 The runtime has a kernel for it (`runtime/kernels`). Wherever that is not in use, onnxruntime runs the function's own
 nodes, so that the file needs nothing but onnxruntime.
@@ -27,25 +27,18 @@ FLOAT_COMPUTE = Declined("it computes in floating point")
 FLOAT_ZERO_POINTS = Declined("its zero points are not integers")
 GROUPS = Declined("its blocks have their own order")
 _SCALES, _ZERO_POINTS, _GROUPS, _BIAS = 2, 3, 4, 5  # inputs of MatMulNBits
-_WIDE_SCALES = "wide_scales = Cast <to: int = 1> (scales)"
-_PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
-    accuracy_level: int = 4> (x, weights, wide_scales, zero_points, "", bias)"""
-_FUNCTIONS = {
-    PLAIN: ("x, weights, scales, zero_points, bias", f"{_WIDE_SCALES} y = {_PRODUCT}"),
-    LOW_RANK: (
-        "x, weights, scales, zero_points, bias, rows, a, b",
-        f"""
-        {_WIDE_SCALES}
-        plain = {_PRODUCT}
-        wide_a = Cast <to: int = 1> (a)
-        wide_b = Cast <to: int = 1> (b)
-        low = MatMul (x, wide_a)
-        kept = Mul (low, rows)
-        change = MatMul (kept, wide_b)
-        y = Add (plain, change)
-        """,
-    ),
+INPUTS = {
+    PLAIN: "x, weights, scales, zero_points, bias",
+    LOW_RANK: "x, weights, scales, zero_points, bias, rows, a, b",
 }
+_CHANGED = """
+    wide_a = Cast <to: int = 1> (a)
+    wide_b = Cast <to: int = 1> (b)
+    low = MatMul (x, wide_a)
+    kept = Mul (low, rows)
+    change = MatMul (kept, wide_b)
+    y = Add (plain, change)
+"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,15 @@ class _Product:
 def has_operator(bits: int, block_size: int) -> bool:
     """Whether products with weights in this form become the project's own operator."""
     return bits in BITS and block_size in BLOCK_SIZES
+
+
+def body(name: str, weights: str = "weights", bits: str = "@bits", zero_points: str = "zero_points") -> str:
+    """The nodes of an operator's function, where those are the names of MatMulNBits's weights and zero points."""
+    attributes = f"K: int = @K, N: int = @N, bits: int = {bits}, block_size: int = @block_size, accuracy_level: int = 4"
+    operands = f'x, {weights}, wide_scales, {zero_points}, "", bias'
+    product = f"com.microsoft.MatMulNBits <{attributes}> ({operands})"
+    scales = "wide_scales = Cast <to: int = 1> (scales)"
+    return f"{scales} y = {product}" if name == PLAIN else f"{scales} plain = {product} {_CHANGED}"
 
 
 def _check(node: ir.Node) -> _Product | Declined:
@@ -101,8 +103,7 @@ def _rewrite(model: ir.Model, found: Sequence[_Product]) -> Outcome:
         _fuse(model.graph, product, change)
         used.add(PLAIN if change is None else LOW_RANK)
     for name in sorted(used):
-        inputs, body = _FUNCTIONS[name]
-        functions.define(model, name, ATTRIBUTES, inputs, "y", body)
+        functions.define(model, name, ATTRIBUTES, INPUTS[name], "y", body(name))
     return outcome
 
 

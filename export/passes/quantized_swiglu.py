@@ -1,4 +1,4 @@
-"""SwiGLU's two products with int4 or int8 weights and what combines them as one operator of this project."""
+"""SwiGLU's two products with quantized weights and what combines them as one operator of this project."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from . import functions
 from .graph import add_node, nodes_of, only_user, operand, replace_value
+from .pack_codes import MORE, computing
 from .quantized_matmul import ATTRIBUTES, LOW_RANK, PLAIN
 from .rewrite import Declined, Rewrite
 
@@ -61,7 +62,9 @@ def _check(found: _Gated) -> _Gated | Declined:
         return OTHER_INPUT
     if any(gate.attributes.get_int(name) != up.attributes.get_int(name) for name in ATTRIBUTES):
         return OTHER_FORM
-    return OTHER_ROWS if operand(gate, _ROWS) is not operand(up, _ROWS) else found
+    if gate.overload != up.overload:
+        return OTHER_FORM
+    return OTHER_ROWS if gate.op_type == LOW_RANK and gate.inputs[_ROWS] is not up.inputs[_ROWS] else found
 
 
 def _rewrite(model: ir.Model, found: _Gated) -> None:
@@ -71,26 +74,33 @@ def _rewrite(model: ir.Model, found: _Gated) -> None:
     operands = [gate.inputs[0], *(operand(product, place) for product in (gate, up) for place in _MATRIX)]
     if gate.op_type == LOW_RANK:
         operands += [gate.inputs[_ROWS], *gate.inputs[_LOW_RANK], *up.inputs[_LOW_RANK]]
+    more = [operand(product, MORE[product.op_type]) for product in (gate, up)]
     attributes = {name: gate.attributes.get_int(name) for name in ATTRIBUTES}
-    fused = add_node(found.combined, NAMES[gate.op_type], operands, domain=functions.DOMAIN, **attributes)
+    fused = add_node(found.combined, NAMES[gate.op_type], operands + more, domain=functions.DOMAIN, **attributes)
+    fused.overload = gate.overload
     replace_value(found.combined.outputs[0], fused.outputs[0])
     for gone in (found.combined, found.activation, gate, up):
         model.graph.remove(gone, safe=True)
-    _define(model, gate.op_type)
+    _define(model, gate.op_type, gate.overload)
 
 
-def _define(model: ir.Model, product: str) -> None:
+def _define(model: ir.Model, product: str, overload: str) -> None:
     low_rank = product == LOW_RANK
     given = ", ".join(f"{name}: int = @{name}" for name in ATTRIBUTES)
     inputs = f"x, {_GATE}, {_UP}" + (f", rows, {_GATE_CHANGE}, {_UP_CHANGE}" if low_rank else "")
-    call = f"{functions.DOMAIN}.{product} <{given}>"
+    gate, up = f"x, {_GATE}", f"x, {_UP}"
+    if low_rank:
+        gate, up = f"{gate}, rows, {_GATE_CHANGE}", f"{up}, rows, {_UP_CHANGE}"
+    if overload:  # of 5 and 6 bits
+        inputs, gate, up = f"{inputs}, gate_more, up_more", f"{gate}, gate_more", f"{up}, up_more"
+    call = f"{functions.DOMAIN}.{computing(product, overload) if overload else product} <{given}>"
     body = f"""
-            gate = {call} (x, {_GATE}{f", rows, {_GATE_CHANGE}" if low_rank else ""})
-            up = {call} (x, {_UP}{f", rows, {_UP_CHANGE}" if low_rank else ""})
+            gate = {call} ({gate})
+            up = {call} ({up})
             active = com.microsoft.QuickGelu <alpha: float = 1.0> (gate)
             y = Mul (active, up)
         """
-    functions.define(model, NAMES[product], ATTRIBUTES, inputs, "y", body)
+    functions.define(model, NAMES[product], ATTRIBUTES, inputs, "y", body, overload)
 
 
 fuse_quantized_swiglu = Rewrite(

@@ -9,10 +9,10 @@
 
 #define IMSM_UNKNOWN SIZE_MAX
 
-enum { IMSM_MOST_ALLOWED = 3, IMSM_MOST_ATTRIBUTES = 8, IMSM_MOST_INPUTS = 16, IMSM_MOST_SIZES = 16 };
+enum { IMSM_MOST_ALLOWED = 4, IMSM_MOST_ATTRIBUTES = 8, IMSM_MOST_INPUTS = 16, IMSM_MOST_SIZES = 16 };
 
 // Sets of types.
-enum { IMSM_FLOAT32 = 1, IMSM_FLOAT16 = 2, IMSM_UINT8 = 4, IMSM_INT32 = 8 };
+enum { IMSM_FLOAT32 = 1, IMSM_FLOAT16 = 2, IMSM_UINT8 = 4, IMSM_INT32 = 8, IMSM_INT64 = 16 };
 
 // An attribute, which is an integer: one of `allowed`, or from `least` to `most` where that is empty.
 typedef struct {

@@ -65,7 +65,7 @@ OrtStatus* imsm_parallel_for(const OrtKernelContext* context, ImsmTask task, siz
 typedef struct ImsmOperator ImsmOperator;  // checks.h
 
 // The operators for x86-64 with AVX-512 VNNI, and whether this processor has that.
-enum { IMSM_AVX512_OPERATORS = 5 };
+enum { IMSM_AVX512_OPERATORS = 6 };
 extern const ImsmOperator* const imsm_avx512_operators[IMSM_AVX512_OPERATORS];
 int imsm_avx512_supported(void);
 

@@ -13,9 +13,10 @@ import pytest
 from export.passes.attention_operator import use_own_attention
 from export.passes.half_adapter import store_adapter_in_half
 from export.passes.low_rank import pack_low_rank
+from export.passes.pack_codes import pack_codes
 from export.passes.quantized_matmul import fuse_quantized_matmul
 from export.passes.quantized_swiglu import fuse_quantized_swiglu
-from export.quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
+from export.quantization.weight_format import QuantizedWeight, dequantize, in_bytes, round_to_nearest
 from runtime.engine import own_kernels
 from tests.graphs import graph, kinds, with_weights
 
@@ -59,7 +60,8 @@ def product(
     """A product with quantized weights and a low-rank change, fused; its constants, and what its weights stand for."""
     random = np.random.default_rng(inputs * outputs + rank)
     values = random.standard_normal((outputs, inputs)) + (0 if symmetric else 0.7)
-    weight = round_to_nearest(values.astype(np.float32), bits, block, symmetric)
+    rounded = round_to_nearest(values.astype(np.float32), bits, block, symmetric)
+    weight = rounded if rounded.more is None else in_bytes(rounded)
     constants = {
         "w": weight.packed,
         "s": weight.scales,
@@ -76,8 +78,8 @@ def product(
     ]
     if weight.zero_points is not None:
         constants["z"] = weight.zero_points
-    attributes = f"K={inputs}, N={outputs}, bits={bits}, block_size={block}, accuracy_level=4"
-    zeros = '""' if symmetric else "z"
+    attributes = f"K={inputs}, N={outputs}, bits={weight.bits}, block_size={block}, accuracy_level=4"
+    zeros = '""' if weight.zero_points is None else "z"
     operands = f'x, w, s, {zeros}, "", bias' if bias else f"x, w, s, {zeros}"
     change = """
         low = MatMul(x, "l.adapter_a")
@@ -91,14 +93,18 @@ def product(
     if half:
         assert store_adapter_in_half(model).fired == sum(constants[f"l.adapter_{name}"].size >= 1024 for name in "ab")
     assert fuse_quantized_matmul(model).fired == 1
-    assert kinds(model) == ["QuantizedMatMulLowRank" if rank else "QuantizedMatMul"]
+    assert pack_codes(model).fired == (rounded.more is not None)
+    (node,) = model.graph
+    assert node.op_type == ("QuantizedMatMulLowRank" if rank else "QuantizedMatMul")
+    assert node.attributes.get_int("bits") == bits
     if not rank:
         model.graph.inputs.pop(1)
     return model, constants, dequantize(weight, inputs).astype(np.float64)
 
 
 @pytest.mark.parametrize("rows", [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)], ids=str)
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "block", "rank", "bias", "half"),
     [

@@ -3,7 +3,7 @@
 
 const ImsmOperator* const imsm_avx512_operators[IMSM_AVX512_OPERATORS] = {
     &imsm_quantized_matmul,          &imsm_quantized_matmul_low_rank, &imsm_quantized_swiglu,
-    &imsm_quantized_swiglu_low_rank, &imsm_group_query_attention,
+    &imsm_quantized_swiglu_low_rank, &imsm_quantized_gather,          &imsm_group_query_attention,
 };
 
 int imsm_avx512_supported(void) {

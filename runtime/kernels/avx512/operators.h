@@ -5,4 +5,5 @@
 
 extern const ImsmOperator imsm_quantized_matmul, imsm_quantized_matmul_low_rank;
 extern const ImsmOperator imsm_quantized_swiglu, imsm_quantized_swiglu_low_rank;
+extern const ImsmOperator imsm_quantized_gather;
 extern const ImsmOperator imsm_group_query_attention;

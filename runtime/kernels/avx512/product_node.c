@@ -7,6 +7,8 @@ const char* const imsm_product_sizes[IMSM_PRODUCT_SIZES] = {
     [IMSM_BLOCKS] = "blocks",
     [IMSM_BLOCK_BYTES] = "bytes of a block",
     [IMSM_ZERO_BYTES] = "bytes of zero points",
+    [IMSM_GROUPS] = "groups of 32",
+    [IMSM_GROUP_BYTES] = "bytes of a group",
     [IMSM_RANK] = "rank",
     [IMSM_OTHER_RANK] = "rank",
 };
@@ -16,7 +18,7 @@ enum { K, N, BITS, BLOCK_SIZE };
 const ImsmAttribute imsm_product_attributes[IMSM_PRODUCT_ATTRIBUTES] = {
     [K] = {"K", .least = 1, .most = INT32_MAX},
     [N] = {"N", .least = 1, .most = INT32_MAX},
-    [BITS] = {"bits", .allowed = {4, 8}},
+    [BITS] = {"bits", .allowed = {4, 5, 6, 8}},
     [BLOCK_SIZE] = {"block_size", .allowed = {32, 64, 128}},
 };
 
@@ -33,13 +35,15 @@ OrtStatus* imsm_product_create(const ImsmOperator* operator, const OrtKernelInfo
 }
 
 ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelContext* context) {
-  const size_t bits = (size_t)kernel->bits, blocks = (kernel->k + kernel->block_size - 1) / kernel->block_size;
+  const size_t blocks = (kernel->k + kernel->block_size - 1) / kernel->block_size;
   ImsmInputs inputs = imsm_inputs(kernel->operator, context);
   inputs.sizes[IMSM_K] = kernel->k;
   inputs.sizes[IMSM_N] = kernel->n;
   inputs.sizes[IMSM_BLOCKS] = blocks;
-  inputs.sizes[IMSM_BLOCK_BYTES] = kernel->block_size * bits / 8;
-  inputs.sizes[IMSM_ZERO_BYTES] = (blocks * bits + 7) / 8;
+  inputs.sizes[IMSM_BLOCK_BYTES] = kernel->block_size * (size_t)imsm_stored(kernel->bits) / 8;
+  inputs.sizes[IMSM_ZERO_BYTES] = kernel->bits == 4 ? (blocks + 1) / 2 : blocks;
+  inputs.sizes[IMSM_GROUPS] = blocks * (kernel->block_size / IMSM_BLOCK);
+  inputs.sizes[IMSM_GROUP_BYTES] = IMSM_BLOCK * (size_t)imsm_extra(kernel->bits) / 8;
   return inputs;
 }
 
@@ -49,14 +53,16 @@ OrtStatus* imsm_product_y(OrtKernelContext* context, const ImsmProductKernel* ke
   return imsm_output(context, 0, like.shape, like.dimensions, y);
 }
 
-OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index,
+OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index, size_t more_index,
                                ImsmQuantizedMatrix* to) {
-  ImsmTensor weights, scales, zeros, bias;
+  ImsmTensor weights, scales, zeros, bias, more;
   IMSM_TRY(imsm_read(inputs, index, &weights));
   IMSM_TRY(imsm_read(inputs, index + 1, &scales));
   IMSM_TRY(imsm_read(inputs, index + 2, &zeros));
   IMSM_TRY(imsm_read(inputs, index + 3, &bias));
+  IMSM_TRY((imsm_extra(kernel->bits) ? imsm_read_needed : imsm_read)(inputs, more_index, &more));
   *to = (ImsmQuantizedMatrix){.weights = weights.data,
+                              .more = more.data,
                               .scales = scales.data,
                               .half = scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                               .zeros = zeros.data,

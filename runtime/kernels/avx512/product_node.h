@@ -11,6 +11,8 @@ enum {
   IMSM_BLOCKS,
   IMSM_BLOCK_BYTES,
   IMSM_ZERO_BYTES,
+  IMSM_GROUPS,
+  IMSM_GROUP_BYTES,
   IMSM_RANK,
   IMSM_OTHER_RANK,
   IMSM_PRODUCT_SIZES
@@ -20,7 +22,9 @@ extern const char* const imsm_product_sizes[IMSM_PRODUCT_SIZES];
 enum { IMSM_PRODUCT_ATTRIBUTES = 4 };
 extern const ImsmAttribute imsm_product_attributes[IMSM_PRODUCT_ATTRIBUTES];
 
-enum { IMSM_MATRIX = 4, IMSM_CHANGE = 2 };  // inputs of a matrix: weights, scales, zero points, bias; of a change: A, B
+// Inputs of a matrix: weights, scales, zero points, bias; of a change: A, B. A matrix of 5 or 6 bits has one more,
+// which comes after all others: nodes of 4 and 8 bits end without it.
+enum { IMSM_MATRIX = 4, IMSM_CHANGE = 2 };
 
 // Rows of the table of inputs, from FIRST on.
 // clang-format off
@@ -30,6 +34,8 @@ enum { IMSM_MATRIX = 4, IMSM_CHANGE = 2 };  // inputs of a matrix: weights, scal
   [FIRST + 1] = {PREFIX "scales", IMSM_FLOAT32 | IMSM_FLOAT16, IMSM_SHAPE_OR_FLAT, 2, {IMSM_N, IMSM_BLOCKS}},        \
   [FIRST + 2] = {PREFIX "zero_points", IMSM_UINT8, IMSM_SHAPE_OR_FLAT, 2, {IMSM_N, IMSM_ZERO_BYTES}, .optional = 1}, \
   [FIRST + 3] = {PREFIX "bias", IMSM_FLOAT32, IMSM_SHAPE, 1, {IMSM_N}, .optional = 1}
+#define IMSM_MORE_INPUT(FIRST, PREFIX)                                                                               \
+  [FIRST] = {PREFIX "more", IMSM_UINT8, IMSM_SHAPE_OR_FLAT, 3, {IMSM_N, IMSM_GROUPS, IMSM_GROUP_BYTES}, .optional = 1}
 #define IMSM_FACTORS_INPUT(FIRST) [FIRST] = {"rows", IMSM_FLOAT32, IMSM_FRACTION, 1, {IMSM_ROWS}}
 #define IMSM_CHANGE_INPUTS(FIRST, PREFIX, RANK)                                           \
   [FIRST] = {PREFIX "a", IMSM_FLOAT32 | IMSM_FLOAT16, IMSM_SHAPE, 2, {IMSM_K, RANK}},     \
@@ -64,6 +70,7 @@ ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelC
 // Makes y (..., n), output 0, for x (..., k), input 0. Comes after all inputs were read: n is as large as a node says.
 OrtStatus* imsm_product_y(OrtKernelContext* context, const ImsmProductKernel* kernel, const ImsmTensor* x, float** y);
 
-// Reads the matrix whose weights are at input `index`, followed by scales, zero points and a bias; without a change.
-OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index,
+// Reads the matrix whose weights are at input `index`, followed by scales, zero points and a bias, and what 5 and 6
+// bits have more at input `more_index`; without a change.
+OrtStatus* imsm_product_matrix(ImsmInputs* inputs, const ImsmProductKernel* kernel, size_t index, size_t more_index,
                                ImsmQuantizedMatrix* to);

@@ -1,8 +1,10 @@
-// QuantizedMatMul: y = x W^T [+ bias] [+ f (x A) B] with W in blocks of int4 or int8.
+// QuantizedMatMul: y = x W^T [+ bias] [+ f (x A) B] with W in blocks of 4, 5, 6 or 8 bits.
 #include "operators.h"
 #include "product_node.h"
 
-enum { X, WEIGHTS, ROWS = WEIGHTS + IMSM_MATRIX, A, INPUTS = A + IMSM_CHANGE };  // ROWS: the factors f
+// Inputs; the two forms differ from MORE and ROWS on, the factors f.
+enum { X, WEIGHTS, MORE = WEIGHTS + IMSM_MATRIX, INPUTS };
+enum { ROWS = WEIGHTS + IMSM_MATRIX, A, CHANGED_MORE = A + IMSM_CHANGE, CHANGED_INPUTS };
 
 typedef struct {
   ImsmActivations x;
@@ -22,8 +24,9 @@ static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext
   ImsmTensor x;
   IMSM_TRY(imsm_read(&inputs, X, &x));
   const size_t rows = inputs.sizes[IMSM_ROWS];
-  IMSM_TRY(imsm_product_matrix(&inputs, kernel, WEIGHTS, &call->matrix));
-  if (kernel->operator->input_count > ROWS) {
+  const int changed = kernel->operator == &imsm_quantized_matmul_low_rank;
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, WEIGHTS, changed ? CHANGED_MORE : MORE, &call->matrix));
+  if (changed) {
     IMSM_TRY(imsm_low_rank_begin(&call->change, &inputs, ROWS, A, x.data, rows, kernel->k, kernel->n));
     call->matrix.change = &call->change;
   }
@@ -44,10 +47,16 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 static const ImsmInput inputs[INPUTS] = {
     IMSM_X_INPUT(X),
     IMSM_MATRIX_INPUTS(WEIGHTS, ""),
+    IMSM_MORE_INPUT(MORE, ""),
+};
+static const ImsmInput changed_inputs[CHANGED_INPUTS] = {
+    IMSM_X_INPUT(X),
+    IMSM_MATRIX_INPUTS(WEIGHTS, ""),
     IMSM_FACTORS_INPUT(ROWS),
     IMSM_CHANGE_INPUTS(A, "", IMSM_RANK),
+    IMSM_MORE_INPUT(CHANGED_MORE, ""),
 };
 
-const ImsmOperator imsm_quantized_matmul = IMSM_PRODUCT_OPERATOR("QuantizedMatMul", inputs, ROWS, compute);
+const ImsmOperator imsm_quantized_matmul = IMSM_PRODUCT_OPERATOR("QuantizedMatMul", inputs, INPUTS, compute);
 const ImsmOperator imsm_quantized_matmul_low_rank =
-    IMSM_PRODUCT_OPERATOR("QuantizedMatMulLowRank", inputs, INPUTS, compute);
+    IMSM_PRODUCT_OPERATOR("QuantizedMatMulLowRank", changed_inputs, CHANGED_INPUTS, compute);

@@ -23,7 +23,8 @@ typedef struct {
   const ImsmActivations* x;
   const ImsmQuantizedMatrix* matrix;
   size_t per_column;   // scales
-  size_t bytes;        // of a column
+  size_t bytes;        // of a column's weights
+  size_t more_bytes;   // of their other bits
   size_t zeros_bytes;  // of a column's zero points
   float* y;
 } Product;
@@ -45,8 +46,31 @@ TARGET static inline __m128i load_zeros(const Product* product, size_t column, s
                                         const int bits) {
   const uint8_t* zeros = product->matrix->zeros + column * product->zeros_bytes;
   int32_t found[4] = {0};
-  for (size_t i = at; i < at + count; i++) found[i - at] = bits == 8 ? zeros[i] : zeros[i / 2] >> 4 * (i % 2) & 15;
+  for (size_t i = at; i < at + count; i++) found[i - at] = bits == 4 ? zeros[i / 2] >> 4 * (i % 2) & 15 : zeros[i];
   return _mm_loadu_si128((const __m128i*)found);
+}
+
+// The other bits of a chunk's weights, even ones and odd ones, added to the four that are in their place.
+TARGET static inline __attribute__((always_inline)) void add_bits(const uint8_t* more, size_t count, const int extra,
+                                                                  __m512i* even, __m512i* odd) {
+  const __m256i all = _mm256_maskz_loadu_epi8((__mmask32)first_bytes(count), more);
+  if (extra == 1) {  // evens and odds of four blocks
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m128i bits = _mm_shuffle_epi8(_mm256_castsi256_si128(all), order);
+    *even = _mm512_mask_add_epi8(*even, (__mmask64)_mm_cvtsi128_si64(bits), *even, _mm512_set1_epi8(1));
+    *odd = _mm512_mask_add_epi8(*odd, (__mmask64)_mm_extract_epi64(bits, 1), *odd, _mm512_set1_epi8(1));
+    return;
+  }
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bits = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(all, order), places);
+  for (int plane = 0; plane < extra; plane++) {
+    const __m512i one = _mm512_set1_epi8((char)(1 << plane));
+    const __m128i pair = plane ? _mm256_extracti128_si256(bits, 1) : _mm256_castsi256_si128(bits);
+    *even = _mm512_mask_add_epi8(*even, (__mmask64)_mm_cvtsi128_si64(pair), *even, one);
+    *odd = _mm512_mask_add_epi8(*odd, (__mmask64)_mm_extract_epi64(pair, 1), *odd, one);
+  }
 }
 
 // One or two columns of up to four rows. `spread` puts the scale of each of the chunk's blocks into its lanes.
@@ -57,16 +81,19 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
   const ImsmActivations* activations = product->x;
   const ImsmQuantizedMatrix* matrix = product->matrix;
   const size_t bytes = product->bytes, per_column = product->per_column;
-  const __m512i low = _mm512_set1_epi8(15);
-  const uint8_t* weights[2];
+  const int extra = imsm_extra(bits);
+  const __m512i high = _mm512_set1_epi8((char)(15 << extra));
+  const uint8_t *weights[2], *more[2];
   size_t scales[2];
   __m512 sums[2][4];
   for (int c = 0; c < columns; c++) {
     weights[c] = matrix->weights + (column + c) * bytes;
+    if (extra) more[c] = matrix->more + (column + c) * product->more_bytes;
     scales[c] = (column + c) * per_column;
     for (int r = 0; r < rows; r++) sums[c][r] = _mm512_setzero_ps();
   }
-  const size_t step = IMSM_CHUNK * (size_t)bits / 8, last = activations->chunks - 1;
+  const size_t step = IMSM_CHUNK * (size_t)imsm_stored(bits) / 8, last = activations->chunks - 1;
+  const size_t more_step = IMSM_CHUNK * (size_t)extra / 8, last_more = product->more_bytes - last * more_step;
   const size_t last_bytes = bytes - last * step, last_scales = per_column - last * scales_per_chunk;
   for (size_t chunk = 0; chunk <= last; chunk++) {
     const size_t left = chunk < last ? step : last_bytes;
@@ -79,15 +106,18 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
       if (first == 0) {
         for (size_t line = 0; line < step; line += LINE)
           _mm_prefetch((const char*)weights[c] + chunk * step + line + AHEAD, _MM_HINT_T0);
+        if (extra) _mm_prefetch((const char*)more[c] + chunk * more_step + AHEAD * extra / 4, _MM_HINT_T0);
         _mm_prefetch(scale_address(matrix, at + SCALES_AHEAD), _MM_HINT_T0);
       }
       const __m512i both = _mm512_maskz_loadu_epi8(first_bytes(left), weights[c] + chunk * step);
-      if (bits == 4) {
-        even[c] = _mm512_and_si512(both, low);
-        odd[c] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      if (bits != 8) {
+        even[c] = _mm512_and_si512(_mm512_slli_epi16(both, extra), high);
+        odd[c] = _mm512_and_si512(_mm512_srli_epi16(both, 4 - extra), high);
+        if (extra)
+          add_bits(more[c] + chunk * more_step, chunk < last ? more_step : last_more, extra, &even[c], &odd[c]);
       } else {  // the first sixteen of the four blocks, and the last
-        const size_t more = left > 64 ? left - 64 : 0;
-        const __m512i next = _mm512_maskz_loadu_epi8(first_bytes(more), weights[c] + chunk * step + (more ? 64 : 0));
+        const size_t rest = left > 64 ? left - 64 : 0;
+        const __m512i next = _mm512_maskz_loadu_epi8(first_bytes(rest), weights[c] + chunk * step + (rest ? 64 : 0));
         even[c] = _mm512_shuffle_i64x2(both, next, 0x88);
         odd[c] = _mm512_shuffle_i64x2(both, next, 0xdd);
       }
@@ -173,19 +203,46 @@ TARGET static inline __attribute__((always_inline)) void gather(const Product* p
   lanes[2] = _mm512_unpacklo_epi64(b, d), lanes[3] = _mm512_unpackhi_epi64(b, d);
 }
 
+// 32 of the other bits of each of 16 columns from `column` on.
+TARGET static inline __m512i gather_bits(const Product* product, size_t column, size_t offset) {
+  const size_t last = product->matrix->n - 1;
+  int32_t found[16];
+  for (size_t c = 0; c < 16; c++) {
+    const size_t wanted = column + c < last ? column + c : last;
+    memcpy(&found[c], product->matrix->more + wanted * product->more_bytes + offset, 4);
+  }
+  return _mm512_loadu_si512(found);
+}
+
+// For each number of four bits, those as bytes.
+TARGET static inline __m512i four_bits(void) {
+  return _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001, 0x00010100,
+                           0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101, 0x01010000, 0x01010001,
+                           0x01010100, 0x01010101);
+}
+
 // The 32 weights of a block for 16 columns from `column` on.
 TARGET static inline __attribute__((always_inline)) void unpack(const Product* product, size_t column, size_t block,
                                                                 const int bits, __m512i even[4], __m512i odd[4]) {
-  const size_t offset = block * IMSM_BLOCK * (size_t)bits / 8;
+  const int extra = imsm_extra(bits);
+  const size_t offset = block * IMSM_BLOCK * (size_t)imsm_stored(bits) / 8;
   gather(product, column, offset, even);
   if (bits == 8) {
     gather(product, column, offset + IMSM_BLOCK / 2, odd);
     return;
   }
-  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i high = _mm512_set1_epi8((char)(15 << extra));
   for (int i = 0; i < 4; i++) {
-    odd[i] = _mm512_and_si512(_mm512_srli_epi16(even[i], 4), low);
-    even[i] = _mm512_and_si512(even[i], low);
+    odd[i] = _mm512_and_si512(_mm512_srli_epi16(even[i], 4 - extra), high);
+    even[i] = _mm512_and_si512(_mm512_slli_epi16(even[i], extra), high);
+  }
+  for (int plane = 0; plane < extra; plane++) {
+    const __m512i found = gather_bits(product, column, (block * (size_t)extra + (size_t)plane) * 4);
+    const __m512i ones = _mm512_slli_epi32(four_bits(), plane);
+    for (int i = 0; i < 4; i++) {
+      even[i] = _mm512_or_si512(even[i], _mm512_permutexvar_epi32(_mm512_srli_epi32(found, 4 * i), ones));
+      odd[i] = _mm512_or_si512(odd[i], _mm512_permutexvar_epi32(_mm512_srli_epi32(found, 16 + 4 * i), ones));
+    }
   }
 }
 
@@ -223,7 +280,8 @@ TARGET static inline __m512i four(const int8_t* values) {
 
 TARGET static inline __attribute__((always_inline)) void many_rows(const Product* product, size_t column,
                                                                    size_t columns, const int bits, const int zeros) {
-  const size_t block_bytes = IMSM_BLOCK * (size_t)bits / 8;
+  const int extra = imsm_extra(bits);
+  const size_t block_bytes = IMSM_BLOCK * (size_t)imsm_stored(bits) / 8;
   const ImsmActivations* activations = product->x;
   const ImsmQuantizedMatrix* matrix = product->matrix;
   float sums[TILE][WIDE], bias[WIDE] = {0};
@@ -241,6 +299,10 @@ TARGET static inline __attribute__((always_inline)) void many_rows(const Product
           const size_t at = (column + c) * product->per_column + block * IMSM_BLOCK / matrix->block_size;
           _mm_prefetch((const char*)matrix->weights + (column + c) * product->bytes + block * block_bytes + 2 * LINE,
                        _MM_HINT_T0);
+          if (extra)
+            _mm_prefetch((const char*)matrix->more + (column + c) * product->more_bytes +
+                             (block * (size_t)extra * 4 & ~(size_t)(LINE - 1)) + LINE,
+                         _MM_HINT_T0);
           _mm_prefetch(scale_address(matrix, at + 8), _MM_HINT_T0);
         }
       for (size_t half = 0; half < 2; half++) unpack(product, column + 16 * half, block, bits, even[half], odd[half]);
@@ -278,16 +340,23 @@ TARGET static inline __attribute__((always_inline)) void many_rows(const Product
   }
 VARIANT(few_rows, 4, 0)
 VARIANT(few_rows, 4, 1)
+VARIANT(few_rows, 5, 0)
+VARIANT(few_rows, 5, 1)
+VARIANT(few_rows, 6, 0)
+VARIANT(few_rows, 6, 1)
 VARIANT(few_rows, 8, 0)
 VARIANT(few_rows, 8, 1)
 VARIANT(many_rows, 4, 0)
 VARIANT(many_rows, 4, 1)
+VARIANT(many_rows, 5, 0)
+VARIANT(many_rows, 5, 1)
+VARIANT(many_rows, 6, 0)
+VARIANT(many_rows, 6, 1)
 VARIANT(many_rows, 8, 0)
 VARIANT(many_rows, 8, 1)
-static void (*const VARIANTS[2][2][2])(const Product*, size_t, size_t) = {
-    {{few_rows_4_0, few_rows_4_1}, {few_rows_8_0, few_rows_8_1}},
-    {{many_rows_4_0, many_rows_4_1}, {many_rows_8_0, many_rows_8_1}},
-};
+#define BY_ZEROS(ROWS, BITS) [BITS] = {ROWS##_##BITS##_0, ROWS##_##BITS##_1}
+#define BY_WIDTH(ROWS) {BY_ZEROS(ROWS, 4), BY_ZEROS(ROWS, 5), BY_ZEROS(ROWS, 6), BY_ZEROS(ROWS, 8)}
+static void (*const VARIANTS[2][9][2])(const Product*, size_t, size_t) = {BY_WIDTH(few_rows), BY_WIDTH(many_rows)};
 
 static size_t columns_of_a_task(const ImsmActivations* activations) { return activations->by_chunk ? TASK : WIDE; }
 
@@ -300,10 +369,12 @@ void imsm_product_columns(const ImsmActivations* activations, const ImsmQuantize
                           size_t* first, size_t* columns) {
   Product product = {.x = activations, .matrix = matrix, .y = y};
   product.per_column = (activations->k + matrix->block_size - 1) / matrix->block_size;
-  product.bytes = product.per_column * matrix->block_size * (size_t)activations->bits / 8;
-  product.zeros_bytes = (product.per_column * (size_t)activations->bits + 7) / 8;
+  const size_t inputs = product.per_column * matrix->block_size;
+  product.bytes = inputs * (size_t)imsm_stored(activations->bits) / 8;
+  product.more_bytes = inputs * (size_t)imsm_extra(activations->bits) / 8;
+  product.zeros_bytes = activations->bits == 4 ? (product.per_column + 1) / 2 : product.per_column;
   const size_t most = columns_of_a_task(activations);
   *first = task * most;
   *columns = matrix->n - *first < most ? matrix->n - *first : most;
-  VARIANTS[activations->by_chunk == NULL][activations->bits == 8][matrix->zeros != NULL](&product, *first, *columns);
+  VARIANTS[activations->by_chunk == NULL][activations->bits][matrix->zeros != NULL](&product, *first, *columns);
 }

@@ -1,15 +1,22 @@
-// Products of rounded activations with matrices in blocks of int4 or int8.
+// Products of rounded activations with matrices in blocks of 4, 5, 6 or 8 bits.
 #pragma once
 
 #include "activations.h"
 #include "low_rank.h"
 
-// A matrix as com.microsoft.MatMulNBits stores it: (n, k) in blocks along k, of two int4 in a byte the low half first.
+// Bits of a weight that lie as in com.microsoft.MatMulNBits, and how many others lie apart.
+static inline int imsm_stored(int bits) { return bits == 8 ? 8 : 4; }
+static inline int imsm_extra(int bits) { return bits - imsm_stored(bits); }
+
+// A matrix (n, k) in blocks along k, as com.microsoft.MatMulNBits stores it: of two weights in a byte the low half
+// first. Of 5 and 6 bits these are the high four; `more` has for each 32 weights, by bit from the lowest on, those of
+// the weights 0, 2, .. 30 and then those of 1, 3, .. 31, 16 bits each.
 typedef struct {
-  const uint8_t* weights;  // (n, blocks, block_size * bits / 8)
+  const uint8_t* weights;  // (n, blocks, block_size * stored bits / 8)
+  const uint8_t* more;     // (n, 32 weights, 4 * extra bits), or NULL
   const void* scales;      // (n, blocks): float32, or float16 where `half`
   int half;
-  const uint8_t* zeros;  // (n, blocks * bits / 8 rounded up), or NULL: 8 or 128 everywhere
+  const uint8_t* zeros;  // (n, blocks), of 4 bits (n, blocks / 2 rounded up), or NULL: the middle everywhere
   const float* bias;     // (n), or NULL
   size_t n, block_size;
   ImsmLowRank* change;  // or NULL

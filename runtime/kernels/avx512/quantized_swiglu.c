@@ -4,14 +4,14 @@
 #include "product_node.h"
 #include "vector_math.h"
 
+// Inputs; the two forms differ from MORE and ROWS on, the factors of the low-rank change.
+enum { X, GATE, UP = GATE + IMSM_MATRIX, MORE = UP + IMSM_MATRIX, INPUTS = MORE + 2 };
 enum {
-  X,
-  GATE,
-  UP = GATE + IMSM_MATRIX,
-  ROWS = UP + IMSM_MATRIX,  // the factors of the low-rank change
+  ROWS = UP + IMSM_MATRIX,
   GATE_A,
   UP_A = GATE_A + IMSM_CHANGE,
-  INPUTS = UP_A + IMSM_CHANGE
+  CHANGED_MORE = UP_A + IMSM_CHANGE,
+  CHANGED_INPUTS = CHANGED_MORE + 2
 };
 
 typedef struct {
@@ -45,9 +45,11 @@ static OrtStatus* compute_call(const ImsmProductKernel* kernel, OrtKernelContext
   void* other;
   IMSM_TRY(imsm_read(&inputs, X, &x));
   const size_t rows = inputs.sizes[IMSM_ROWS];
-  IMSM_TRY(imsm_product_matrix(&inputs, kernel, GATE, &call->gate));
-  IMSM_TRY(imsm_product_matrix(&inputs, kernel, UP, &call->up));
-  if (kernel->operator->input_count > ROWS) {
+  const int changed = kernel->operator == &imsm_quantized_swiglu_low_rank;
+  const size_t more = changed ? CHANGED_MORE : MORE;
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, GATE, more, &call->gate));
+  IMSM_TRY(imsm_product_matrix(&inputs, kernel, UP, more + 1, &call->up));
+  if (changed) {
     IMSM_TRY(imsm_low_rank_begin(&call->gate_change, &inputs, ROWS, GATE_A, x.data, rows, k, n));
     IMSM_TRY(imsm_low_rank_begin(&call->up_change, &inputs, ROWS, UP_A, x.data, rows, k, n));
     call->gate.change = &call->gate_change;
@@ -75,11 +77,20 @@ static const ImsmInput inputs[INPUTS] = {
     IMSM_X_INPUT(X),
     IMSM_MATRIX_INPUTS(GATE, "gate_"),
     IMSM_MATRIX_INPUTS(UP, "up_"),
+    IMSM_MORE_INPUT(MORE, "gate_"),
+    IMSM_MORE_INPUT(MORE + 1, "up_"),
+};
+static const ImsmInput changed_inputs[CHANGED_INPUTS] = {
+    IMSM_X_INPUT(X),
+    IMSM_MATRIX_INPUTS(GATE, "gate_"),
+    IMSM_MATRIX_INPUTS(UP, "up_"),
     IMSM_FACTORS_INPUT(ROWS),
     IMSM_CHANGE_INPUTS(GATE_A, "gate_", IMSM_RANK),
     IMSM_CHANGE_INPUTS(UP_A, "up_", IMSM_OTHER_RANK),
+    IMSM_MORE_INPUT(CHANGED_MORE, "gate_"),
+    IMSM_MORE_INPUT(CHANGED_MORE + 1, "up_"),
 };
 
-const ImsmOperator imsm_quantized_swiglu = IMSM_PRODUCT_OPERATOR("QuantizedSwiGLU", inputs, ROWS, compute);
+const ImsmOperator imsm_quantized_swiglu = IMSM_PRODUCT_OPERATOR("QuantizedSwiGLU", inputs, INPUTS, compute);
 const ImsmOperator imsm_quantized_swiglu_low_rank =
-    IMSM_PRODUCT_OPERATOR("QuantizedSwiGLULowRank", inputs, INPUTS, compute);
+    IMSM_PRODUCT_OPERATOR("QuantizedSwiGLULowRank", changed_inputs, CHANGED_INPUTS, compute);

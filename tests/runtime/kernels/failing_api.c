@@ -123,6 +123,7 @@ static size_t elements(const OrtValue* value) {
 static size_t bytes(const OrtValue* value) {
   const int size = value->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8     ? 1
                    : value->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? 2
+                   : value->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64   ? 8
                                                                           : 4;
   return elements(value) * (size_t)size;
 }
@@ -332,25 +333,36 @@ static void clear(void) {
 static const ONNXTensorElementDataType F32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 static const ONNXTensorElementDataType U8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 static const ONNXTensorElementDataType I32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+static const ONNXTensorElementDataType I64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 enum { K = 64, N = 33, RANK = 4 };
 
-// x (rows, K), then the matrices, then factors and their matrices if the operator has a change.
+// x (rows, K), then the matrices, then factors and their matrices if the operator has a change, then the matrices' low
+// bits.
 static void make_product(int matrices, int low_rank, int rows) {
-  set_attribute("K", K), set_attribute("N", N), set_attribute("bits", 4), set_attribute("block_size", 32);
+  set_attribute("K", K), set_attribute("N", N), set_attribute("bits", 6), set_attribute("block_size", 32);
   set_floats(set_input(0, F32, 2, rows, K), (size_t)rows * K);
-  for (size_t first = 1; matrices > 0; first += 4, matrices--) {
-    set_input(first, U8, 3, N, 2, 16);
-    set_floats(set_input(first + 1, F32, 2, N, 2), N * 2);
-    set_input(first + 2, U8, 2, N, 1);
-    set_floats(set_input(first + 3, F32, 1, N), N);
+  size_t at = 1;
+  for (int i = 0; i < matrices; i++) {
+    set_input(at++, U8, 3, N, 2, 16);
+    set_floats(set_input(at++, F32, 2, N, 2), N * 2);
+    set_input(at++, U8, 2, N, 2);
+    set_floats(set_input(at++, F32, 1, N), N);
   }
-  if (!low_rank) return;
-  size_t at = context.inputs;
-  set_floats(set_input(at++, F32, 1, rows), (size_t)rows);
+  if (low_rank) set_floats(set_input(at++, F32, 1, rows), (size_t)rows);
   for (int i = 0; i < low_rank; i++) {
     set_floats(set_input(at++, F32, 2, K, RANK), K * RANK);
     set_floats(set_input(at++, F32, 2, RANK, N), RANK * N);
   }
+  for (int i = 0; i < matrices; i++) set_input(at++, U8, 3, N, 2, 8);
+}
+
+static void make_gather(void) {
+  set_attribute("bits", 6), set_attribute("block_size", 32);
+  set_input(0, I64, 2, 2, 3);
+  set_input(1, U8, 3, N, 2, 16);
+  set_input(2, U8, 3, N, 2, 8);
+  set_floats(set_input(3, F32, 2, N, 2), N * 2);
+  set_input(4, U8, 2, N, 2);
 }
 
 // Two rows; the first has `known` tokens.
@@ -376,6 +388,7 @@ static void make(const char* name, int large) {
   if (strcmp(name, "QuantizedMatMulLowRank") == 0) make_product(1, 1, rows);
   if (strcmp(name, "QuantizedSwiGLU") == 0) make_product(2, 0, rows);
   if (strcmp(name, "QuantizedSwiGLULowRank") == 0) make_product(2, 2, rows);
+  if (strcmp(name, "QuantizedGather") == 0) make_gather();
   if (strcmp(name, "GroupQueryAttention") == 0) {
     if (large)
       make_attention(1, 1200);  // in parts
@@ -439,9 +452,9 @@ int main(void) {
   for (fail_at = 1;; fail_at++) {
     calls = 0;
     if (!check(RegisterCustomOps(options, &base), 0)) break;
-    CHECK(domains == (operator_count == 5), "a domain is not released");
+    CHECK(domains == (operator_count == 6), "a domain is not released");
   }
-  CHECK(domains == 1 && operator_count == 5, "%zu domains, %zu operators", domains, operator_count);
+  CHECK(domains == 1 && operator_count == 6, "%zu domains, %zu operators", domains, operator_count);
   printf("%s: %zu calls\n", running, fail_at - 1);
   for (size_t i = 0; i < operator_count; i++)
     for (int large = 0; large < 2; large++) {

@@ -32,7 +32,7 @@ class Nodes:
 
     def valid(self) -> Node:
         """A node that must run."""
-        return self.random.choice((self._product, self._attention))()
+        return self.random.choice((self._product, self._product, self._attention, self._attention, self._gather))()
 
     def contradicting(self) -> Node:
         """A valid node with one to three things changed; most of them contradict themselves."""
@@ -53,7 +53,7 @@ class Nodes:
 
     def _product(self) -> Node:
         pick = self.random.choice
-        bits, block = pick([4, 8]), pick([32, 64, 128])
+        bits, block = pick([4, 5, 6, 8]), pick([32, 64, 128])
         k = pick([1, 7, 32, 33, 64, 65] if self.small else [1, 7, 16, 31, 33, 64, 100, 127, 128, 129, 257, 640])
         n = pick([1, 2, 17, 33] if self.small else [1, 2, 15, 16, 17, 31, 33, 64, 65, 129, 511])
         rows = pick([0, 1, 2, 5, 17, 20] if self.small else [1, 2, 3, 4, 5, 8, 15, 16, 17, 18, 33, 64, 257, 300])
@@ -64,9 +64,9 @@ class Nodes:
         for name in names:
             zeros, bias, half = (self.random.random() < 0.5 for _ in range(3))
             inputs |= {
-                f"{name}weights": self.numbers.integers(0, 256, (n, blocks, block * bits // 8), np.uint8),
+                f"{name}weights": self._bytes(n, blocks, block if bits == 8 else block // 2),
                 f"{name}scales": self._floats(n, blocks, half=half),
-                f"{name}zeros": self.numbers.integers(0, 256, (n, -(-blocks * bits // 8)), np.uint8) if zeros else None,
+                f"{name}zeros": self._bytes(n, -(-blocks // 2) if bits == 4 else blocks) if zeros else None,
                 f"{name}bias": self._floats(n) if bias else None,
             }
         operator = "QuantizedSwiGLU" if len(names) == 2 else "QuantizedMatMul"
@@ -78,7 +78,25 @@ class Nodes:
                 half_a, half_b = (self.random.random() < 0.5 for _ in range(2))
                 inputs[f"{name}a"] = self._floats(k, rank, half=half_a)
                 inputs[f"{name}b"] = self._floats(rank, n, half=half_b)
+        if bits in (5, 6):
+            inputs |= {f"{name}more": self._bytes(n, blocks * block // 32, 4 * (bits - 4)) for name in names}
         return Node(operator, inputs, {"K": k, "N": n, "bits": bits, "block_size": block}, 1, [(rows, n)])
+
+    def _bytes(self, *shape: int) -> Array:
+        return self.numbers.integers(0, 256, shape, np.uint8)
+
+    def _gather(self) -> Node:
+        pick = self.random.choice
+        bits, block, blocks, n = pick([5, 6]), pick([32, 64, 128]), pick([0, 1, 2, 5]), pick([1, 2, 17, 300])
+        ids = pick([(1, 1), (2, 1), (2, 3), (1, 20), (0, 4), (3,), (1, 2, 1)])
+        inputs: dict[str, Array | None] = {
+            "ids": self.numbers.integers(0, n, ids, np.int64),
+            "weights": self._bytes(n, blocks, block // 2),
+            "more": self._bytes(n, blocks * block // 32, 4 * (bits - 4)),
+            "scales": self._floats(n, blocks, half=self.random.random() < 0.5),
+            "zeros": self._bytes(n, blocks) if self.random.random() < 0.5 else None,
+        }
+        return Node("QuantizedGather", inputs, {"bits": bits, "block_size": block}, 1, [(*ids, blocks * block)])
 
     def _attention(self) -> Node:
         pick = self.random.choice
@@ -142,7 +160,7 @@ class Nodes:
         assert values is not None
         kind = self.random.randrange(5)
         if kind == 0:
-            node.inputs[name] = None if name not in ("x", "query") else values
+            node.inputs[name] = None if name not in ("x", "query", "ids") else values
         elif kind == 1:
             node.inputs[name] = values.reshape(-1)
         elif kind == 2:
@@ -176,7 +194,9 @@ class Nodes:
 
     def _change_values(self, node: Node) -> None:
         """Numbers that address memory, if the node has them."""
-        names = [name for name in ("seqlens_k", "total", "query_seqlens", "rows") if node.inputs.get(name) is not None]
+        names = [
+            name for name in ("seqlens_k", "total", "query_seqlens", "rows", "ids") if node.inputs.get(name) is not None
+        ]
         if not names:
             return
         name = self.random.choice(names)
@@ -195,7 +215,7 @@ class Nodes:
                 1000,
                 *(float(changed.flat[place]) + step for step in (-1, 1, 60)),
             ]
-            if changed.dtype == np.int32 and name != "total":  # AddressSanitizer has no exception for lack of memory
+            if changed.dtype.kind == "i" and name != "total":  # AddressSanitizer has no exception for lack of memory
                 numbers += [-5, 2**31 - 1, 2**31 - 2, -(2**31)]
             elif changed.dtype.kind == "f":
                 numbers += [float("nan"), float("inf"), 60000]

@@ -45,5 +45,6 @@ def test_every_failure_is_returned_and_nothing_is_leaked(tmp_path: Path) -> None
         "QuantizedMatMulLowRank",
         "QuantizedSwiGLU",
         "QuantizedSwiGLULowRank",
+        "QuantizedGather",
         "GroupQueryAttention",
     }

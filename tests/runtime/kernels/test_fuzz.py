@@ -24,6 +24,7 @@ OPERATORS = (
     "QuantizedMatMulLowRank",
     "QuantizedSwiGLU",
     "QuantizedSwiGLULowRank",
+    "QuantizedGather",
     "GroupQueryAttention",
 )
 SEEDS = {"valid": 1_000_000, "contradicting": 2_000_000}
