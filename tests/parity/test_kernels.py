@@ -3,6 +3,7 @@ rounding of activations, attention with onnxruntime's operator."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnxruntime
 import pytest
 
 from export.passes.attention_operator import use_own_attention
-from export.passes.half_adapter import store_adapter_in_half
+from export.passes.half_adapter import store_adapter_in_half, store_in_half
 from export.passes.low_rank import pack_low_rank
 from export.passes.pack_codes import pack_codes
 from export.passes.quantized_matmul import fuse_quantized_matmul
@@ -102,9 +103,19 @@ def product(
     return model, constants, dequantize(weight, inputs).astype(np.float64)
 
 
-@pytest.mark.parametrize("rows", [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)], ids=str)
+ROW_COUNTS = [(2, 1), (1, 1), (2, 2), (3, 1), (5, 1), (2, 8), (2, 9), (2, 130), (1, 600)]
+SOME_COUNTS = [(1, 1), (2, 2), (3, 1), (5, 1), (1, 40)]  # all that differ in how weights are read
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize(
+    ("bits", "rows"),
+    [
+        *((bits, rows) for bits in (4, 8) for rows in ROW_COUNTS),
+        *((bits, rows) for bits in (5, 6) for rows in SOME_COUNTS),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "block", "rank", "bias", "half"),
     [
@@ -159,22 +170,31 @@ def test_one_factor_for_all_tokens_of_a_row() -> None:
         run_twice(model, {"x": x, "rows": np.ones((1, 3, 1), np.float32)})
 
 
-def swiglu(inputs: int, outputs: int, block: int, rank: int, up_bias: bool) -> tuple[ir.Model, dict[str, Any]]:
-    """The two products of SwiGLU, fused; its constants."""
+def swiglu(
+    inputs: int, outputs: int, block: int, rank: int, up_bias: bool, bits: int
+) -> tuple[ir.Model, dict[str, Any], dict[str, QuantizedWeight]]:
+    """The two products of SwiGLU, fused; its constants and its weights."""
     random = np.random.default_rng(outputs)
     constants: dict[str, Any] = {}
+    found: dict[str, QuantizedWeight] = {}
     declared, lines = [], []
     for name in ("gate", "up"):
-        weight = round_to_nearest(random.standard_normal((outputs, inputs)).astype(np.float32), 4, block, True)
-        constants |= {f"{name}.w": weight.packed, f"{name}.s": weight.scales.astype(np.float16).astype(np.float32)}
+        weight = round_to_nearest(random.standard_normal((outputs, inputs)).astype(np.float32), bits, block, True)
+        weight = weight if weight.more is None else in_bytes(weight)
+        found[name] = replace(weight, scales=weight.scales.astype(np.float16).astype(np.float32))
+        constants |= {f"{name}.w": weight.packed, f"{name}.s": found[name].scales}
         declared.append(f'uint8[{",".join(map(str, weight.packed.shape))}] "{name}.w"')
         declared.append(f'float[{",".join(map(str, weight.scales.shape))}] "{name}.s"')
+        zeros = '""'
+        if weight.zero_points is not None:
+            constants[f"{name}.z"], zeros = weight.zero_points, f'"{name}.z"'
+            declared.append(f'uint8[{",".join(map(str, weight.zero_points.shape))}] "{name}.z"')
         bias = up_bias and name == "up"
         if bias:
             constants[f"{name}.bias"] = random.standard_normal(outputs).astype(np.float32)
             declared.append(f'float[{outputs}] "{name}.bias"')
-        attributes = f"K={inputs}, N={outputs}, bits=4, block_size={block}, accuracy_level=4"
-        operands = f'x, "{name}.w", "{name}.s"' + (f', "", "", "{name}.bias"' if bias else "")
+        attributes = f"K={inputs}, N={outputs}, bits={weight.bits}, block_size={block}, accuracy_level=4"
+        operands = f'x, "{name}.w", "{name}.s", {zeros}' + (f', "", "{name}.bias"' if bias else "")
         lines.append(f"{name}{'_plain' if rank else ''} = com.microsoft.MatMulNBits<{attributes}>({operands})")
         if rank:
             a, b = f'"{name}.adapter_a"', f'"{name}.adapter_b"'
@@ -188,18 +208,20 @@ def swiglu(inputs: int, outputs: int, block: int, rank: int, up_bias: bool) -> t
     model = with_weights(graph(f"{head} {{ {' '.join(lines)} }}"), constants)
     assert pack_low_rank(model).fired == (1 if rank else 0)
     assert fuse_quantized_matmul(model).fired == 2
+    assert pack_codes(model).fired == (2 if bits in (5, 6) else 0)
     assert fuse_quantized_swiglu(model).fired == 1
     assert kinds(model) == ["QuantizedSwiGLULowRank" if rank else "QuantizedSwiGLU"]
     if not rank:
         model.graph.inputs.pop(1)
-    return model, constants
+    return model, constants, found
 
 
+@pytest.mark.parametrize("bits", [4, 5, 6])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize(("outputs", "rank", "up_bias"), [(200, 8, False), (70, 0, True), (33, 4, True)])
-def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
+def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int, bits: int) -> None:
     inputs, block = 96, 32
-    model, constants = swiglu(inputs, outputs, block, rank, up_bias)
+    model, constants, quantized = swiglu(inputs, outputs, block, rank, up_bias, bits)
     random = np.random.default_rng(tokens)
     x = random.standard_normal((2, tokens, inputs)).astype(np.float32)
     rows = np.zeros((2, tokens, 1), np.float32)
@@ -207,8 +229,8 @@ def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
     mine, theirs = run_twice(model, {"x": x, "rows": rows} if rank else {"x": x})
     flat, parts = x.reshape(-1, inputs), {}
     for name in ("gate", "up"):
-        weight = QuantizedWeight(constants[f"{name}.w"], constants[f"{name}.s"], None, 4)
-        parts[name] = rounded(flat) @ dequantize(weight, inputs).T.astype(np.float64) + constants.get(f"{name}.bias", 0)
+        weight = dequantize(quantized[name], inputs).T.astype(np.float64)
+        parts[name] = rounded(flat) @ weight + constants.get(f"{name}.bias", 0)
         if rank:
             a, b = (constants[f"{name}.adapter_{factor}"].astype(np.float64) for factor in "ab")
             parts[name] += (flat.astype(np.float64) @ a * rows.reshape(-1, 1)) @ b
@@ -216,6 +238,32 @@ def test_swiglu(outputs: int, rank: int, up_bias: bool, tokens: int) -> None:
     size = np.abs(expected).max()
     np.testing.assert_allclose(mine[0].reshape(-1, outputs), expected, atol=3e-6 * size, rtol=0)
     np.testing.assert_allclose(theirs[0].reshape(-1, outputs), expected, atol=0.03 * size, rtol=0)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "width", "block"), [(5, 96, 32), (6, 200, 64), (6, 100, 128), (5, 64, 64)])
+def test_rows_of_a_matrix(bits: int, width: int, block: int, symmetric: bool, half: bool) -> None:
+    values = np.random.default_rng(width).standard_normal((70, width)).astype(np.float32)
+    weight = in_bytes(round_to_nearest(values, bits, block, symmetric))
+    scales = weight.scales.astype(np.float16).astype(np.float32) if half else weight.scales
+    assert weight.zero_points is not None
+    constants = {"w": weight.packed, "s": scales, "z": weight.zero_points}
+    sizes = {name: ",".join(map(str, array.shape)) for name, array in constants.items()}
+    lookup = f"com.microsoft.GatherBlockQuantized<bits=8, block_size={block}, gather_axis=0, quantize_axis=1>"
+    text = f"""g (int64[b,t] ids, uint8[{sizes["w"]}] w, float[{sizes["s"]}] s, uint8[{sizes["z"]}] z)
+        => (float[b,t,{block * weight.scales.shape[1]}] y) <int64[2] flat = {{-1, {block * weight.scales.shape[1]}}}>
+        {{ rows = Reshape(w, flat) y = {lookup}(rows, ids, s, z) }}"""
+    model = with_weights(graph(text), constants)
+    if half:
+        store_in_half(model.graph, model.graph.initializers["s"])
+    assert pack_codes(model).fired == 1
+    assert kinds(model) == ["QuantizedGather"]
+    ids = np.random.default_rng(0).integers(0, 70, (2, 3))
+    ids[0, 0], ids[1, 2] = 0, 69
+    expected = dequantize(replace(weight, scales=scales), width)[ids]
+    for found in run_twice(model, {"ids": ids}):
+        np.testing.assert_allclose(found[0][..., :width], expected, rtol=1e-6)
 
 
 ATTENTION: dict[str, dict[str, Any]] = {

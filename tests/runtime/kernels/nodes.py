@@ -78,6 +78,16 @@ NODES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         {"x": floats(ROWS, K)} | matrix("gate_") | matrix("up_") | factors("gate_", "up_"),
         PRODUCT,
     ),
+    "QuantizedGather": (
+        {
+            "ids": np.array([[0, N - 1]]),
+            "weights": np.zeros((N, K // 32, 16), np.uint8),
+            "more": np.zeros((N, K // 32, 8), np.uint8),
+            "scales": floats(N, K // 32),
+            "zeros": np.zeros((N, K // 32), np.uint8),
+        },
+        {"bits": 6, "block_size": 32},
+    ),
     "GroupQueryAttention": (
         {
             "query": floats(2, TOKENS, WIDTH),

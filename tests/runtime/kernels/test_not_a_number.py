@@ -13,7 +13,7 @@ from .nodes import Inputs, run
 INPUTS, OUTPUTS, RANK = 160, 40, 4  # no whole chunk of 128
 PRODUCTS = ("QuantizedMatMul", "QuantizedMatMulLowRank", "QuantizedSwiGLU", "QuantizedSwiGLULowRank")
 BAD = (np.nan, np.inf, -np.inf)
-BITS = (4, 8)
+BITS = (4, 6, 8)
 ROW_COUNTS = (1, 3, 20)  # read column by column up to 16, in tiles from then on
 
 
@@ -28,15 +28,17 @@ def product(operator: str, rows: int, bits: int, zero_points: bool = False) -> t
     inputs: Inputs = {"x": values(rows, INPUTS)}
     names = ("gate_", "up_") if "SwiGLU" in operator else ("",)
     for name in names:
-        inputs[f"{name}weights"] = random.integers(0, 256, (OUTPUTS, blocks, 4 * bits), np.uint8)
+        inputs[f"{name}weights"] = random.integers(0, 256, (OUTPUTS, blocks, 32 if bits == 8 else 16), np.uint8)
         inputs[f"{name}scales"] = values(OUTPUTS, blocks)
-        zeros = random.integers(0, 256, (OUTPUTS, -(-blocks * bits // 8)), np.uint8)
+        zeros = random.integers(0, 256, (OUTPUTS, -(-blocks // 2) if bits == 4 else blocks), np.uint8)
         inputs[f"{name}zeros"] = zeros if zero_points else None
         inputs[f"{name}bias"] = values(OUTPUTS)
     if operator.endswith("LowRank"):
         inputs["rows"] = (np.arange(rows) >= rows // 2).astype(np.float32)
         for name in names:
             inputs |= {f"{name}a": values(INPUTS, RANK), f"{name}b": values(RANK, OUTPUTS)}
+    if bits == 6:
+        inputs |= {f"{name}more": random.integers(0, 256, (OUTPUTS, blocks, 8), np.uint8) for name in names}
     return inputs, {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 32}
 
 

@@ -41,6 +41,21 @@ WRONG_INPUTS: list[tuple[str, Inputs, str]] = [
         "zero_points is (1, 1); it must be (N 33, bytes of zero points 1), or",
     ),
     ("QuantizedMatMul", {"bias": floats(1)}, "bias is (1); it must be (N 33)"),
+    (
+        "QuantizedMatMul",
+        {"more": np.zeros((N, 2, 4), np.uint8)},
+        "more is (33, 2, 4); it must be (N 33, groups of 32 2, bytes of a group 0), or have 0 elements",
+    ),
+    ("QuantizedGather", {"ids": np.array([[0], [N]])}, "ids is 33 in row 1; it must be below N 33 and not negative"),
+    ("QuantizedGather", {"ids": np.array([[-1]])}, "ids is -1 in row 0; it must be below N 33 and not negative"),
+    ("QuantizedGather", {"ids": np.zeros([1] * 8, np.int64)}, "ids has 8 dimensions; it may have 7"),
+    (
+        "QuantizedGather",
+        {"more": np.zeros((N, 2, 4), np.uint8)},
+        "more is (33, 2, 4); it must be (N 33, groups of 32 2, bytes of a group 8)",
+    ),
+    ("QuantizedGather", {"scales": floats(N, 3)}, "scales is (33, 3); it must be (N 33, blocks 2)"),
+    ("QuantizedGather", {"zeros": np.zeros((N, 1), np.uint8)}, "zero_points is (33, 1); it must be (N 33, blocks 2)"),
     ("QuantizedMatMul", {"x": floats(ROWS, K - 1)}, "x is (6, 63); it must be (..., K 64)"),
     ("QuantizedMatMul", {"x": np.array(1, np.float32)}, "x is (); it must be (..., K 64)"),
     ("QuantizedMatMul", {"x": floats(*[1] * 8, K)}, "x has 9 dimensions; it may have 8"),
@@ -137,7 +152,9 @@ WRONG_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
     ("QuantizedMatMul", {"K": "64"}, "attribute K has the wrong type"),
     ("QuantizedMatMul", {"N": -1}, "N is -1; it must be 1 to 2147483647"),
     ("QuantizedMatMul", {"N": N - 2**63}, "it must be 1 to 2147483647"),
-    ("QuantizedMatMul", {"bits": 3}, "bits is 3; it must be 4 or 8"),
+    ("QuantizedMatMul", {"bits": 3}, "bits is 3; it must be 4, 5, 6 or 8"),
+    ("QuantizedGather", {"bits": 4}, "bits is 4; it must be 5 or 6"),
+    ("QuantizedGather", {"block_size": 64}, r"weights is \(33, 2, 16\); it must be \(N, blocks, bytes of a block 32\)"),
     ("QuantizedSwiGLU", {"block_size": 16}, "block_size is 16; it must be 32, 64 or 128"),
     ("GroupQueryAttention", {"num_heads": 0}, "num_heads is 0; it must be 1 to 2147483647"),
     ("GroupQueryAttention", {"kv_num_heads": 0}, "kv_num_heads is 0; it must be 1 to 2147483647"),
@@ -193,6 +210,20 @@ def test_an_input_that_is_left_out_is_optional_or_an_exception(operator: str, mi
         return
     with pytest.raises(Exception, match=r"marked single|has input size|is missing"):
         run(operator, inputs | {missing: None}, attributes)
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_low_bits_that_are_missing_or_another_widths(bits: int) -> None:
+    inputs, attributes = NODES["QuantizedMatMul"]
+    inputs, attributes = inputs | {"zeros": None}, attributes | {"bits": bits}
+    with pytest.raises(Exception, match="QuantizedMatMul: more is missing"):
+        run("QuantizedMatMul", inputs, attributes)
+    more = {5: np.zeros((N, 2, 4), np.uint8), 6: np.zeros((N, 2, 8), np.uint8)}
+    assert np.isfinite(run("QuantizedMatMul", inputs | {"more": more[bits]}, attributes)[0]).all()
+    with pytest.raises(
+        Exception, match=rf"more is .*; it must be \(N 33, groups of 32 2, bytes of a group {4 * bits - 16}\)"
+    ):
+        run("QuantizedMatMul", inputs | {"more": more[11 - bits]}, attributes)
 
 
 def test_an_output_that_no_memory_holds_is_an_exception() -> None:
