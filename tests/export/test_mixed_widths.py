@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export import pipeline
+import export.pipeline
 from export.passes.quantization import Quantization
-from export.prepare import Prepared
+from export.prepare import Prepared, prepare
 from export.quantization.gptq import backbone_layers
 from export.quantization.weight_format import QuantizedWeight, round_to_nearest
 from export.settings import ExportSettings
@@ -41,14 +41,15 @@ def calibrated(prepared: Prepared, symmetric: bool) -> Mapping[str, QuantizedWei
         if name == "model.layers.1.mlp.up_proj":
             bits = 5
         found[name] = round_to_nearest(layer.weight.detach().numpy(), bits, 32, symmetric)
-    table = prepared.model.causal_lm.get_input_embeddings().weight.detach().numpy()
+    embeddings: Any = prepared.model.causal_lm.get_input_embeddings()
+    table = embeddings.weight.detach().numpy()
     return found | dict.fromkeys(EMBEDDINGS, round_to_nearest(table, 6, 32, symmetric))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["symmetric", "asymmetric"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """With a random LoRA, which is not zero."""
-    prepare, symmetric = pipeline.prepare, request.param
+    symmetric = request.param
 
     def with_widths(*args: Any) -> Prepared:
         prepared = prepare(*args)
@@ -56,7 +57,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         return replace(prepared, quantization=Quantization(4, 32, symmetric, widths, half_scales=True))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "prepare", with_widths)
+        patch.setattr(export.pipeline, "prepare", with_widths)
         folder = tmp_path_factory.mktemp("mixed")
         settings = ExportSettings(precision="int4", symmetric=symmetric)
         return export_tiny(folder, head_dim=16, tied=True, settings=settings)
