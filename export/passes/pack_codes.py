@@ -1,9 +1,7 @@
 """Codes in bytes that fit 5 or 6 bits, as four bits of each and what is left of them.
 
 A graph with such weights has them in bytes until it is verified, because onnxruntime's operators have no such widths.
-The project's own operators read them as the file then has them; the functions of products rebuild the bytes, which
-onnxruntime does once, when it loads the graph. The functions are overloads, one for each width with and without zero
-points; what they compute is in functions of names of their own, because others call those.
+The project's own operators read them as the file then has them.
 """
 
 from __future__ import annotations
@@ -14,21 +12,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..quantization.weight_format import TOGETHER, split
+from ..quantization.weight_format import split
 from . import functions, weights
 from .graph import add_node, drop_unused, new_constant, nodes_of, operand, replace_value
+from .low_bits import GATHER, MORE, define_low_bits, overload
 from .low_rank_change import stored_matrix
-from .quantized_matmul import ATTRIBUTES, BLOCK_SIZES, INPUTS, LOW_RANK, PLAIN, body
+from .quantized_matmul import ATTRIBUTES, BLOCK_SIZES, LOW_RANK, PLAIN
 from .rewrite import Declined, JointRewrite, Outcome
 
-GATHER = "QuantizedGather"
-MORE = {PLAIN: 5, LOW_RANK: 8}
-"""The place of the input `more` of products."""
 SMALL_BLOCKS = Declined(f"its blocks are none of {', '.join(map(str, BLOCK_SIZES))}")
 READ_OTHERWISE = Declined("something else reads its codes too")
-_CODES = "QuantizedCodes"
 _SCALES, _ZERO_POINTS = 2, 3  # inputs of a product
-_GATHER_INPUTS = "ids, weights, more, scales, zero_points"
 
 
 @dataclass(frozen=True)
@@ -48,10 +42,6 @@ class _Packed:
     more: ir.Value
     zero_points: ir.Value | None
     bits: int
-
-    @property
-    def overload(self) -> str:
-        return f"bits{self.bits}" + ("" if self.zero_points is None else "_zero_points")
 
 
 def _candidates(model: ir.Model) -> Iterator[_Reader]:
@@ -148,7 +138,7 @@ def _replace(model: ir.Model, reader: _Reader, packed: _Packed) -> None:
         operands[1], operands[_ZERO_POINTS] = packed.weights, packed.zero_points
         attributes = {name: node.attributes.get_int(name) for name in ATTRIBUTES} | {"bits": bits}
     fused = add_node(node, name, operands, domain=functions.DOMAIN, **attributes)
-    fused.overload = packed.overload
+    fused.overload = overload(bits, packed.zero_points is not None)
     replace_value(node.outputs[0], fused.outputs[0])
     graph.remove(node, safe=True)
     for value in made:
@@ -157,106 +147,7 @@ def _replace(model: ir.Model, reader: _Reader, packed: _Packed) -> None:
             read = [each for each in producer.inputs if each is not None]
             graph.remove(producer, safe=True)
             drop_unused(graph, read)
-    _define(model, name, packed)
-
-
-def _define(model: ir.Model, name: str, packed: _Packed) -> None:
-    bits, given = packed.bits, packed.zero_points is not None
-    codes = f"{_CODES}_bits{bits}"
-    functions.define(model, codes, (), "weights, more", "codes", _codes_body(bits))
-    if name == GATHER:
-        text = _gather_body(codes, bits, given)
-        functions.define(model, GATHER, ("bits", "block_size"), _GATHER_INPUTS, "y", text, packed.overload)
-        return
-    points = "zero_points" if given else "middle"
-    text = f"codes = {functions.DOMAIN}.{codes} (weights, more) {body(name, 'codes', '8', points)}"
-    if not given:
-        middle = f"uint8[1] {{{1 << bits - 1}}}"
-        text = f"shape = Shape (scales) middle = ConstantOfShape <value: tensor = {middle}> (shape) {text}"
-    inputs = f"{INPUTS[name]}, more"
-    functions.define(model, computing(name, packed.overload), ATTRIBUTES, inputs, "y", text)
-    given_attributes = ", ".join(f"{attribute}: int = @{attribute}" for attribute in ATTRIBUTES)
-    call = f"y = {functions.DOMAIN}.{computing(name, packed.overload)} <{given_attributes}> ({inputs})"
-    functions.define(model, name, ATTRIBUTES, inputs, "y", call, packed.overload)
-
-
-def computing(name: str, overload: str) -> str:
-    """The function that computes what an overload of a product does."""
-    return f"{name}_{overload}"
-
-
-def _codes_body(bits: int) -> str:
-    """What `split` does undone: weights (M, blocks, block_size / 2) and more (M, groups, 4 * extra) become codes
-    (M, blocks, block_size)."""
-    extra, half = bits - 4, TOGETHER // 2
-    lines = [
-        _constant("places", "int64", 0, -1, 1, half),
-        _constant("parities", "uint8", 0, 4, shape="2,1"),
-        _constant("fifteen", "uint8", 15),
-        _constant("extra", "uint8", extra),
-        "halves = Reshape (weights, places)",
-        'pairs = BitShift <direction: string = "RIGHT"> (halves, parities)',
-        "four = BitwiseAnd (pairs, fifteen)",
-        'sum = BitShift <direction: string = "LEFT"> (four, extra)',
-        _constant("byte_places", "int64", 0, 0, extra, 4, 1),
-        _constant("bit_numbers", "uint8", *range(8)),
-        _constant("one", "uint8", 1),
-        _constant("bit_places", "int64", 0, 0, extra, 2, half),
-        "bytes = Reshape (more, byte_places)",
-        'shifted = BitShift <direction: string = "RIGHT"> (bytes, bit_numbers)',
-        "bits = BitwiseAnd (shifted, one)",
-        "planes = Reshape (bits, bit_places)",
-    ]
-    total = "sum"
-    for plane in range(extra):
-        lines += [
-            f"number{plane} = Constant <value_int: int = {plane}> ()",
-            f"plane{plane} = Gather <axis: int = 2> (planes, number{plane})",
-            _constant(f"place{plane}", "uint8", plane),
-            f'moved{plane} = BitShift <direction: string = "LEFT"> (plane{plane}, place{plane})',
-            f"sum{plane} = BitwiseOr ({total}, moved{plane})",
-        ]
-        total = f"sum{plane}"
-    lines += [
-        f"apart = Transpose <perm: ints = [0, 1, 3, 2]> ({total})",
-        "blocks = Shape <end: int = 2> (weights)",
-        _constant("rest", "int64", -1),
-        "target = Concat <axis: int = 0> (blocks, rest)",
-        "codes = Reshape (apart, target)",
-    ]
-    return "\n".join(lines)
-
-
-def _gather_body(codes: str, bits: int, zero_points: bool) -> str:
-    """(code - zero point) * scale of the rows `ids`."""
-    points = (
-        "point_rows = Gather (zero_points, flat) points = Cast <to: int = 1> (point_rows)"
-        if zero_points
-        else f"{_constant('middle', 'float', 1 << bits - 1)} shape = Shape (wide) points = Expand (middle, shape)"
-    )
-    return f"""
-        {_constant("rest", "int64", -1)}
-        flat = Reshape (ids, rest)
-        rows = Gather (weights, flat)
-        more_rows = Gather (more, flat)
-        codes = {functions.DOMAIN}.{codes} (rows, more_rows)
-        numbers = Cast <to: int = 1> (codes)
-        scale_rows = Gather (scales, flat)
-        wide = Cast <to: int = 1> (scale_rows)
-        {points}
-        block_points = Unsqueeze (points, rest)
-        block_scales = Unsqueeze (wide, rest)
-        steps = Sub (numbers, block_points)
-        values = Mul (steps, block_scales)
-        batch = Shape (ids)
-        target = Concat <axis: int = 0> (batch, rest)
-        y = Reshape (values, target)
-    """
-
-
-def _constant(name: str, dtype: str, *values: int, shape: str = "") -> str:
-    numbers = ", ".join(map(str, values))
-    return f"{name} = Constant <value: tensor = {dtype}[{shape or len(values)}] {{{numbers}}}> ()"
+    define_low_bits(model, name, bits, packed.zero_points is not None)
 
 
 pack_codes = JointRewrite(

@@ -31,6 +31,8 @@ INPUTS = {
     PLAIN: "x, weights, scales, zero_points, bias",
     LOW_RANK: "x, weights, scales, zero_points, bias, rows, a, b",
 }
+_PRODUCT = """com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @bits, block_size: int = @block_size,
+    accuracy_level: int = 4> (x, weights, wide_scales, zero_points, "", bias)"""
 _CHANGED = """
     wide_a = Cast <to: int = 1> (a)
     wide_b = Cast <to: int = 1> (b)
@@ -60,13 +62,10 @@ def has_operator(bits: int, block_size: int) -> bool:
     return bits in BITS and block_size in BLOCK_SIZES
 
 
-def body(name: str, weights: str = "weights", bits: str = "@bits", zero_points: str = "zero_points") -> str:
-    """The nodes of an operator's function, where those are the names of MatMulNBits's weights and zero points."""
-    attributes = f"K: int = @K, N: int = @N, bits: int = {bits}, block_size: int = @block_size, accuracy_level: int = 4"
-    operands = f'x, {weights}, wide_scales, {zero_points}, "", bias'
-    product = f"com.microsoft.MatMulNBits <{attributes}> ({operands})"
-    scales = "wide_scales = Cast <to: int = 1> (scales)"
-    return f"{scales} y = {product}" if name == PLAIN else f"{scales} plain = {product} {_CHANGED}"
+def body(name: str, product: str = _PRODUCT, before: str = "") -> str:
+    """The nodes of an operator's function. product: the one whose output is the product, after the nodes `before`."""
+    nodes = f"wide_scales = Cast <to: int = 1> (scales) {before}"
+    return f"{nodes} y = {product}" if name == PLAIN else f"{nodes} plain = {product} {_CHANGED}"
 
 
 def _check(node: ir.Node) -> _Product | Declined:

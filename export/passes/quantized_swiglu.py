@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from . import functions
 from .graph import add_node, nodes_of, only_user, operand, replace_value
-from .pack_codes import MORE, computing
+from .low_bits import MORE, computing
 from .quantized_matmul import ATTRIBUTES, LOW_RANK, PLAIN
 from .rewrite import Declined, Rewrite
 

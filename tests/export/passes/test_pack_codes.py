@@ -5,11 +5,13 @@ What the operators compute is tested in tests/parity/test_kernels.py."""
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from export.passes.pack_codes import READ_OTHERWISE, SMALL_BLOCKS, pack_codes
@@ -75,6 +77,18 @@ def test_a_tied_weight_is_stored_once_in_its_own_width(bits: int, symmetric: boo
     y, e = outputs_of(model)
     np.testing.assert_allclose(y, before[0], atol=1e-5)
     np.testing.assert_array_equal(e, before[1])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [5, 6])
+def test_onnxruntime_makes_the_low_bits_of_products_once(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    model = model_of(f"y = {product()}", "y", constants(bits, symmetric=symmetric))
+    assert packed(model) == Outcome(1)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(options.optimized_model_filepath)
+    assert [node.op_type for node in loaded.graph.node] == ["MatMulNBits", "MatMulNBits", "Add"]
 
 
 def test_codes_of_eight_bits_stay() -> None:
