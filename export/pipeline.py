@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def export_checkpoint(
             model, info = load_checkpoint(checkpoint, base_model)
             base_model = base_model or info.base_model
             found = find_tokenizer([checkpoint], base_model, info.base_revision)
-        check_quantized_backbone(info, settings, report)
+        settings = for_quantized_backbone(info, settings, report)
         with claimed(target, MANIFEST, force, (base_model,)):
             return _export_with(found, model, info, target, settings, force, report)
 
@@ -158,18 +158,22 @@ def smallest_size(model: SiameseModel, settings: ExportSettings) -> int:
     return sum(weight.numel() for weight in weights) * bits // 8
 
 
-def check_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> None:
-    """An adapter that was trained against a quantized backbone needs the same one. Raises SettingsError where
-    calibration would change it; warns where other settings do."""
+def for_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, report: Report) -> ExportSettings:
+    """An adapter that was trained against a quantized backbone needs the same one, which is rounded to nearest: the
+    settings with that, unless they say otherwise. Raises SettingsError where calibration would change it; warns where
+    other settings do."""
     trained = info.quantized_backbone
     if not trained:
-        return
+        return settings
     if settings.calibrate is not None and settings.bits is not None:
         rule = "the adapter was trained against the rounded backbone; leave it out"
         raise SettingsError("calibrate", settings.calibrate, rule)
     found = {"precision": settings.precision, "block_size": settings.block_size}
-    if found != trained or not settings.symmetric:
+    if found == trained and settings.rounding is None and settings.mean_bits is None:
+        settings = replace(settings, rounding="nearest")
+    if found != trained or not settings.symmetric or not settings.rounds_to_nearest:
         report_other_backbone(trained, report)
+    return settings
 
 
 @dataclass(frozen=True)

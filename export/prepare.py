@@ -25,24 +25,23 @@ from .errors import UnsupportedError
 from .float16_range import check_activations, check_weights
 from .model_facts import ModelFacts, model_facts
 from .passes.quantization import Quantization, Quantized
-from .passes.quantized_matmul import has_operator
 from .providers import check_provider
-from .quantization.gptq import calibrated_weights
 from .quantization.precision import compute_dtype, computing_in, rounded_experts, rounded_to, rounded_weights
 from .report import Report, report_adapter, report_float16
+from .rounding import plan_rounding
 from .settings import ExportSettings
 from .streams import StreamLayout
-from .texts import Texts, read_texts
+from .texts import LONGEST, Texts, read_texts
 from .trunk import trunk_length
 from .virtual_tokens import VirtualCache, virtual_cache
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that is known before the trace. layers: what the adapter's layers are replaced by while the model is
-    traced, by name in the causal LM. virtual: the caches of the virtual tokens. adapter: the manifest's section; None
-    without one. activations: the largest ones, where the graph computes in float16. kv_scales: of int8 caches.
-    quantization: None where weights stay in floating point."""
+    """All that is known before the trace. settings: as given, and with the precision that "auto" found. layers: what
+    the adapter's layers are replaced by while the model is traced, by name in the causal LM. virtual: the caches of the
+    virtual tokens. adapter: the manifest's section; None without one. activations: the largest ones, where the graph
+    computes in float16. kv_scales: of int8 caches. quantization: None where weights stay in floating point."""
 
     model: SiameseModel
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +90,7 @@ def prepare(
     settings: ExportSettings,
     report: Report,
 ) -> Prepared:
-    """Plan the graph, then compute what needs texts: the scales of int8 caches and calibrated weights.
+    """Plan the graph, then compute what needs texts: the scales of int8 caches and rounded weights.
 
     What can be refused is refused first, before anything that takes long. Writes nothing and leaves the model as it is.
     Raises AdapterError, DataError, ExportError, SettingsError or UnsupportedError.
@@ -119,7 +118,8 @@ def prepare(
     trunk = 0 if settings.base_only or virtual_tokens else trunk_length(causal_lm, facts.layers, layers)
     layout = StreamLayout(1 if settings.base_only else 2, trunk, settings.one_node_per_stream)
     scales = find_scales(model, plan, texts.scales) if settings.kv_cache == "int8" else None
-    quantization = _plan_quantization(model, texts, layout, settings, report)
+    longest = min(LONGEST, facts.context_length)
+    settings, quantization = plan_rounding(model, tokenizer, texts, layout, settings, longest, report)
     return Prepared(
         model=model,
         tokenizer=tokenizer,
@@ -155,14 +155,3 @@ def _check_float16(
     check_activations(found, settings)
     report_float16(found, warnings, report)
     return found
-
-
-def _plan_quantization(
-    model: SiameseModel, texts: Texts, layout: StreamLayout, settings: ExportSettings, report: Report
-) -> Quantization | None:
-    if settings.bits is None:
-        return None
-    format_ = (settings.bits, settings.block_size, settings.symmetric)
-    calibrated = calibrated_weights(model, texts.calibration, *format_, report) if texts.calibration else {}
-    own = not layout.portable and settings.dtype_name == "float32" and has_operator(*format_[:2])
-    return Quantization(*format_, calibrated, experts=not layout.portable, half_scales=own)

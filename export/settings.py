@@ -10,7 +10,17 @@ from imsm_core.checks import check_fields
 from imsm_core.choices import check_block_size, one_of
 from imsm_core.errors import SettingsError
 
-from .choices import FLOATS, KV_CACHES, LARGEST_PERPLEXITY_CHANGE, PRECISIONS, WEIGHT_BITS
+from .choices import (
+    AUTO,
+    FLOATS,
+    KV_CACHES,
+    LARGEST_PERPLEXITY_CHANGE,
+    MAX_KL,
+    MEAN_BITS,
+    PRECISIONS,
+    ROUNDINGS,
+    WEIGHT_BITS,
+)
 
 TOLERANCES = {"float16": 0.05, "bfloat16": 0.25}
 """Of half precision. On tiny random models of Llama, Gemma 3, Qwen3 and GPT-2 PyTorch's own float16 is up to
@@ -21,14 +31,17 @@ wrong tensor changes values by about their size."""
 @dataclass(frozen=True)
 class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
-    (fp32, fp16 or bf16). block_size, symmetric: of int8 and int4. calibrate: texts for GPTQ; None rounds to
-    nearest. kv_cache: float, or int8 for a quarter of the caches' memory. eval_data: held-out texts to measure
-    the quality on, `eval_texts` of them; the export warns of a perplexity that rises by more than
-    `max_perplexity_change`. prompt_field, answer_field: where their rows have prompts and answers, None as the adapter
-    was trained; raw: whether prompts are plain text, here and in the artifact, None as the adapter was trained;
-    skip_bad_rows: count rows that cannot be used instead of stopping at the first. portable: one attention node per
-    stream, for execution providers other than the CPU's; None: where activations are not fp32. context_length: in
-    tokens; None is the model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the
+    (fp32, fp16 or bf16); or "auto", the fewest bits a weight whose KL to float32 is at most `max_kl`. block_size,
+    symmetric: of int8 and int4. rounding: "best", weights of 4, 5, 6 or 8 bits by what their rounding costs, or
+    "nearest", all of them in the precision's bits to the nearest value; None is best for int4 and auto, and for int8
+    nearest unless there are texts. mean_bits: of the layers' weights of int4, on average; None is MEAN_BITS. calibrate:
+    texts for "best" beside those that the model writes by itself. kv_cache: float, or int8 for a quarter of the caches'
+    memory. eval_data: held-out texts to measure the quality on, `eval_texts` of them; it warns of a perplexity that
+    rises by more than `max_perplexity_change`. prompt_field, answer_field: where their rows have prompts and answers,
+    None as the adapter was trained; raw: whether prompts are plain text, here and in the artifact, None as the adapter
+    was trained; skip_bad_rows: count rows that cannot be used instead of stopping at the first. portable: one attention
+    node per stream, for execution providers other than the CPU's; None: where activations are not fp32. context_length:
+    in tokens; None is the model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the
     most that changes stored as whole matrices may take, in 10^6 bytes; None is any size. verify_on: the execution
     provider that runs the graph to verify it and to measure its quality; the CPU's cannot run bf16, which is then not
     verified.
@@ -40,7 +53,7 @@ class ExportSettings:
         default="fp32",
         metadata={
             "help": "fp32, fp16, bf16, or int8 or int4 weights of the backbone (adapter and gate stay in floating "
-            "point)",
+            "point), or auto: the smallest that keeps --max-kl",
             "metavar": "NAME",
         },
     )
@@ -57,9 +70,28 @@ class ExportSettings:
     symmetric: bool = field(
         default=True, metadata={"help": "a zero point for every block in int8 and int4", "option": "--asymmetric"}
     )
+    rounding: str | None = field(
+        default=None,
+        metadata={
+            "help": "best: weights of int4 have 4, 5, 6 or 8 bits by what their rounding costs; nearest: quick, all "
+            "the same; without it best, and nearest for int8",
+            "metavar": "NAME",
+        },
+    )
+    mean_bits: float | None = field(
+        default=None,
+        metadata={
+            "help": f"bits a weight of the layers of int4 has on average, from 4 to 8; without it {MEAN_BITS}",
+            "metavar": "X",
+        },
+    )
+    max_kl: float = field(
+        default=MAX_KL,
+        metadata={"help": "the KL to float32 that --precision auto keeps, in nats a token", "metavar": "X"},
+    )
     calibrate: Path | None = field(
         default=None,
-        metadata={"help": "quantize with GPTQ on these texts, not by rounding", "metavar": "FILE"},
+        metadata={"help": "texts to round with, beside those that the model writes by itself", "metavar": "FILE"},
     )
     kv_cache: str = field(
         default="float",
@@ -132,6 +164,7 @@ class ExportSettings:
             one_of("activations", self.activations, tuple(FLOATS))
         if self.bits is not None:
             check_block_size(self.block_size)
+        self._check_rounding()
         one_of("kv_cache", self.kv_cache, KV_CACHES)
         if self.calibrate is not None and self.bits is None and self.kv_cache != "int8":
             rule = "calibration needs int8 or int4 weights ({precision}) or int8 caches ({kv_cache})"
@@ -150,9 +183,36 @@ class ExportSettings:
         if self.max_delta_mb is not None and not self.max_delta_mb >= 0:  # nor "not a number"
             raise SettingsError("max_delta_mb", self.max_delta_mb, "it must be a number, at least 0")
 
+    def _check_rounding(self) -> None:
+        if self.rounding is not None:
+            one_of("rounding", self.rounding, ROUNDINGS)
+            if self.bits is None:
+                raise SettingsError("rounding", self.rounding, "it needs int8 or int4 weights ({precision})")
+        if self.rounding == "nearest" and self.calibrate is not None and self.kv_cache != "int8":
+            raise SettingsError("calibrate", self.calibrate, "rounding to nearest uses no texts ({rounding})")
+        if self.mean_bits is not None:
+            if self.precision != "int4" or self.rounds_to_nearest:
+                rule = "it is of int4 ({precision}) that is not rounded to nearest ({rounding})"
+                raise SettingsError("mean_bits", self.mean_bits, rule)
+            if not 4 <= self.mean_bits <= 8:
+                raise SettingsError("mean_bits", self.mean_bits, "it must be a number from 4 to 8")
+        if self.precision == AUTO and self.rounds_to_nearest:
+            raise SettingsError("rounding", self.rounding, "auto chooses among weights that are rounded best")
+        if not self.max_kl > 0:
+            raise SettingsError("max_kl", self.max_kl, "it must be a number above 0")
+        if self.max_kl != MAX_KL and self.precision != AUTO:
+            raise SettingsError("max_kl", self.max_kl, f"it is of {{precision}} {AUTO}")
+
+    @property
+    def rounds_to_nearest(self) -> bool:
+        """Whether all weights have the precision's bits and their nearest values."""
+        if self.rounding is None:
+            return self.precision == "int8" and self.calibrate is None
+        return self.rounding == "nearest"
+
     @property
     def bits(self) -> int | None:
-        """Bits of the backbone's weights, where they are quantized."""
+        """The fewest bits of the backbone's weights, where they are quantized."""
         return WEIGHT_BITS.get(self.precision)
 
     @property

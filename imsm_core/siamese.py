@@ -61,13 +61,14 @@ class SiameseModel(nn.Module):
     def stream_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> StreamStates:
         """input_ids: (B, S) int64, right-padded; attention_mask: (B, S), 0 at padding. No gradient enters the base
         stream. Raises DataError if the text and the adapter's virtual tokens together exceed the model's context."""
-        with torch.no_grad(), self._adapter_disabled():
+        with torch.no_grad(), self.adapter_disabled():
             base = last_hidden_state(self.causal_lm, input_ids=input_ids, attention_mask=attention_mask)
         return StreamStates(base, adapter_hidden_state(self.peft_model, input_ids, attention_mask))
 
     @contextmanager
-    def _adapter_disabled(self) -> Iterator[None]:
-        """PEFT's own context leaves the adapter trainable when it ends, even one that was frozen."""
+    def adapter_disabled(self) -> Iterator[None]:
+        """Inside the block the causal LM is the base stream. PEFT's own context leaves the adapter trainable when it
+        ends, even one that was frozen."""
         flags = [(parameter, parameter.requires_grad) for parameter in self.peft_model.parameters()]
         try:
             with known_warnings_ignored(), self.peft_model.disable_adapter(), original_biases(self.peft_model):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ..quantization.gptq import layer_name
+from ..quantization.layers import layer_name
 from ..quantization.weight_format import QuantizedWeight, in_bytes, round_to_nearest
 from . import weights
 from .graph import new_constant

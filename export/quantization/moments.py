@@ -1,0 +1,167 @@
+"""What the backbone's layers read, and how much it matters to the predictions: what rounding is weighted by.
+
+The loss is the models' own, next-token cross-entropy on calibration texts, once of each stream with its own head. Its
+gradient g_t at a layer's output tells what an error e_t of that output costs: to second order, and on text that the
+model could have written itself, KL = 1/2 E[(g_t e_t)^2] (Fisher information; as in Kronecker-factored curvature,
+Martens and Grosse 2015, arXiv 1503.05671). The first tokens of a text are often read with huge values and matter
+little, so that inputs count by their own size and, in the same amount, by the size of the gradient at their token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imsm_core.adapters.virtual_tokens import adapter_hidden_state
+from imsm_core.backbone import last_hidden_state
+from imsm_core.head_loss import summed_loss
+from imsm_core.siamese import SiameseModel
+
+from .weight_format import Array
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one layer with N outputs and K inputs. inputs: (K, K) float32, the weighted sum of x x^T over all rows of both
+    streams. costs: (N,) float32, so that an error D of the weight costs sum_i costs_i (D inputs D^T)_ii nats a token;
+    None where no gradient could be had."""
+
+    inputs: Array
+    costs: Array | None
+
+
+class _Sums:
+    """Of one layer while texts are read."""
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.gradients: Tensor | None = None
+        self.unit = 0.0  # the mean square of the first text's gradients: a token of that size counts twice
+        self.rows = 0
+
+    def add(self, rows: Tensor, gradients: Tensor | None) -> None:
+        """rows: (S, K); gradients: (S, N), or None where none can be had."""
+        weighted = rows
+        if gradients is not None:
+            squares = gradients.square()
+            sizes = squares.mean(1)
+            self.unit = self.unit or float(sizes.mean())
+            if self.unit:
+                weighted = rows * (1 + sizes / self.unit)[:, None]
+            summed = squares.sum(0)
+            self.gradients = summed if self.gradients is None else self.gradients.add_(summed)
+        product = weighted.T @ rows
+        self.inputs = product if self.inputs is None else self.inputs.add_(product)
+        self.rows += len(rows)
+
+    def moments(self, tokens: int) -> Moments | None:
+        if self.inputs is None:
+            return None
+        inputs: Array = self.inputs.numpy()
+        if self.gradients is None or not self.unit:
+            return Moments(inputs, None)
+        # Half of `inputs` are inputs times squares of gradients, in units of `unit`, averaged over the outputs.
+        shares = self.gradients / self.gradients.mean()
+        costs: Array = (shares * (0.5 * self.unit / 2 / tokens)).numpy()
+        return Moments(inputs, costs)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """By layer. moments: None for a layer that no text reaches. together: for each layer the first one that reads the
+    same values. embeddings: (d,) what a squared error of the tokens' embeddings costs in nats a token; None if no
+    gradient reaches them."""
+
+    moments: dict[str, Moments | None]
+    together: dict[str, str]
+    embeddings: Array | None
+
+
+def collect(model: SiameseModel, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]]) -> Collected:
+    """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is.
+
+    With an adapter that multiplies by a changed weight without the layer, as BOFT does, only the base stream's rows
+    count.
+    """
+    sums = {name: _Sums() for name in layers}
+    together: dict[str, str] = {}
+    last: list[Any] = [None, ""]  # the last input, and the layer that read it first
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def read(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if last[0] is not args[0]:
+                last[:] = args[0], name
+            together.setdefault(name, last[1])
+            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda gradient: _add(rows, gradient))
+            else:
+                sums[name].add(rows, None)
+
+        def _add(rows: Tensor, gradient: Tensor) -> None:
+            sums[name].add(rows, gradient.reshape(len(rows), -1).float())
+
+        return read
+
+    embedded: list[Tensor] = []
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(hook(name)).remove)
+        tokens = sum(_losses(model, texts, embedded.append))
+    costs = 0.5 * torch.stack(embedded).sum(0) / tokens if embedded else None
+    found = {name: each.moments(tokens) for name, each in sums.items()}
+    return Collected(found, together, None if costs is None else costs.numpy())
+
+
+def _losses(model: SiameseModel, texts: Sequence[Sequence[int]], embedded: Callable[[Tensor], None]) -> Iterator[int]:
+    """Run the loss of each stream on each text, back to the embeddings; gives how many tokens were predicted. embedded:
+    gets the squares of the gradients there, (d,), summed over the tokens of a text."""
+    with _differentiable(model, embedded):
+        for text in texts:
+            if len(text) < 2:
+                continue
+            token_ids = torch.tensor([list(text)])
+            for adapted in (False, True):
+                with nullcontext() if adapted else model.adapter_disabled():
+                    _freeze(model)  # which that context would undo
+                    states = (
+                        adapter_hidden_state(model.peft_model, token_ids)
+                        if adapted
+                        else last_hidden_state(model.causal_lm, input_ids=token_ids)
+                    )
+                    loss = summed_loss(model.causal_lm, states[0, :-1], token_ids[0, 1:])
+                    if loss.requires_grad:
+                        loss.backward()
+                yield len(text) - 1
+
+
+@contextmanager
+def _differentiable(model: SiameseModel, embedded: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the block gradients reach what layers give, and no parameter."""
+
+    def begin(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.register_hook(lambda gradient: embedded(gradient.reshape(-1, gradient.shape[-1]).square().sum(0)))
+        return output
+
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    handle = model.causal_lm.get_input_embeddings().register_forward_hook(begin)
+    try:
+        _freeze(model)
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _freeze(model: SiameseModel) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)

@@ -1,0 +1,108 @@
+"""How the backbone's weights are rounded: with which texts, in which widths, and as the settings ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from imsm_core.data.dataset import Example
+from imsm_core.siamese import SiameseModel
+
+from .choices import AUTO, MEAN_BITS
+from .passes.quantization import Quantization
+from .passes.quantized_matmul import has_operator
+from .quantization.divergence import Divergence, Reference
+from .quantization.mixed import Candidates, round_backbone
+from .quantization.weight_format import WIDTHS, QuantizedWeight
+from .report import Report
+from .self_text import own_texts
+from .settings import ExportSettings
+from .streams import StreamLayout
+from .texts import SENTENCES, Texts
+
+STOCK_WIDTHS = (4, 8)
+"""What onnxruntime's own operators have, and so every execution provider's."""
+TRIED = (4.0, 4.25, 4.5, 4.75, 5.0, 5.25, 5.5, 5.75, 6.0, 6.5, 7.0, 8.0)
+"""Mean bits that are tried to keep a KL."""
+JUDGED_ROWS, JUDGED_QUERY = 16, 8
+"""Texts of the model's own that judge what is tried, and how many of their first tokens are the gate's query."""
+
+
+def plan_rounding(
+    model: SiameseModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    layout: StreamLayout,
+    settings: ExportSettings,
+    longest: int,
+    report: Report,
+) -> tuple[ExportSettings, Quantization | None]:
+    """The quantizer's settings, None where weights stay in floating point; and the export's settings, in which the
+    precision "auto" has become the one that was found. longest: tokens of a text. Raises DataError or ExportError."""
+    if settings.bits is None:
+        return settings, None
+    own = not layout.portable and settings.dtype_name == "float32" and has_operator(settings.bits, settings.block_size)
+    plain = Quantization(
+        settings.bits, settings.block_size, settings.symmetric, experts=not layout.portable, half_scales=own
+    )
+    if settings.rounds_to_nearest:
+        return settings, plain
+    own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
+    widths = (8,) if settings.bits == 8 else WIDTHS if own else STOCK_WIDTHS
+    found = round_backbone(
+        model, [*texts.calibration, *own_text], widths, settings.block_size, settings.symmetric, report
+    )
+    if settings.precision == AUTO:
+        judged = texts.evaluation or _judged(
+            own_texts(model, tokenizer, SENTENCES[1:], longest, report, JUDGED_ROWS, seed=1)
+        )
+        reference = Reference(model, judged, settings.base_only)
+        return _smallest(found, reference, widths, settings, plain, report)
+    mean = 8 if settings.bits == 8 else MEAN_BITS if settings.mean_bits is None else settings.mean_bits
+    return settings, replace(plain, calibrated=found.choose(mean, widths))
+
+
+def _smallest(
+    found: Candidates,
+    reference: Reference,
+    widths: Sequence[int],
+    settings: ExportSettings,
+    plain: Quantization,
+    report: Report,
+) -> tuple[ExportSettings, Quantization | None]:
+    """The fewest bits whose KL is at most the limit, found by halving: more bits are taken to be no worse."""
+    low, high = 0, len(TRIED)
+    kept: dict[str, QuantizedWeight] = {}
+    while low < high:
+        middle = (low + high) // 2
+        weights = found.choose(TRIED[middle], widths)
+        divergence = reference.divergence(weights, round_activations=settings.dtype_name == "float32")
+        fits = divergence.worst <= settings.max_kl
+        report(_tried(TRIED[middle], divergence, settings, fits))
+        if fits:
+            high, kept = middle, weights
+        else:
+            low = middle + 1
+    if high == len(TRIED):
+        precision = settings.activations or "fp32"
+        report(f"auto      no rounded weights keep a KL of {settings.max_kl:g}: {precision}")
+        return replace(settings, precision=precision, activations=None), None
+    mean, precision = TRIED[high], "int8" if TRIED[high] == TRIED[-1] else "int4"
+    report(f"auto      {precision} with {mean:g} bits a weight is the smallest that does")
+    chosen = replace(settings, precision=precision, mean_bits=None if precision == "int8" else mean)
+    return chosen, replace(plain, bits=chosen.bits or 0, calibrated=kept)
+
+
+def _tried(mean: float, divergence: Divergence, settings: ExportSettings, fits: bool) -> str:
+    blend = "" if settings.base_only else f", blend {divergence.blend:.3g}"
+    return (
+        f"auto      {mean:g} bits a weight: KL of the base stream {divergence.base:.3g}{blend} nats; "
+        f"{'keeps' if fits else 'exceeds'} {settings.max_kl:g}"
+    )
+
+
+def _judged(texts: Sequence[Sequence[int]]) -> list[Example]:
+    cut = [min(JUDGED_QUERY, len(text) // 2) for text in texts]
+    return [Example(list(text[:at]), list(text[at:])) for text, at in zip(texts, cut, strict=True) if at]
