@@ -39,9 +39,7 @@ class QuantizedTensors:
             zeros = None if points is None else new_constant(graph, f"{weight.name}.zero_points", points)
             self._found[key] = packed, scales, zeros
             self.done.bytes_before += weights.nbytes(weight)
-            self.done.bytes_after += sum(
-                weights.nbytes(value) for value in (packed, scales, zeros) if value is not None
-            )
+            self.done.replaced.append(str(weight.name))
         return self._found[key]
 
     def _quantized(self, weight: ir.Value, in_by_out: bool) -> QuantizedWeight:
