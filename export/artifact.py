@@ -137,7 +137,7 @@ def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     manifest["files"] = {path.name: _entry(path) for path in paths if path.name != GRAPH}
     proto = onnx.load(str(folder / GRAPH), load_external_data=False)
-    written = {name: _hash(section) for name, section in manifest.items() if name != "format_version"}
+    written = {name: _hash(section) for name, section in manifest.items()}
     onnx.helper.set_model_props(proto, {SECTIONS: json.dumps(written)})
     onnx.save(proto, str(folder / GRAPH))
     manifest["files"] = {path.name: _entry(path) for path in paths}

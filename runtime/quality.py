@@ -44,8 +44,9 @@ def quality_line(quality: dict[str, Any] | None) -> str:
     kl = ", ".join(
         f"{name} KL {_number(quality[name]['mean_kl'], '.2g')}" for name in MEMORIES if quality[name] is not None
     )
-    change = _number(spoken(quality)[1]["perplexity_change"], "+.1%").replace("%", " %")
-    return f"{kl}; {change} perplexity on {texts_of(quality)}"
+    change = spoken(quality)[1]["perplexity_change"]
+    share = "a change that is not finite of the" if change is None else f"{100 * change:+.1f} %"
+    return f"{kl}; {share} perplexity on {texts_of(quality)}"
 
 
 def _number(value: float | None, form: str) -> str:
