@@ -88,7 +88,11 @@ def compare(output: Path) -> None:
 def difference(artifact: Path) -> str:
     """How far the artifact's predictions are from float32, as its export measured: a speed alone says too little."""
     quality = json.loads((artifact / "imsm_model.json").read_text(encoding="utf-8"))["quality"]
-    return f"KL {quality['mean_kl']:.3f} nats a token, same likeliest token {quality['argmax_agreement']:.1%}"
+    return "; ".join(
+        f"{name}: KL {quality[name]['mean_kl']:.3f} nats a token, same likeliest token "
+        f"{quality[name]['argmax_agreement']:.1%}"
+        for name in ("blend", "base", "adapter")
+    )
 
 
 if __name__ == "__main__":

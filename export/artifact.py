@@ -25,7 +25,7 @@ from .model_facts import ModelFacts
 from .step_reads import step_reads
 from .streams import StreamLayout
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 SECTIONS = "imsm.sections"
 """The graph's metadata of this name holds a sha256 of every section of its manifest."""
@@ -137,7 +137,7 @@ def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     manifest["files"] = {path.name: _entry(path) for path in paths if path.name != GRAPH}
     proto = onnx.load(str(folder / GRAPH), load_external_data=False)
-    written = {name: _hash(section) for name, section in manifest.items() if name != "format_version"}
+    written = {name: _hash(section) for name, section in manifest.items()}
     onnx.helper.set_model_props(proto, {SECTIONS: json.dumps(written)})
     onnx.save(proto, str(folder / GRAPH))
     manifest["files"] = {path.name: _entry(path) for path in paths}

@@ -255,6 +255,7 @@ def verify(prepared: Prepared, written: Written, folder: Path, report: Report) -
             parity = compare(rounded=settings.kv_cache == "int8")
         if written.quantized is not None:
             passes |= finish(prepared, written, folder)
+            written.quantized.count_bytes(written.graph.model)
             finished = compare(rounded=True) if settings.verifiable else parity
             if finished is not parity:
                 parity.add(finished, ", finished")
@@ -308,7 +309,7 @@ def describe(
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),
-        "quality": None if quality is None else quality.as_dict(),
+        "quality": None if quality is None else quality.as_dict(settings.eval_data),
         "cuda_kernels": None if verified.cuda_kernels is None else verified.cuda_kernels.as_dict(),
         "tokens": encoder.tokens,
     }

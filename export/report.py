@@ -137,12 +137,13 @@ def report_parity(parity: ParityReport, report: Report) -> None:
 
 
 def report_quality(quality: QualityReport, settings: ExportSettings, report: Report) -> None:
-    """One line, and one for each warning."""
-    report(
-        f"quality   {quality.tokens} tokens: perplexity {quality.perplexity_reference:.4g} -> {quality.perplexity:.4g} "
-        f"({quality.perplexity_change:+.2%}), argmax agreement {quality.argmax_agreement:.2%}, "
-        f"mean KL {quality.mean_kl:.2g} nats"
-    )
+    """One line for the blend and for each memory alone, and one for each warning."""
+    for name, found in quality.measured.items():
+        report(
+            f"quality   {name + ':':<9}perplexity {found.perplexity_reference:.4g} -> {found.perplexity:.4g} "
+            f"({found.perplexity_change:+.2%}), argmax agreement {found.argmax_agreement:.2%}, "
+            f"mean KL {found.mean_kl:.2g} nats"
+        )
     for warning in quality_warnings(quality, settings.max_perplexity_change):
         report(f"warning   {warning}")
 

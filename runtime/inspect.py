@@ -9,6 +9,7 @@ from .files import CHAT_TEMPLATE
 from .folder import check_files
 from .manifest import Manifest, read_manifest
 from .printable import printable
+from .quality import quality_line
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "architecture": manifest.architecture,
         "base_model": raw["base_model"],
         "precision": manifest.precision,
+        "quality": manifest.quality,
         "streams": list(manifest.streams),
         "layers": len(manifest.layers),
         "shared_layers": sum("shared" in layer.groups for layer in manifest.layers),
@@ -68,6 +70,7 @@ def format_summary(facts: dict[str, Any]) -> str:
     gate, adapter = facts["gate"], facts["adapter"]
     lines = [
         f"artifact     {facts['folder']}, {facts['bytes'] / 1e6:.1f} MB, {facts['precision']}",
+        f"quality      {quality_line(facts['quality'])}",
         f"base model   {facts['architecture']}: {facts['base_model']['name']}",
         f"shape        hidden size {facts['hidden_size']}, vocabulary {facts['vocab_size']}, "
         f"context {facts['context_length']}",

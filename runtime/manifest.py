@@ -14,8 +14,9 @@ from typing import Any
 from .errors import ArtifactError
 from .files import MANIFEST, read_file, reason, shown
 from .json_checks import parse_json
+from .quality import read_quality
 from .relations import check_relations
-from .schema import FORMAT_VERSION, SCHEMA
+from .schema import FORMAT_VERSION, SCHEMAS
 
 MOST_BYTES = 2**26
 """Of the manifest's own file: the largest known has 2**20."""
@@ -70,7 +71,7 @@ class Manifest:
     """What the runtime relies on. `raw` is the whole document. gate_kind: None in a base-only artifact. virtual_tokens:
     per stream, how many stand before the text. padding: positions past the context that a ragged step may pad to.
     special_tokens: by the name that a chat template knows them by. raw_prompts: whether the model was tuned on prompts
-    without the chat template."""
+    without the chat template. quality: as the newest format has it, whatever the artifact's; None: not measured."""
 
     architecture: str
     hidden_size: int
@@ -88,6 +89,7 @@ class Manifest:
     eos_token_ids: tuple[int, ...]
     special_tokens: dict[str, str]
     raw_prompts: bool
+    quality: dict[str, Any] | None
     files: dict[str, FileEntry]
     raw: dict[str, Any]
 
@@ -117,11 +119,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document = parse_json(content)
         version = document.get("format_version") if isinstance(document, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:
+        if type(version) is not int:
+            version = FORMAT_VERSION  # its schema says what is wrong
+        if version not in SCHEMAS:
             raise ArtifactError(
-                f"{shown(path)} has format version {version}; this program reads {FORMAT_VERSION}; export it again"
+                f"{shown(path)} has format version {version}; this program reads "
+                f"{' and '.join(map(str, SCHEMAS))}; "
+                + ("it is older than the artifact" if version > FORMAT_VERSION else "export it again")
             )
-        SCHEMA(document, "")
+        SCHEMAS[version](document, "")
         check_relations(document)
     except (ValueError, MemoryError) as error:
         raise ArtifactError(f"{shown(path)} is damaged: {reason(error)}; export it again") from error
@@ -150,6 +156,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         eos_token_ids=tuple(tokens["eos_token_ids"]),
         special_tokens=tokens["special_tokens"],
         raw_prompts=document["prompts"]["raw"],
+        quality=read_quality(document),
         files={name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in document["files"].items()},
         raw=document,
     )

@@ -27,6 +27,7 @@ def check_relations(document: Document) -> None:
     _check_streams(document)
     _check_groups(document)
     _check_lengths(document)
+    _check_quality(document)
     _check_tokens(document)
     _check_files(document)
     for side, wanted in (("inputs", _inputs(document)), ("outputs", _outputs(document))):
@@ -78,6 +79,14 @@ def _check_lengths(document: Document) -> None:
     model, padding = document["model"], document["graph"]["padding"]
     if model["context_length"] + padding + max(document["virtual_tokens"].values()) > MOST:
         raise DamagedError("model.context_length", model["context_length"], f"at most {MOST} with what is beside it")
+
+
+def _check_quality(document: Document) -> None:
+    quality, two = document["quality"], len(document["streams"]) == 2
+    for name in ("blend", "adapter") if quality is not None and document["format_version"] > 5 else ():
+        if (quality[name] is None) == two:
+            rule = "an object with two streams" if two else "null with one stream"
+            raise DamagedError(f"quality.{name}", quality[name], rule)
 
 
 def _check_tokens(document: Document) -> None:

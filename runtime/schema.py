@@ -21,7 +21,8 @@ from .json_checks import (
     whole,
 )
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+"""What `export` writes."""
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int32", "int64")
 GATE_KINDS = ("query_aware", "token", "residual", "query_mixed", "mean_logits")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -36,7 +37,16 @@ _measured = optional(number())
 _size = either(whole(0), _name, f"a size from 0 to {MOST} or a name")
 _tensors = items(Record({"name": _name, "dtype": one_of(*DTYPES), "shape": items(_size)}), least=1)
 
-SCHEMA = Record(
+_DIFFERENCE = {
+    "argmax_agreement": _measured,
+    "mean_kl": _measured,
+    "perplexity_reference": _measured,
+    "perplexity": _measured,
+    "perplexity_change": _measured,
+}
+_difference = Record(_DIFFERENCE)
+
+_CURRENT = Record(
     {
         "format_version": whole(FORMAT_VERSION, FORMAT_VERSION),
         "created": text(),
@@ -131,13 +141,12 @@ SCHEMA = Record(
         "quality": optional(
             Record(
                 {
+                    "file": optional(text()),
                     "texts": whole(),
                     "tokens": whole(),
-                    "argmax_agreement": _measured,
-                    "mean_kl": _measured,
-                    "perplexity_reference": _measured,
-                    "perplexity": _measured,
-                    "perplexity_change": _measured,
+                    "blend": optional(_difference),
+                    "base": _difference,
+                    "adapter": optional(_difference),
                 }
             )
         ),
@@ -156,4 +165,13 @@ SCHEMA = Record(
         "files": table(Record({"bytes": _bytes, "sha256": _sha256})),
     }
 )
-"""The manifest of format version 5."""
+_FORMAT_5 = Record(
+    _CURRENT.fields
+    | {
+        "format_version": whole(5, 5),
+        "quality": optional(Record({"texts": whole(), "tokens": whole(), **_DIFFERENCE})),
+    }
+)
+
+SCHEMAS = {5: _FORMAT_5, FORMAT_VERSION: _CURRENT}
+"""By format version, of those that are read. Format 5 has the quality of the blend alone, or of the only stream."""

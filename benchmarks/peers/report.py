@@ -60,8 +60,10 @@ def page(document: dict[str, Any], picture: str | None) -> str:
         "(a LoRA of rank 16 on all seven projections, non-zero) and measures the peers in turns. Every figure is a "
         "median; \"siamese / it\" is our siamese model's time over the row's, the median over the rounds in which both "
         'ran. "Bandwidth used" is what a decode step must read (weights in the peer\'s own format, adapter, caches) '
-        "by its time, as a share of the memory's measured read speed. Peak memory (MiB resident) and loading are of "
-        "processes of their own that run one generation; files are in the page cache. A dash was not measured.",
+        "by its time, as a share of the memory's measured read speed. Peak memory (MiB resident) "
+        "and loading are of processes of their own that run one generation; files are in the page cache. A dash was "
+        "not measured. Random weights have no quality to lose: see QUALITY.md for the KL of each format on real "
+        "models.",
     ]
     if picture:
         parts.append(f"![Decoding, first token and memory of every peer]({picture})")

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnx_ir as ir
+
 from ..quantization.weight_format import QuantizedWeight
+from . import weights
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class Quantization:
 
 @dataclass
 class Quantized:
-    """What happened. bytes_before, bytes_after: of the matrices that were quantized. kept: matrices of the backbone
-    that stayed in floating point, by name, with their bytes. weights: what every weight of the traced module became.
-    expert_weights: those of its weights that are of experts, all rounded to the nearest."""
+    """What happened. bytes_before: of the matrices that were quantized. bytes_after: of all that the file has in their
+    place, once `count_bytes` was told what is written. kept: matrices of the backbone that stayed in floating point, by
+    name, with their bytes. replaced: the graph's names of the matrices; what takes their place has names that begin
+    with theirs. weights: what every weight of the traced module became. expert_weights: those of its weights that are
+    of experts, all rounded to the nearest."""
 
     matrices: int = 0
     embeddings: int = 0
@@ -38,8 +43,19 @@ class Quantized:
     bytes_before: int = 0
     bytes_after: int = 0
     kept: dict[str, int] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     expert_weights: list[str] = field(default_factory=list)
+
+    def count_bytes(self, model: ir.Model) -> None:
+        """Set `bytes_after` to what is in the graph, each tensor once."""
+        names = tuple(f"{name}." for name in self.replaced)
+        self.bytes_after = sum(
+            weights.nbytes(value)
+            for name, value in model.graph.initializers.items()
+            if f"{name}.".startswith(names)
+            and weights.is_backbone(value)  # a packed adapter has the name of its layers
+        )
 
     def as_dict(self, settings: Quantization) -> dict[str, Any]:
         """For the manifest."""

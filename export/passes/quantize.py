@@ -105,7 +105,7 @@ class Quantizer:
         width, block = weights.matrix(weight).shape[1], self.settings.block_size
         blocks = -(-width // block)
         sizes = np.array([-1, blocks * block * tensors.bits // 8], np.int64)
-        flat = new_constant(graph, f"{packed.name}.row_shape", sizes)
+        flat = new_constant(graph, f"row_shape_of.{packed.name}", sizes)
         rows = add_node(node, "Reshape", [packed, flat])  # `share_storage` makes a view of the file of it
         looked_up = add_node(
             node,
@@ -118,9 +118,11 @@ class Quantizer:
             quantize_axis=1,
         ).outputs[0]
         if width % block:
-            bounds = [_constant(graph, f"{packed.name}.{name}", value) for name, value in (("from", 0), ("to", width))]
-            axis = _constant(graph, f"{packed.name}.axis", -1)
-            looked_up = add_node(node, "Slice", [looked_up, *bounds, axis]).outputs[0]
+            first, last = (
+                _constant(graph, f"{name}_of.{packed.name}", at) for name, at in (("from", 0), ("to", width))
+            )
+            axis = _constant(graph, f"axis_of.{packed.name}", -1)
+            looked_up = add_node(node, "Slice", [looked_up, first, last, axis]).outputs[0]
         replace_value(node.outputs[0], looked_up)
         graph.remove(node, safe=True)
         drop_unused(graph, [weight])
@@ -134,7 +136,7 @@ class Quantizer:
         self.done.experts += 1
         self.done.expert_weights += found.names
         self.done.bytes_before += found.bytes_before
-        self.done.bytes_after += found.bytes_after
+        self.done.replaced += found.replaced
 
 
 def _candidates(model: ir.Model) -> Iterator[ir.Node]:

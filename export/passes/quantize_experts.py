@@ -30,12 +30,12 @@ _MATRICES = (2, 4)  # the places of the up and the down projections among MoE's 
 @dataclass(frozen=True)
 class PackedExperts:
     """What `quantize_experts` made of one node. names: the weights of the traced module. made: initializers that are
-    part of it."""
+    part of it. replaced: the graph's weights in whose place they are."""
 
     names: tuple[str, ...]
     made: tuple[ir.Value, ...]
     bytes_before: int
-    bytes_after: int
+    replaced: tuple[str, ...]
 
 
 def why_experts_stay(node: ir.Node, block_size: int) -> Declined | None:
@@ -58,16 +58,14 @@ def quantize_experts(graph: ir.Graph, node: ir.Node, bits: int, block_size: int,
     packed = [_rounded(value, bits, block_size, symmetric) for value in (up, down)]
     names = (*weights.parts(up), *weights.parts(down))
     before = weights.nbytes(up) + weights.nbytes(down)
-    after = sum(
-        array.nbytes for part in packed for array in (part.packed, part.scales, part.zero_points) if array is not None
-    )
+    replaced = (str(up.name), str(down.name))
     if bits == 4:
-        return PackedExperts(names, _pack(graph, node, packed, accuracy_level=0), before, after)
+        return PackedExperts(names, _pack(graph, node, packed, accuracy_level=0), before, replaced)
     for value, part in zip((up, down), packed, strict=True):
         shape = weights.matrix(value).shape
         value.const_value = ir.tensor(dequantize(part, shape[2]).reshape(shape), name=value.name)
     node.meta[_PACKED] = packed
-    return PackedExperts(names, (up, down), before, after)
+    return PackedExperts(names, (up, down), before, replaced)
 
 
 def finish_experts(model: ir.Model) -> int:

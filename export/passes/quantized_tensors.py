@@ -52,7 +52,7 @@ class QuantizedTensors:
             zeros = None if points is None else new_constant(graph, f"{weight.name}.zero_points", points)
             self._found[key] = Tensors(packed, scales, zeros, stored.bits)
             self.done.bytes_before += weights.nbytes(weight)
-            self.done.bytes_after += found.nbytes + weights.nbytes(scales)
+            self.done.replaced.append(str(weight.name))
         return self._found[key]
 
     def _quantized(self, weight: ir.Value, in_by_out: bool) -> QuantizedWeight:

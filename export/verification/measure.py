@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
-from imsm_core.evaluate import Stream, answer_states
 from imsm_core.siamese import SiameseModel
 
 from ..artifact import GRAPH
 from ..virtual_tokens import load_virtual_cache
+from .head import GraphHead
 from .plain_run import Array, CachedGraph
-from .quality import QualityReport, measure_quality
+from .quality import QualityReport, Rows, measure_quality
 
 
 def evaluate(
@@ -26,20 +28,40 @@ def evaluate(
     provider: str,
     report: Callable[[str], None],
 ) -> QualityReport:
-    """Compare the graph in `folder`, run by `provider`, with `model`, which has its original weights. report: gets
+    """Compare the graph in `folder`, run by `provider`, with `model`, which has its original weights: the blend and
+    both memories alone, or the one stream that the graph has. Each side's backbone reads a text once. report: gets
     lines about the progress. Raises VerificationError."""
     graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
+    head = GraphHead(folder / GRAPH, provider) if len(streams) > 1 else None
 
-    stream: Stream = "fused" if len(streams) > 1 else "base"
+    def found(text: Example) -> Mapping[str, Rows]:
+        outputs = graph.whole(text.token_ids, len(text.prompt_ids))
+        logits = outputs["logits"][0].__getitem__
+        if head is None:
+            return {"base": logits}
+        memories = {name: partial(_head_of, head, outputs[f"hidden_{name}"][0]) for name in ("base", "adapter")}
+        return {"blend": logits, **memories}
 
-    @torch.no_grad()
-    def reference(text: Example) -> Array:
-        states, _, _ = answer_states(model, [text], stream, pad_token_id=0)
-        logits: Array = apply_head(model.causal_lm, states[None])[0].numpy()
-        return logits
+    return measure_quality(partial(_reference, model), found, texts, report)
 
-    def found(text: Example) -> Array:
-        logits: Array = graph.whole(text.token_ids, len(text.prompt_ids))["logits"][0]
-        return logits
 
-    return measure_quality(reference, found, texts, report)
+@torch.no_grad()
+def _reference(model: SiameseModel, text: Example) -> Mapping[str, Rows]:
+    """PyTorch's side."""
+    ids = torch.tensor([text.token_ids])
+    states = model.stream_states(ids)
+    query = (torch.arange(len(text)) < len(text.prompt_ids))[None].float()
+    positions = torch.arange(len(text.prompt_ids) - 1, len(text) - 1)  # a state predicts the next token
+    fused = model.fused_states(states, query, torch.zeros_like(positions), positions).fused
+    found = {"blend": fused, "base": states.base[0, positions], "adapter": states.adapter[0, positions]}
+    return {name: partial(_logits, model, chosen) for name, chosen in found.items()}
+
+
+@torch.no_grad()
+def _logits(model: SiameseModel, states: Tensor, part: slice) -> Array:
+    logits: Array = apply_head(model.causal_lm, states[part][None])[0].numpy()
+    return logits
+
+
+def _head_of(head: GraphHead, states: Array, part: slice) -> Array:
+    return head(states[part])

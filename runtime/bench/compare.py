@@ -21,6 +21,8 @@ from ..errors import IMSMRuntimeError, ProviderError, SettingsError
 from ..interrupts import postponed
 from ..machine import describe_machine, usable_cores
 from ..manifest import Manifest, read_manifest
+from ..printable import printable
+from ..quality import ASK, kl_of, spoken, texts_of
 from .bandwidth import read_gb_per_s
 from .measure import BenchResult, measure
 from .placement import Placement, place_nodes
@@ -108,8 +110,9 @@ def format_table(document: dict[str, Any]) -> str:
     """The results as an aligned table, and a line for each provider that ran. Ratios, where there are several, are
     against the first."""
     ran = [facts for facts in document["providers"] if "error" not in facts]
+    quality = document["artifact"]["quality"]
     columns = ["provider", "prompt", "new", "batch", "TTFT ms", "ratio", "ms/token", "ratio", "p95", "tokens/s"]
-    columns += ["overhead", "GB/s", "of peak", "peak MB", "cache KB"]
+    columns += ["KL", "overhead", "GB/s", "of peak", "peak MB", "cache KB"]
     rows = [columns]
     for result in document["results"]:
         percent = result["bandwidth_percent"]
@@ -125,6 +128,7 @@ def format_table(document: dict[str, Any]) -> str:
                 _number(result["ratios"]["ms_per_token"], 2),
                 _number(result["ms_per_token_p95"], 2),
                 _number(result["tokens_per_s"], 1),
+                kl_of(quality),
                 _number(result["overhead_percent"], 1, " %"),
                 _number(result["gb_per_s"], 1),
                 _number(percent, 0, " %"),
@@ -136,9 +140,19 @@ def format_table(document: dict[str, Any]) -> str:
     widths = {place: max(len(row[place]) for row in rows) for place in kept}
     lines = ["  ".join(row[place].rjust(widths[place]) for place in kept) for row in rows]
     speed = document["machine"]["read_gb_per_s"]
+    lines.append(f"KL: {_explained(quality)}")
     lines.append("overhead: share of a step outside onnxruntime; GB/s: weights and caches that a step must read;")
     lines.append(f"of peak: against {speed:.1f} GB/s, the reading speed that NumPy reached here with as many threads")
     return "\n".join([*lines, *(_line(facts) for facts in ran)])
+
+
+def _explained(quality: dict[str, Any] | None) -> str:
+    if quality is None:
+        return f"how far a precision is from float32 was not measured; {ASK}"
+    return (
+        f"of the {spoken(quality)[0]}'s next-token distributions to float32's, nats a token, measured by the export on "
+        f"{printable(texts_of(quality))}"
+    )
 
 
 def _line(facts: dict[str, Any]) -> str:
@@ -163,6 +177,7 @@ def _describe_artifact(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "folder": str(folder),
         "architecture": manifest.architecture,
         "precision": manifest.precision,
+        "quality": manifest.quality,
         "streams": list(manifest.streams),
         "gate": manifest.gate_kind,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),

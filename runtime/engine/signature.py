@@ -19,6 +19,7 @@ SECTIONS = "imsm.sections"
 OF_THE_GRAPH = (
     "activations",
     "cache",
+    "format_version",
     "gate",
     "graph",
     "kv_cache",
@@ -67,9 +68,11 @@ def check_signature(onnx: onnxruntime.InferenceSession, manifest: Manifest) -> N
 def check_sections(onnx: onnxruntime.InferenceSession, manifest: Manifest, edited: bool) -> None:
     """The manifest is the one that was written with the graph: in the sections that only a new export can change, or,
     unless it may be `edited`, in all of them. Raises ArtifactError naming the first other one."""
-    written = _written_sections(onnx)
-    found = manifest.raw.keys() - {"format_version"}
-    for name in sorted(OF_THE_GRAPH) if edited else sorted(found | written.keys()):
+    written, found = _written_sections(onnx), manifest.raw.keys()
+    names = set(OF_THE_GRAPH) if edited else found | written.keys()
+    if manifest.raw["format_version"] == 5 and "format_version" not in written:  # it came with format 6
+        names -= {"format_version"}
+    for name in sorted(names):
         if name not in found or written.get(name) != section_hash(name, manifest.raw[name]):
             raise ArtifactError(
                 f"{MANIFEST} was changed, or belongs to another {GRAPH}: its section {name!r} is not the one that the "

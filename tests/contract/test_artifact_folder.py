@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from export.passes import Stage, ordered_passes
 from runtime.json_checks import Record
-from runtime.schema import SCHEMA
+from runtime.schema import FORMAT_VERSION, SCHEMAS
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported, export_existing, export_tiny
 
@@ -113,9 +113,9 @@ def test_the_schema_document_and_the_runtimes_schema_have_the_same_keys(tiny: Ex
     text = (ROOT / "docs" / "ARTIFACT.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?) \|", text.split("## The manifest")[1].split("## The graph")[0], re.MULTILINE)
     documented = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
-    assert documented == {*SCHEMA.fields} == {*tiny.manifest}
+    assert documented == {*SCHEMAS[FORMAT_VERSION].fields} == {*tiny.manifest}
     manifest_part = text.split("## The manifest")[1].split("### What is checked")[0]
-    known = keys_of(SCHEMA)
+    known = keys_of(SCHEMAS[FORMAT_VERSION])
     assert len(known) > 60
     for key in known:
         assert f"`{key}`" in manifest_part, f"docs/ARTIFACT.md does not describe {key}"
@@ -123,7 +123,7 @@ def test_the_schema_document_and_the_runtimes_schema_have_the_same_keys(tiny: Ex
 
 def test_the_graph_holds_the_hash_of_every_section(tiny: Exported, proto: onnx.ModelProto) -> None:
     written = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}["imsm.sections"]
-    assert written.keys() == tiny.manifest.keys() - {"format_version"}
+    assert written.keys() == tiny.manifest.keys()
     for name, found in written.items():
         section = tiny.manifest[name]
         if name == "files":
@@ -161,6 +161,6 @@ def test_the_tokenizer_is_the_base_models(tiny: Exported) -> None:
 
 def test_the_manifest_is_json_with_a_format_version(tiny: Exported) -> None:
     document = json.loads((tiny.artifact / "imsm_model.json").read_text())
-    assert document["format_version"] == 5
+    assert document["format_version"] == FORMAT_VERSION == 6
     assert document["producers"]["torch"]
     assert document["tokens"]["eos_token_ids"] == [1]

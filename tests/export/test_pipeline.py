@@ -22,6 +22,7 @@ from imsm_core.checkpoint import load_checkpoint
 from imsm_core.errors import BaseModelError, OutputExistsError, SettingsError
 from tests.builders import make_base_folder
 from tests.exported import Exported, export_tiny
+from tests.measured import check_memories_apart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +115,7 @@ def test_a_base_only_export_has_one_stream_and_no_gate(tmp_path: Path) -> None:
     assert not any("adapter" in name or "query" in name or "gate" in name for name in names - {"query_seqlens"})
     assert exported.manifest["shared_layers"] == 0
     assert [layer["groups"] for layer in exported.manifest["cache"]] == [["base"]] * 2
+    check_memories_apart(exported)
 
 
 def test_every_phase_says_how_long_it_took(tiny: Exported, tmp_path: Path) -> None:

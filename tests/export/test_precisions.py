@@ -16,6 +16,7 @@ from imsm_core.reference import reference_generate
 from runtime import Session
 from tests.builders import write_jsonl
 from tests.exported import PROMPT, Exported, export_tiny
+from tests.measured import check_memories_apart
 
 STEPS = 8
 
@@ -75,8 +76,11 @@ def test_the_quality_report_is_in_the_manifest(half: Exported) -> None:
     quality = half.manifest["quality"]
     assert quality["texts"] == 6
     assert quality["tokens"] > 50
-    assert quality["argmax_agreement"] > 0.9
-    assert 0 < quality["mean_kl"] < 1e-2
+    assert quality["file"] == "texts.jsonl"
+    for name in ("blend", "base", "adapter"):
+        assert quality[name]["argmax_agreement"] > 0.9
+        assert 0 < quality[name]["mean_kl"] < 1e-2
+    check_memories_apart(half)
 
 
 def test_int8_caches_take_a_quarter_and_stay_close(int8_caches: Exported, tiny: Exported) -> None:
@@ -89,7 +93,7 @@ def test_int8_caches_take_a_quarter_and_stay_close(int8_caches: Exported, tiny: 
     assert sizes["int8"] * 4 == sizes["float"]
     found = differences(int8_caches)
     assert 1e-4 < max(found) < 2.0  # logits reach 10; another cache's content would be off by as much
-    assert int8_caches.manifest["quality"]["argmax_agreement"] > 0.7
+    assert int8_caches.manifest["quality"]["blend"]["argmax_agreement"] > 0.7
 
 
 def test_bf16_is_written_and_reported_as_unverified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

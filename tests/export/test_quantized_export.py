@@ -15,6 +15,7 @@ from export.settings import ExportSettings
 from runtime import Session
 from tests.builders import VOCABULARY
 from tests.exported import Exported, export_tiny
+from tests.measured import check_memories_apart
 
 FORCED = 1e4
 # Every row's activations are rounded to int8 by themselves, so that steps and a prefill differ like sums in another
@@ -136,6 +137,29 @@ def test_tied_embeddings_and_head_are_the_same_bytes_and_nothing_is_stored_twice
     parts = sorted(set(found.values()))
     assert [offset + length for offset, length in parts[:-1]] == [offset for offset, _ in parts[1:]]
     assert sum(length for _, length in parts) == exported.manifest["files"]["model.onnx.data"]["bytes"]
+
+
+def test_the_bytes_in_the_manifest_are_those_of_the_file(exported: Exported, proto: onnx.GraphProto) -> None:
+    found, read = places(proto), dict[str, int]()
+    stored = {
+        tensor.name: onnx.numpy_helper.to_array(tensor).nbytes
+        for tensor in proto.initializer
+        if tensor.name not in found
+    }
+    widened = {node.output[0]: node.input[0] for node in nodes(proto, "Cast")}
+    weights = {"GatherBlockQuantized": (0, 2, 3), "QuantizedSwiGLULowRank": (1, 2, 3, 5, 6, 7)}
+    for node in proto.node:
+        wanted = weights.get(node.op_type, (1, 2, 3) if node.op_type in OWN else ())
+        for name in [node.input[place] for place in wanted if place < len(node.input) and node.input[place]]:
+            held = widened.get(name, name)
+            offset, length = found.get(held, (held, stored.get(held, 0)))  # a view has its tensor's offset
+            assert length
+            read[str(offset)] = length
+    assert sum(read.values()) == exported.manifest["quantization"]["bytes"]
+
+
+def test_each_memory_is_measured_by_itself(exported: Exported) -> None:
+    check_memories_apart(exported)
 
 
 def texts() -> Iterator[tuple[list[int], list[int]]]:

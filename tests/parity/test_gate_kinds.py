@@ -10,11 +10,12 @@ import pytest
 from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate
 from runtime import Session
-from tests.exported import PROMPT, export_tiny
+from tests.exported import PROMPT, Exported, export_tiny
+from tests.measured import check_memories_apart
 
 
 @pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "query_aware"])
-def test_exported_gate_equals_the_oracle_at_several_biases(kind: str, tmp_path: Path) -> None:
+def test_exported_gate_equals_the_oracle_at_several_biases_and_is_measured_by_memory(kind: str, tmp_path: Path) -> None:
     exported = export_tiny(tmp_path, gate_kind=kind)
     session = Session(exported.artifact)
     for bias in (0.0, 1.5, -40.0):
@@ -25,3 +26,8 @@ def test_exported_gate_equals_the_oracle_at_several_biases(kind: str, tmp_path: 
             assert output.gate_mean is not None
             np.testing.assert_allclose(output.gate_mean[0], step.gate.mean(), atol=1e-4)
             output = session.decode_step(state, [step.token])
+    check_memories_apart(exported)
+
+
+def test_the_quality_of_each_memory_of_the_default_gate_is_its_own(tiny: Exported) -> None:
+    check_memories_apart(tiny)

@@ -3,6 +3,7 @@ form of an artifact."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,42 +32,54 @@ def trunk(folder: Path, settings: ExportSettings | None = None) -> Exported:
     return export_existing(folder, base, model, info, settings)
 
 
+def tiny_llama(settings: ExportSettings | None = None, **how: Any) -> Callable[[Path], Exported]:
+    """One with heads of 16. how: to make and export it."""
+    return lambda folder: export_tiny(folder, head_dim=16, settings=settings, **how)
+
+
+ARTIFACTS: dict[str, Callable[[Path], Exported]] = {
+    "fp32": tiny_llama(),
+    "int4": tiny_llama(ExportSettings("int4")),
+    "fp16": tiny_llama(ExportSettings("fp16")),
+    "portable": tiny_llama(ExportSettings(portable=True)),
+    "shared trunk": trunk,
+    "shared trunk, portable": lambda folder: trunk(folder, ExportSettings(portable=True)),
+    "virtual tokens": tiny_llama(adapter="prefix_tuning"),
+    "virtual tokens, portable": tiny_llama(ExportSettings(portable=True), adapter="prefix_tuning"),
+    "int8 caches": tiny_llama(ExportSettings(kv_cache="int8")),
+    "gate without query": tiny_llama(gate_kind="token"),
+    "base alone": tiny_llama(ExportSettings(base_only=True)),
+}
+
+
 @dataclass(frozen=True)
 class Form:
-    """How an artifact is made and run. device: as on a provider with a memory of its own. cuda_graph: as for one."""
+    """How one of ARTIFACTS is run. device: as on a provider with a memory of its own. cuda_graph: as for one."""
 
-    export: Callable[[Path], Exported]
-    kernels: bool = True
+    artifact: str
     tolerance: float = FLOAT
+    kernels: bool = True
     device: bool = False
     cuda_graph: bool = False
 
 
-def tiny_form(settings: ExportSettings | None = None, tolerance: float = FLOAT, **how: Any) -> Form:
-    """A tiny Llama with heads of 16. how: to export it, and the fields of `Form`."""
-    run = {name: how.pop(name) for name in ("kernels", "device", "cuda_graph") if name in how}
-    return Form(lambda folder: export_tiny(folder, head_dim=16, settings=settings, **how), tolerance=tolerance, **run)
-
-
 FORMS = {
-    "fp32": tiny_form(),
-    "int4": tiny_form(ExportSettings("int4"), ROUNDED),
-    "int4, without kernels": tiny_form(ExportSettings("int4"), ROUNDED, kernels=False),
-    "portable": tiny_form(ExportSettings(portable=True)),
-    "shared trunk": Form(trunk),
-    "shared trunk, portable": Form(lambda folder: trunk(folder, ExportSettings(portable=True))),
-    "virtual tokens": tiny_form(adapter="prefix_tuning"),
-    "virtual tokens, portable": tiny_form(ExportSettings(portable=True), adapter="prefix_tuning"),
-    "int8 caches": tiny_form(ExportSettings(kv_cache="int8"), ROUNDED),
-    "gate without query": tiny_form(gate_kind="token"),
-    "base alone": tiny_form(ExportSettings(base_only=True)),
-    "on a device": tiny_form(device=True),
-    "fp16, on a device, for a CUDA graph": tiny_form(ExportSettings("fp16"), ROUNDED, device=True, cuda_graph=True),
-    "int8 caches, on a device": tiny_form(ExportSettings(kv_cache="int8"), ROUNDED, device=True),
-    "virtual tokens, portable, on a device": tiny_form(
-        ExportSettings(portable=True), adapter="prefix_tuning", device=True, cuda_graph=True
-    ),
-    "base alone, on a device": tiny_form(ExportSettings(base_only=True), device=True),
+    "fp32": Form("fp32"),
+    "int4": Form("int4", ROUNDED),
+    "int4, without kernels": Form("int4", ROUNDED, kernels=False),
+    "portable": Form("portable"),
+    "shared trunk": Form("shared trunk"),
+    "shared trunk, portable": Form("shared trunk, portable"),
+    "virtual tokens": Form("virtual tokens"),
+    "virtual tokens, portable": Form("virtual tokens, portable"),
+    "int8 caches": Form("int8 caches", ROUNDED),
+    "gate without query": Form("gate without query"),
+    "base alone": Form("base alone"),
+    "on a device": Form("fp32", device=True),
+    "fp16, on a device, for a CUDA graph": Form("fp16", ROUNDED, device=True, cuda_graph=True),
+    "int8 caches, on a device": Form("int8 caches", ROUNDED, device=True),
+    "virtual tokens, portable, on a device": Form("virtual tokens, portable", device=True, cuda_graph=True),
+    "base alone, on a device": Form("base alone", device=True),
 }
 
 
@@ -111,19 +124,21 @@ class Opened:
         np.testing.assert_allclose(found, expected, atol=self.tolerance * max(1.0, np.abs(expected).max()))
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Form]:
-    form = FORMS[request.param]
-    return form.export(tmp_path_factory.mktemp("rows")), form
+@pytest.fixture(scope="module")
+def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports one of ARTIFACTS where it is first asked for."""
+    return functools.cache(lambda name: ARTIFACTS[name](tmp_path_factory.mktemp("rows")).artifact)
 
 
-@pytest.fixture
-def opened(exported: tuple[Exported, Form], monkeypatch: pytest.MonkeyPatch) -> Opened:
+@pytest.fixture(params=FORMS)
+def opened(
+    request: pytest.FixtureRequest, artifact_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Opened:
     monkeypatch.setattr("runtime.engine.cache.BLOCK", 8)  # so that rows meet buffers of different sizes
-    artifact, form = exported
+    form = FORMS[request.param]
     if form.device:  # the CPU provider's graphs do on the host what a device's do there
         monkeypatch.setitem(ON_DEVICE, "cpu", "cpu")
-    session = Session(artifact.artifact, threads=1, kernels=form.kernels)
+    session = Session(artifact_of(form.artifact), threads=1, kernels=form.kernels)
     session.cuda_graph = form.cuda_graph  # the CPU provider captures nothing, and binds the same
     return Opened(session, form.tolerance)
 
@@ -272,17 +287,14 @@ def test_bad_rows_and_lengths_are_refused(opened: Opened) -> None:
         state.trim([27, 11, 5])
 
 
-def test_states_of_different_artifacts_are_not_joined(tmp_path: Path) -> None:
-    states = [
-        Session(export_tiny(tmp_path / name, settings=settings).artifact, threads=1).new_state()
-        for name, settings in (("two", None), ("base", ExportSettings(base_only=True)))
-    ]
+def test_states_of_different_artifacts_are_not_joined(artifact_of: Callable[[str], Path]) -> None:
+    states = [Session(artifact_of(name), threads=1).new_state() for name in ("fp32", "base alone")]
     with pytest.raises(PromptError, match="different artifacts"):
         states[0].join(states[1])
 
 
-def test_only_the_last_decoded_tokens_are_kept_to_be_cut_back_to(tiny: Exported) -> None:
-    session = Session(tiny.artifact, threads=1)
+def test_only_the_last_decoded_tokens_are_kept_to_be_cut_back_to(artifact_of: Callable[[str], Path]) -> None:
+    session = Session(artifact_of("fp32"), threads=1)
     state = session.new_state(1)
     session.prefill(state, [MIDDLE])
     for _ in range(RECENT + 6):

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.inspect import format_summary, summarize
 from tests.exported import Exported, copied, edit_manifest
-from tests.runtime.test_manifest import command
+from tests.runtime.test_manifest import command, quality
 
 
 def test_texts_of_an_artifact_cannot_move_the_cursor(tiny: Exported, tmp_path: Path) -> None:
@@ -21,18 +21,43 @@ def test_texts_of_an_artifact_cannot_move_the_cursor(tiny: Exported, tmp_path: P
         base_model=tiny.manifest["base_model"] | {"name": nasty},
         adapter=tiny.manifest["adapter"] | {"peft_type": nasty},
         created=nasty,
+        quality=quality(file=nasty),
     )
     lines = format_summary(summarize(artifact)).splitlines()
     assert len(lines) == len(format_summary(summarize(tiny.artifact)).splitlines())
     assert all(line.isprintable() for line in lines)
-    assert r"\x1b[2J\ngate         none\r\u202e" in lines[1]
+    assert r"\x1b[2J\ngate         none\r\u202e" in lines[2]
+    assert lines[1].endswith(r"5,047 tokens of \x1b[2J\ngate         none\r\u202e")
 
 
 def test_json_is_json_for_everyone(tiny: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("inspect", tiny.artifact, "--json") == 0
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert facts["context_length"] == 128
+    assert facts["quality"] is None
     assert facts["cache_bytes_per_token"] == 2 * 2 * 2 * 2 * 8 * 4  # streams, layers, parts, heads, size, float32
+
+
+def test_the_quality_is_the_line_after_the_artifacts_own(
+    tiny: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    lines = format_summary(summarize(artifact)).splitlines()
+    assert lines[1] == "quality      not measured; export with --eval-data"
+    edit_manifest(artifact, quality=quality())
+    measured = format_summary(summarize(artifact)).splitlines()
+    expected = (
+        "quality      blend KL 0.031, base KL 0.022, adapter KL 0.03; +1.1 % perplexity on 5,047 tokens of gsm.jsonl"
+    )
+    assert measured == [lines[0], expected, *lines[2:]]
+    assert command("inspect", artifact, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["quality"] == quality()
+    lost = quality()["blend"] | {"mean_kl": None, "perplexity_change": None}
+    edit_manifest(artifact, quality=quality(blend=lost))
+    assert (
+        "blend KL not finite, base KL 0.022, adapter KL 0.03; a change that is not finite of the perplexity on"
+        in format_summary(summarize(artifact))
+    )
 
 
 @pytest.mark.parametrize("differences", [{}, {"prefill": {}}, {"prefill": {"logits": None}}])

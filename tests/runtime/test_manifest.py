@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,15 +13,45 @@ from typing import Any
 import onnx
 import pytest
 
-from runtime import ArtifactError, load
+from export.artifact import SECTIONS, seal
+from runtime import ArtifactError, generate, load
 from runtime.console import run_commands
 from runtime.folder import check_files, unlisted_files
 from runtime.json_checks import parse_json
 from runtime.manifest import StepReads, read_manifest
 from runtime.printable import printable, shortened
+from runtime.quality import read_quality
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
+DIFFERENCE = {
+    "argmax_agreement": 0.9,
+    "mean_kl": 0.0312,
+    "perplexity_reference": 10.0,
+    "perplexity": 10.114,
+    "perplexity_change": 0.0114,
+}
+
+
+def quality(**changes: Any) -> dict[str, Any]:
+    """The manifest's section of a measured artifact."""
+    memories = {
+        name: DIFFERENCE | {"mean_kl": kl} for name, kl in (("blend", 0.0312), ("base", 0.022), ("adapter", 0.03))
+    }
+    return {"file": "gsm.jsonl", "texts": 40, "tokens": 5047, **memories, **changes}
+
+
+def as_format_5(artifact: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest as format 5 has it, without a hash of the number."""
+    seal(artifact, manifest | {"format_version": 5})
+    proto = onnx.load(str(artifact / "model.onnx"), load_external_data=False)
+    (hashes,) = [entry for entry in proto.metadata_props if entry.key == SECTIONS]
+    kept = {name: value for name, value in json.loads(hashes.value).items() if name != "format_version"}
+    hashes.value = json.dumps(kept)
+    onnx.save(proto, str(artifact / "model.onnx"))
+    content = (artifact / "model.onnx").read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit_manifest(artifact, files=read_manifest(artifact).raw["files"] | {"model.onnx": entry})
 
 
 def test_a_table_costs_a_row_per_token_up_to_all_of_them() -> None:
@@ -84,6 +115,10 @@ def test_a_file_that_is_no_manifest_is_one_error(tiny: Exported, tmp_path: Path,
         ("virtual_tokens", {"base": 0, "adapter": 3}, r"files has no virtual_tokens\.npz"),
         ("training", [], "training is a list of 0; it must be an object"),
         ("created", 5, "created is 5; it must be text"),
+        ("quality", quality(blend=None), "quality.blend is null; it must be an object with two streams"),
+        ("quality", quality(base=None), "quality.base is null; it must be an object"),
+        ("quality", quality(file=1), "quality.file is 1; it must be text"),
+        ("quality", {"texts": 4, "tokens": 99, **DIFFERENCE}, "quality.file is missing"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place_and_its_rule(
@@ -123,6 +158,44 @@ def test_what_only_an_export_can_change_is_compared_with_the_graph(
     artifact = copied(tiny.artifact, tmp_path / "artifact")
     edit_manifest(artifact, model=tiny.manifest["model"] | change)
     with pytest.raises(ArtifactError, match="its section 'model' is not the one that the graph was exported with"):
+        load(artifact)
+
+
+@pytest.mark.parametrize("streams", [["base", "adapter"], ["base"]])
+def test_the_quality_of_format_5_is_that_of_who_speaks(streams: list[str]) -> None:
+    document = {"format_version": 5, "streams": streams, "quality": {"texts": 4, "tokens": 99, **DIFFERENCE}}
+    found = read_quality(document)
+    assert found is not None
+    assert found.keys() == quality().keys()
+    assert (found["file"], found["texts"], found["tokens"]) == (None, 4, 99)
+    speaker = "blend" if len(streams) > 1 else "base"
+    assert {name for name in ("blend", "base", "adapter") if found[name] is not None} == {speaker}
+    assert found[speaker] == DIFFERENCE
+    assert read_quality(document | {"quality": None}) is None
+
+
+def test_an_artifact_of_format_5_runs_and_verifies(
+    tiny: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    as_format_5(artifact, tiny.manifest | {"quality": {"texts": 4, "tokens": 99, **DIFFERENCE}})
+    assert json.loads((artifact / "imsm_model.json").read_text())["format_version"] == 5
+    assert (
+        generate(load(artifact), PROMPT, max_new_tokens=4).token_ids
+        == generate(load(tiny.artifact), PROMPT, max_new_tokens=4).token_ids
+    )
+    assert command("verify", artifact) == 0
+    capsys.readouterr()
+    assert command("inspect", artifact) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "quality      blend KL 0.031; +1.1 % perplexity on 99 tokens"
+    edit_manifest(artifact, model=tiny.manifest["model"] | {"context_length": 127})
+    with pytest.raises(ArtifactError, match="its section 'model' is not the one that the graph was exported with"):
+        load(artifact)
+    edit_manifest(artifact, model=tiny.manifest["model"], format_version=6)
+    with pytest.raises(ArtifactError, match=r"quality\.file is missing"):
+        load(artifact)
+    edit_manifest(artifact, quality=None)
+    with pytest.raises(ArtifactError, match="its section 'format_version' is not the one that the graph was exported"):
         load(artifact)
 
 

@@ -108,11 +108,13 @@ def test_products_are_those_with_the_rounded_weights(bits: int, block_size: int,
 
 
 def test_what_the_weights_became_is_reported_by_their_names() -> None:
-    done = quantize(made(PRODUCT), INT4)
+    model = made(PRODUCT)
+    done = quantize(model, INT4)
     assert set(done.weights) == set(BOTH)
     expected = round_to_nearest(WEIGHTS["model.up.weight"].T, 4, 32, True)
     np.testing.assert_array_equal(done.weights["model.up.weight"].packed, expected.packed)
     assert done.bytes_before == 4 * (40 * 64 + 64 * 30)
+    done.count_bytes(model)
     assert done.bytes_after == (64 + 30) * 2 * (16 + 4)  # two blocks an output, of 16 bytes and a scale
 
 
@@ -240,6 +242,7 @@ def test_the_file_holds_tied_tensors_once_and_the_nodes_read_the_same_bytes(tmp_
     model = tied("model.even_embed.weight")
     done = quantize(model, Quantization(4, 32, symmetric))
     before = logits(model)
+    done.count_bytes(model)
     write_graph(model, tmp_path)
     assert (tmp_path / "model.onnx.data").stat().st_size <= done.bytes_after
     written = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph

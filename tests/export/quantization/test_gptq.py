@@ -145,9 +145,10 @@ def test_the_real_models_perplexity_rises_less_than_by_rounding_to_nearest(
         weights = {f"model.{name}.base_layer.weight": weight for name, weight in rounded.items()}
         with rounded_weights(model.causal_lm, weights):
             report = measure_quality(
-                lambda text: expected[tuple(text.token_ids)],
-                lambda text: base_logits(model, text),
+                lambda text: {"base": expected[tuple(text.token_ids)].__getitem__},
+                lambda text: {"base": base_logits(model, text).__getitem__},
                 held_out,
             )
-        changes.append(report.perplexity_change)
+        assert report.base is not None
+        changes.append(report.base.perplexity_change)
     assert 0 < changes[0] < 0.95 * changes[1]  # 0.6 of it with five times the texts

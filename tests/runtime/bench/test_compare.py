@@ -20,6 +20,7 @@ from runtime.engine.execution import Execution
 from runtime.engine.session import Session
 from runtime.errors import ProviderError, SettingsError
 from tests.exported import Exported
+from tests.runtime.test_manifest import quality
 
 KEYS = {
     "provider",
@@ -68,6 +69,10 @@ def test_the_last_line_is_the_documented_json(
     assert facts["nodes_fallback"] == 0
     assert (facts["threads"], facts["spin"]) == (1, False)
     assert "TTFT ms" in out
+    assert document["artifact"]["quality"] is None
+    place = out.splitlines()[0].replace("TTFT ms", "TTFT").split().index("KL")
+    assert out.splitlines()[1].split()[place] == "-"
+    assert "KL: how far a precision is from float32 was not measured; export with --eval-data" in out
     assert "ratio" not in out.splitlines()[0]
     assert f"cpu: {facts['nodes_total']} of {facts['nodes_total']} nodes on CPUExecutionProvider" in out
 
@@ -108,6 +113,7 @@ def test_the_table_has_ratios_to_the_first_provider() -> None:
     facts: dict[str, Any] = {"fallback_ops": {}, "nodes_total": 9, "same_tokens_percent": None}
     document = {
         "machine": {"read_gb_per_s": 30.0},
+        "artifact": {"quality": quality()},
         "results": [result, slower],
         "providers": [
             facts | {"provider": "cpu", "nodes_by_provider": {"CPUExecutionProvider": 9}},
@@ -120,6 +126,12 @@ def test_the_table_has_ratios_to_the_first_provider() -> None:
     lines = bench_module.format_table(document).splitlines()
     assert lines[0].split().count("ratio") == 2
     assert lines[2].split()[5:9] == ["3.50", "1.00", "-", "1.00"]
+    place = lines[0].replace("TTFT ms", "TTFT").split().index("KL")
+    assert [line.split()[place] for line in lines[1:3]] == ["0.031", "0.031"]
+    assert lines[3] == (
+        "KL: of the blend's next-token distributions to float32's, nats a token, measured by the export on 5,047 "
+        "tokens of gsm.jsonl"
+    )
     assert lines[-1] == (
         "openvino: 9 of 9 nodes on CPUExecutionProvider, none on OpenVINOExecutionProvider; fell back: MatMul 9; "
         "50 % of the greedy tokens match the first's"

@@ -98,7 +98,7 @@ class Recorder:
 
     def get_modelmeta(self) -> Any:
         sections = self._manifest().raw.items()
-        hashes = {name: section_hash(name, section) for name, section in sections if name != "format_version"}
+        hashes = {name: section_hash(name, section) for name, section in sections}
         return SimpleNamespace(custom_metadata_map={SECTIONS: json.dumps(hashes)})
 
     def io_binding(self) -> Binding:

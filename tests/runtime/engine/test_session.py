@@ -63,7 +63,21 @@ def test_a_changed_byte_is_found_by_its_hash(tiny: Exported, tmp_path: Path) -> 
             '"kv_heads": "two"',
             r"cache\[0\].kv_heads is .two.; it must be a whole number from 1 to 65536",
         ),
-        ('"format_version": 5', '"format_version": 4', "format version 4; this program reads 5; export it again"),
+        (
+            '"format_version": 6',
+            '"format_version": 4',
+            "format version 4; this program reads 5 and 6; export it again",
+        ),
+        (
+            '"format_version": 6',
+            '"format_version": 7',
+            "format version 7; this program reads 5 and 6; it is older than the artifact",
+        ),
+        (
+            '"format_version": 6',
+            '"format_version": 5',
+            "its section 'format_version' is not the one that the graph was exported with",
+        ),
         ('"padding": ', '"most_padding": ', "graph.padding is missing"),
         ('"reads": {', '"weights": {', "reads is missing"),
         ('"model": {', '"modle": {', "damaged: model is missing"),
