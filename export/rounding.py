@@ -51,23 +51,21 @@ def plan_rounding(
         return settings, plain
     own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
     widths = (8,) if settings.bits == 8 else WIDTHS if own else STOCK_WIDTHS
-    found = round_backbone(
-        model, [*texts.calibration, *own_text], widths, settings.block_size, settings.symmetric, report
-    )
-    if settings.precision == AUTO:
+    mean = None if settings.precision == AUTO else 8.0 if settings.bits == 8 else settings.mean_bits or MEAN_BITS
+    form = (settings.block_size, settings.symmetric)
+    found = round_backbone(model, [*texts.calibration, *own_text], widths, mean, *form, report)
+    if mean is None:
         judged = texts.evaluation or _judged(
             own_texts(model, tokenizer, SENTENCES[1:], longest, report, JUDGED_ROWS, seed=1)
         )
         reference = Reference(model, judged, settings.base_only)
-        return _smallest(found, reference, widths, settings, plain, report)
-    mean = 8 if settings.bits == 8 else MEAN_BITS if settings.mean_bits is None else settings.mean_bits
-    return settings, replace(plain, calibrated=found.choose(mean, widths))
+        return _smallest(found, reference, settings, plain, report)
+    return settings, replace(plain, calibrated=found.choose(mean))
 
 
 def _smallest(
     found: Candidates,
     reference: Reference,
-    widths: Sequence[int],
     settings: ExportSettings,
     plain: Quantization,
     report: Report,
@@ -77,7 +75,7 @@ def _smallest(
     kept: dict[str, QuantizedWeight] = {}
     while low < high:
         middle = (low + high) // 2
-        weights = found.choose(TRIED[middle], widths)
+        weights = found.choose(TRIED[middle])
         divergence = reference.divergence(weights, round_activations=settings.dtype_name == "float32")
         fits = divergence.worst <= settings.max_kl
         report(_tried(TRIED[middle], divergence, settings, fits))

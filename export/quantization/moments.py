@@ -2,9 +2,9 @@
 
 The loss is the models' own, next-token cross-entropy on calibration texts, once of each stream with its own head. Its
 gradient g_t at a layer's output tells what an error e_t of that output costs: to second order, and on text that the
-model could have written itself, KL = 1/2 E[(g_t e_t)^2] (Fisher information; as in Kronecker-factored curvature,
-Martens and Grosse 2015, arXiv 1503.05671). The first tokens of a text are often read with huge values and matter
-little, so that inputs count by their own size and, in the same amount, by the size of the gradient at their token.
+model could have written itself, KL = 1/2 E[(g_t e_t)^2] (Fisher information, as in "Optimal Brain Damage", LeCun et al.
+1989). The first tokens of a text are often read with huge values and matter little, so that inputs count by their own
+size and, in the same amount, by the size of the gradient at their token.
 """
 
 from __future__ import annotations
@@ -20,27 +20,32 @@ from torch import Tensor, nn
 from imsm_core.adapters.virtual_tokens import adapter_hidden_state
 from imsm_core.backbone import last_hidden_state
 from imsm_core.head_loss import summed_loss
+from imsm_core.quantized_backbone import nearest_in_blocks
 from imsm_core.siamese import SiameseModel
 
+from .layers import weight_of
 from .weight_format import Array
+
+FEWEST = 4
+"""Bits of the rounding whose cost is found."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer with N outputs and K inputs. inputs: (K, K) float32, the weighted sum of x x^T over all rows of both
-    streams. costs: (N,) float32, so that an error D of the weight costs sum_i costs_i (D inputs D^T)_ii nats a token;
-    None where no gradient could be had."""
+    """Of one layer. inputs: (K, K) float32, the weighted sum of x x^T over all rows of both streams. cost: what its
+    weight's rounding to the nearest of 4 bits costs, nats a token; None where no gradient could be had."""
 
     inputs: Array
-    costs: Array | None
+    cost: float | None
 
 
 class _Sums:
-    """Of one layer while texts are read."""
+    """Of one layer while texts are read. error: (N, K) float32, what rounding changes."""
 
-    def __init__(self) -> None:
-        self.inputs: Tensor | None = None
-        self.gradients: Tensor | None = None
+    def __init__(self, error: Tensor) -> None:
+        self.error = error
+        self.inputs = torch.zeros(error.shape[1], error.shape[1])
+        self.cost = 0.0
         self.unit = 0.0  # the mean square of the first text's gradients: a token of that size counts twice
         self.rows = 0
 
@@ -48,27 +53,19 @@ class _Sums:
         """rows: (S, K); gradients: (S, N), or None where none can be had."""
         weighted = rows
         if gradients is not None:
-            squares = gradients.square()
-            sizes = squares.mean(1)
+            sizes = gradients.square().mean(1)
             self.unit = self.unit or float(sizes.mean())
             if self.unit:
                 weighted = rows * (1 + sizes / self.unit)[:, None]
-            summed = squares.sum(0)
-            self.gradients = summed if self.gradients is None else self.gradients.add_(summed)
-        product = weighted.T @ rows
-        self.inputs = product if self.inputs is None else self.inputs.add_(product)
+            self.cost += 0.5 * float(((rows @ self.error.T) * gradients).square_().sum())
+        self.inputs.addmm_(weighted.T, rows)
         self.rows += len(rows)
 
     def moments(self, tokens: int) -> Moments | None:
-        if self.inputs is None:
+        if not self.rows:
             return None
         inputs: Array = self.inputs.numpy()
-        if self.gradients is None or not self.unit:
-            return Moments(inputs, None)
-        # Half of `inputs` are inputs times squares of gradients, in units of `unit`, averaged over the outputs.
-        shares = self.gradients / self.gradients.mean()
-        costs: Array = (shares * (0.5 * self.unit / 2 / tokens)).numpy()
-        return Moments(inputs, costs)
+        return Moments(inputs, self.cost / tokens if self.unit else None)
 
 
 @dataclass(frozen=True)
@@ -82,13 +79,19 @@ class Collected:
     embeddings: Array | None
 
 
-def collect(model: SiameseModel, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]]) -> Collected:
-    """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is.
+def collect(
+    model: SiameseModel, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]], block_size: int
+) -> Collected:
+    """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is. block_size: of the
+    rounding whose cost is found.
 
     With an adapter that multiplies by a changed weight without the layer, as BOFT does, only the base stream's rows
     count.
     """
-    sums = {name: _Sums() for name in layers}
+    sums = {}
+    for name, layer in layers.items():
+        weight = torch.from_numpy(weight_of(layer))
+        sums[name] = _Sums(weight - nearest_in_blocks(weight, FEWEST, block_size))
     together: dict[str, str] = {}
     last: list[Any] = [None, ""]  # the last input, and the layer that read it first
 
@@ -113,9 +116,9 @@ def collect(model: SiameseModel, layers: Mapping[str, nn.Module], texts: Sequenc
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(hook(name)).remove)
         tokens = sum(_losses(model, texts, embedded.append))
-    costs = 0.5 * torch.stack(embedded).sum(0) / tokens if embedded else None
+    gradients = 0.5 * torch.stack(embedded).sum(0) / tokens if embedded else None
     found = {name: each.moments(tokens) for name, each in sums.items()}
-    return Collected(found, together, None if costs is None else costs.numpy())
+    return Collected(found, together, None if gradients is None else gradients.numpy())
 
 
 def _losses(model: SiameseModel, texts: Sequence[Sequence[int]], embedded: Callable[[Tensor], None]) -> Iterator[int]:
