@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..quantization.weight_format import TOGETHER
 from . import functions
 from .quantized_matmul import ATTRIBUTES, INPUTS, LOW_RANK, PLAIN, body
 
@@ -82,37 +81,42 @@ def _products(bits: int, zero_points: bool) -> str:
 
 
 def _low_body(bits: int) -> str:
-    """low + 8 as weights of 4 bits, in the shape of `weights`: (M, blocks, block_size / 2). For each byte of `more` a
-    table has its eight bits, each as a byte with that bit in its place."""
-    kinds = 2 * (bits - 4)  # of bits: of even weights and of odd ones, by their place in a code
-    lines = [
-        *(f"number{n} = Constant <value_int: int = {n}> ()" for n in (0, 1, 256)),
-        "numbers = Range (number0, number256, number1)",
-        _constant("column", "int64", -1, 1),
-        "number_column = Reshape (numbers, column)",
-        "all_bytes = Cast <to: int = 2> (number_column)",
-        _constant("places", "uint8", *range(8)),
-        _constant("one", "uint8", 1),
-        f"moved = {_RIGHT} (all_bytes, places)",
-        "table = BitwiseAnd (moved, one)",
-        _constant("middle", "uint8", _MIDDLE * 17),
-        _constant("by_kind", "int64", 0, 0, kinds, TOGETHER // 16),
-        "bytes = Reshape (more, by_kind)",
-    ]
-    total = "middle"
-    for kind in range(kinds):
-        plane, odd = divmod(kind, 2)
-        lines += [
-            f"kind{kind} = Constant <value_int: int = {kind}> ()",
-            f"bytes{kind} = Gather <axis: int = 2> (bytes, kind{kind})",
-            f"index{kind} = Cast <to: int = 6> (bytes{kind})",
-            _constant(f"place{kind}", "uint8", plane + 4 * odd),
-            f"table{kind} = {_LEFT} (table, place{kind})",
-            f"bits{kind} = Gather (table{kind}, index{kind})",
-            f"sum{kind} = BitwiseOr ({total}, bits{kind})",
-        ]
-        total = f"sum{kind}"
-    return "\n".join([*lines, "shape = Shape (weights)", f"low = Reshape ({total}, shape)"])
+    """low + 8 as weights of 4 bits, in the shape of `weights`: (M, blocks, block_size / 2)."""
+    extra = bits - 4
+    fields = [extra * field for field in range(8 // extra)]
+    return f"""
+        {_constant("places", "int64", 0, 0, 2, 8 * extra)}
+        {_constant("fields", "int64", 0, 0, 1, 8 * extra)}
+        {_constant("moves", "uint8", *fields, shape=f"{len(fields)},1")}
+        {_constant("mask", "uint8", (1 << extra) - 1)}
+        {_constant("four", "uint8", 4)}
+        {_constant("middle", "uint8", _MIDDLE * 17)}
+        {_constant("flat", "int64", 0, -1)}
+        {_constant("from", "int64", 0)}
+        {_constant("one", "int64", 1)}
+        {_constant("two", "int64", 2)}
+        number0 = Constant <value_int: int = 0> ()
+        number1 = Constant <value_int: int = 1> ()
+        bytes = Reshape (more, places)
+        even_bytes = Gather <axis: int = 2> (bytes, number0)
+        even_rows = Reshape (even_bytes, fields)
+        even_moved = {_RIGHT} (even_rows, moves)
+        evens = BitwiseAnd (even_moved, mask)
+        odd_bytes = Gather <axis: int = 2> (bytes, number1)
+        odd_rows = Reshape (odd_bytes, fields)
+        odd_moved = {_RIGHT} (odd_rows, moves)
+        odds = BitwiseAnd (odd_moved, mask)
+        odds_above = {_LEFT} (odds, four)
+        both = BitwiseOr (evens, odds_above)
+        padded = BitwiseOr (both, middle)
+        rows = Reshape (padded, flat)
+        shape = Shape (weights)
+        blocks = Slice (shape, one, two)
+        block_bytes = Shape <start: int = 2> (weights)
+        end = Mul (blocks, block_bytes)
+        cut = Slice (rows, from, end, one)
+        low = Reshape (cut, shape)
+    """
 
 
 def _halves_body() -> str:
@@ -175,6 +179,6 @@ def _gather_body(bits: int, zero_points: bool) -> str:
     """
 
 
-def _constant(name: str, dtype: str, *values: int) -> str:
+def _constant(name: str, dtype: str, *values: int, shape: str = "") -> str:
     numbers = ", ".join(map(str, values))
-    return f"{name} = Constant <value: tensor = {dtype}[{len(values)}] {{{numbers}}}> ()"
+    return f"{name} = Constant <value: tensor = {dtype}[{shape or len(values)}] {{{numbers}}}> ()"

@@ -23,7 +23,7 @@ from ..errors import ExportError
 Array = NDArray[Any]
 WIDTHS = (4, 5, 6, 8)
 """Bits that a weight can have."""
-TOGETHER = 32
+TOGETHER = 128
 """Weights whose low bits are stored together, where there are 5 or 6."""
 _OWN_ROUNDING: dict[int, Callable[..., Any]] = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}
 
@@ -140,11 +140,8 @@ def unpacked_codes(weight: QuantizedWeight) -> Array:
     if weight.more is None:
         return codes
     extra, (channels, groups, _) = weight.bits - 4, weight.more.shape
-    planes = np.unpackbits(weight.more, axis=-1, bitorder="little").reshape(channels, groups, extra, 2, TOGETHER // 2)
-    low = np.zeros((channels, groups, 2, TOGETHER // 2), np.uint8)
-    for plane in range(extra):
-        low |= planes[:, :, plane] << plane
-    flat = low.swapaxes(2, 3).reshape(channels, -1)[:, : codes[0].size]
+    fields = weight.more.reshape(channels, groups, 2, 1, -1) >> _places(extra) & (1 << extra) - 1
+    flat = fields.reshape(channels, groups, 2, -1).swapaxes(2, 3).reshape(channels, -1)[:, : codes[0].size]
     return codes << extra | flat.reshape(codes.shape)
 
 
@@ -167,9 +164,9 @@ def in_bytes(weight: QuantizedWeight) -> QuantizedWeight:
 def split(codes: Array, bits: int) -> tuple[Array, Array | None]:
     """`packed` and `more` of codes (N, blocks, block_size) uint8.
 
-    more: (N, ceil(blocks * block_size / 32), 4 * (bits - 4)) uint8. For each 32 weights and each bit below the high
-    four, the least significant first: two bytes with the bits of the weights 0, 2, .. 30 (bit i of the little-endian
-    number is weight 2i), then two with those of the weights 1, 3, .. 31.
+    more: (N, ceil(blocks * block_size / 128), 16 * extra) uint8, with the low extra = bits - 4 bits of each code. For
+    each 128 weights 8 * extra bytes are of the 64 even ones, and as many of the odd ones. A byte holds 8 / extra
+    fields, the first one in the lowest bits: field f of byte b is of number 8 * extra * f + b of those.
     """
     if bits == 8:
         return np.ascontiguousarray(codes), None
@@ -179,10 +176,15 @@ def split(codes: Array, bits: int) -> tuple[Array, Array | None]:
         return packed, None
     flat = codes.reshape(len(codes), -1)
     flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % TOGETHER)))
-    apart = flat.reshape(len(codes), -1, TOGETHER // 2, 2).swapaxes(2, 3)  # (N, groups, even or odd, 16)
-    planes = np.stack([apart >> plane & 1 for plane in range(extra)], axis=2)
-    more = np.packbits(planes, axis=-1, bitorder="little")
+    apart = flat.reshape(len(codes), -1, TOGETHER // 2, 2).swapaxes(2, 3) & (1 << extra) - 1  # evens, then odds
+    fields = apart.reshape(*apart.shape[:3], 8 // extra, -1) << _places(extra)
+    more = np.bitwise_or.reduce(fields, axis=3)
     return packed, np.ascontiguousarray(more.reshape(*more.shape[:2], -1))
+
+
+def _places(extra: int) -> Array:
+    """Where a byte's fields begin, as a column."""
+    return np.arange(0, 8, extra, dtype=np.uint8)[:, None]
 
 
 def check_format(bits: int, block_size: int) -> None:

@@ -87,7 +87,7 @@ def test_the_file_has_the_bits_and_no_bytes_for_them(exported: Exported) -> None
     by_name = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     lookup = next(node for node in proto.graph.node if node.op_type == "QuantizedGather")
     head = [node for node in proto.graph.node if node.op_type == "QuantizedMatMul"][-1]
-    assert [by_name[name] for name in lookup.input[1:3]] == [(VOCABULARY, 2, 16), (VOCABULARY, 2, 8)]
+    assert [by_name[name] for name in lookup.input[1:3]] == [(VOCABULARY, 2, 16), (VOCABULARY, 1, 32)]
     assert (head.input[1], head.input[5], head.input[2]) == tuple(lookup.input[1:4])
     assert len([name for name in by_name if name.endswith(".int8")]) == 2  # down_proj
     rows = {entry["rows"] for entry in exported.manifest["reads"]["rows"]}

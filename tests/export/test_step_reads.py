@@ -46,6 +46,7 @@ def test_a_table_costs_its_rows_unless_it_is_multiplied_too(tmp_path: Path) -> N
     ("operator", "domain", "place"),
     [
         ("GatherBlockQuantized", "com.microsoft", 3),
+        ("QuantizedGather", "imsm", 4),
         ("RotaryEmbedding", "com.microsoft", 3),
         ("RotaryEmbedding", "", 2),
         ("GroupQueryAttention", "com.microsoft", 8),

@@ -7,7 +7,7 @@ const char* const imsm_product_sizes[IMSM_PRODUCT_SIZES] = {
     [IMSM_BLOCKS] = "blocks",
     [IMSM_BLOCK_BYTES] = "bytes of a block",
     [IMSM_ZERO_BYTES] = "bytes of zero points",
-    [IMSM_GROUPS] = "groups of 32",
+    [IMSM_GROUPS] = "groups of 128",
     [IMSM_GROUP_BYTES] = "bytes of a group",
     [IMSM_RANK] = "rank",
     [IMSM_OTHER_RANK] = "rank",
@@ -42,8 +42,8 @@ ImsmInputs imsm_product_inputs(const ImsmProductKernel* kernel, const OrtKernelC
   inputs.sizes[IMSM_BLOCKS] = blocks;
   inputs.sizes[IMSM_BLOCK_BYTES] = kernel->block_size * (size_t)imsm_stored(kernel->bits) / 8;
   inputs.sizes[IMSM_ZERO_BYTES] = kernel->bits == 4 ? (blocks + 1) / 2 : blocks;
-  inputs.sizes[IMSM_GROUPS] = blocks * (kernel->block_size / IMSM_BLOCK);
-  inputs.sizes[IMSM_GROUP_BYTES] = IMSM_BLOCK * (size_t)imsm_extra(kernel->bits) / 8;
+  inputs.sizes[IMSM_GROUPS] = (kernel->k + IMSM_CHUNK - 1) / IMSM_CHUNK;
+  inputs.sizes[IMSM_GROUP_BYTES] = IMSM_CHUNK * (size_t)imsm_extra(kernel->bits) / 8;
   return inputs;
 }
 

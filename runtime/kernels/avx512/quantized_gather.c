@@ -1,6 +1,4 @@
 // QuantizedGather: rows of a matrix in blocks of 5 or 6 bits, by their numbers.
-#include <string.h>
-
 #include "operators.h"
 #include "quantized_product.h"
 #include "target.h"
@@ -22,16 +20,20 @@ static OrtStatus* create(const ImsmOperator* operator, const OrtKernelInfo* info
   return NULL;
 }
 
-// 32 weights: of each the four high bits and the others, as quantized_product.h describes them.
-TARGET static void unpack(const uint8_t* weights, const uint8_t* more, int extra, float zero, float scale, float* y) {
-  uint16_t planes[2][2] = {{0}};
-  memcpy(planes, more, 4 * (size_t)extra);
-  for (int i = 0; i < IMSM_BLOCK / 2; i++)
-    for (int odd = 0; odd < 2; odd++) {
-      int code = (weights[i] >> 4 * odd & 15) << extra;
-      for (int plane = 0; plane < extra; plane++) code |= (planes[plane][odd] >> i & 1) << plane;
+// 32 weights from number `first` of a row on: of each the four high bits and the others, as quantized_product.h
+// describes them.
+TARGET static void unpack(const uint8_t* weights, const uint8_t* more, size_t first, int extra, float zero, float scale,
+                          float* y) {
+  const size_t bytes = 8 * (size_t)extra;
+  const uint8_t* group = more + first / IMSM_CHUNK * 2 * bytes;
+  for (size_t i = 0; i < IMSM_BLOCK / 2; i++) {
+    const size_t number = first % IMSM_CHUNK / 2 + i, field = number / bytes;
+    for (size_t odd = 0; odd < 2; odd++) {
+      const int low = group[odd * bytes + number % bytes] >> (size_t)extra * field & ((1 << extra) - 1);
+      const int code = (weights[i] >> 4 * odd & 15) << extra | low;
       y[2 * i + odd] = ((float)code - zero) * scale;
     }
+  }
 }
 
 TARGET static float scale_of(const ImsmTensor* scales, size_t at) {
@@ -42,15 +44,16 @@ TARGET static float scale_of(const ImsmTensor* scales, size_t at) {
 static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Kernel* node = kernel;
   const int extra = imsm_extra(node->bits);
-  const size_t groups = node->block_size / IMSM_BLOCK, more_bytes = 4 * (size_t)extra;
+  const size_t group_bytes = IMSM_CHUNK * (size_t)extra / 8;
   ImsmInputs inputs = imsm_inputs(&imsm_quantized_gather, context);
   inputs.sizes[BLOCK_BYTES] = node->block_size / 2;
-  inputs.sizes[GROUP_BYTES] = more_bytes;
+  inputs.sizes[GROUP_BYTES] = group_bytes;
   ImsmTensor ids, weights, more, scales, zeros;
   IMSM_TRY(imsm_read(&inputs, IDS, &ids));
   IMSM_TRY(imsm_read(&inputs, WEIGHTS, &weights));
   const size_t n = inputs.sizes[N], blocks = inputs.sizes[BLOCKS];
-  inputs.sizes[GROUPS] = blocks * groups;
+  const size_t width = blocks * node->block_size, more_bytes = (width + IMSM_CHUNK - 1) / IMSM_CHUNK * group_bytes;
+  inputs.sizes[GROUPS] = (width + IMSM_CHUNK - 1) / IMSM_CHUNK;
   IMSM_TRY(imsm_read(&inputs, MORE, &more));
   IMSM_TRY(imsm_read(&inputs, SCALES, &scales));
   IMSM_TRY(imsm_read(&inputs, ZEROS, &zeros));
@@ -58,7 +61,7 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   if (like.dimensions == IMSM_MOST_DIMENSIONS)
     return imsm_failure("QuantizedGather: ids has %zu dimensions; it may have %d", ids.dimensions,
                         IMSM_MOST_DIMENSIONS - 1);
-  like.shape[like.dimensions++] = blocks * node->block_size;
+  like.shape[like.dimensions++] = width;
   float* y;
   IMSM_TRY(imsm_output(context, 0, like.shape, like.dimensions, &y));
   for (size_t row = 0; row < ids.count; row++) {
@@ -66,11 +69,11 @@ static OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     if (id < 0 || (uint64_t)id >= n)
       return imsm_failure("QuantizedGather: ids is %lld in row %zu; it must be below N %zu and not negative",
                           (long long)id, row, n);
-    for (size_t group = 0; group < blocks * groups; group++, y += IMSM_BLOCK) {
-      const size_t at = (size_t)id * blocks * groups + group, block = at / groups;
+    const uint8_t* low = (const uint8_t*)more.data + (size_t)id * more_bytes;
+    for (size_t first = 0; first < width; first += IMSM_BLOCK, y += IMSM_BLOCK) {
+      const size_t at = (size_t)id * width + first, block = at / node->block_size;
       const float zero = zeros.given ? ((const uint8_t*)zeros.data)[block] : (float)(1 << imsm_middle(node->bits));
-      unpack((const uint8_t*)weights.data + at * IMSM_BLOCK / 2, (const uint8_t*)more.data + at * more_bytes, extra,
-             zero, scale_of(&scales, block), y);
+      unpack((const uint8_t*)weights.data + at / 2, low, first, extra, zero, scale_of(&scales, block), y);
     }
   }
   return NULL;
@@ -82,7 +85,7 @@ static const char* const sizes[SIZES] = {
     [N] = "N",
     [BLOCKS] = "blocks",
     [BLOCK_BYTES] = "bytes of a block",
-    [GROUPS] = "groups of 32",
+    [GROUPS] = "groups of 128",
     [GROUP_BYTES] = "bytes of a group",
 };
 static const ImsmAttribute attributes[ATTRIBUTES] = {

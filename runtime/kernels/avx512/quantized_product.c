@@ -50,27 +50,22 @@ TARGET static inline __m128i load_zeros(const Product* product, size_t column, s
   return _mm_loadu_si128((const __m128i*)found);
 }
 
-// The other bits of a chunk's weights, even ones and odd ones, added to the four that are in their place.
-TARGET static inline __attribute__((always_inline)) void add_bits(const uint8_t* more, size_t count, const int extra,
-                                                                  __m512i* even, __m512i* odd) {
-  const __m256i all = _mm256_maskz_loadu_epi8((__mmask32)first_bytes(count), more);
-  if (extra == 1) {  // evens and odds of four blocks
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    const __m128i bits = _mm_shuffle_epi8(_mm256_castsi256_si128(all), order);
-    *even = _mm512_mask_add_epi8(*even, (__mmask64)_mm_cvtsi128_si64(bits), *even, _mm512_set1_epi8(1));
-    *odd = _mm512_mask_add_epi8(*odd, (__mmask64)_mm_extract_epi64(bits, 1), *odd, _mm512_set1_epi8(1));
-    return;
+// The other bits of a chunk's weights, even ones or odd ones, put below the four that are in their place. A lane's
+// field is where the shift by its place puts it.
+TARGET static inline __attribute__((always_inline)) __m512i add_bits(__m512i four, const uint8_t* more,
+                                                                     const int extra) {
+  __m512i fields, places;
+  if (extra == 1) {
+    int64_t bytes;
+    memcpy(&bytes, more, sizeof bytes);
+    fields = _mm512_set1_epi64(bytes);
+    places = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    fields = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)more));
+    places = _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6);
   }
-  const __m256i order =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
-  const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i bits = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(all, order), places);
-  for (int plane = 0; plane < extra; plane++) {
-    const __m512i one = _mm512_set1_epi8((char)(1 << plane));
-    const __m128i pair = plane ? _mm256_extracti128_si256(bits, 1) : _mm256_castsi256_si128(bits);
-    *even = _mm512_mask_add_epi8(*even, (__mmask64)_mm_cvtsi128_si64(pair), *even, one);
-    *odd = _mm512_mask_add_epi8(*odd, (__mmask64)_mm_extract_epi64(pair, 1), *odd, one);
-  }
+  const __m512i mask = _mm512_set1_epi8((char)((1 << extra) - 1));
+  return _mm512_or_si512(four, _mm512_and_si512(_mm512_srlv_epi64(fields, places), mask));
 }
 
 // One or two columns of up to four rows. `spread` puts the scale of each of the chunk's blocks into its lanes.
@@ -93,7 +88,7 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
     for (int r = 0; r < rows; r++) sums[c][r] = _mm512_setzero_ps();
   }
   const size_t step = IMSM_CHUNK * (size_t)imsm_stored(bits) / 8, last = activations->chunks - 1;
-  const size_t more_step = IMSM_CHUNK * (size_t)extra / 8, last_more = product->more_bytes - last * more_step;
+  const size_t more_step = IMSM_CHUNK * (size_t)extra / 8;
   const size_t last_bytes = bytes - last * step, last_scales = per_column - last * scales_per_chunk;
   for (size_t chunk = 0; chunk <= last; chunk++) {
     const size_t left = chunk < last ? step : last_bytes;
@@ -113,8 +108,10 @@ TARGET static inline __attribute__((always_inline)) void two_columns(const Produ
       if (bits != 8) {
         even[c] = _mm512_and_si512(_mm512_slli_epi16(both, extra), high);
         odd[c] = _mm512_and_si512(_mm512_srli_epi16(both, 4 - extra), high);
-        if (extra)
-          add_bits(more[c] + chunk * more_step, chunk < last ? more_step : last_more, extra, &even[c], &odd[c]);
+        if (extra) {
+          even[c] = add_bits(even[c], more[c] + chunk * more_step, extra);
+          odd[c] = add_bits(odd[c], more[c] + chunk * more_step + more_step / 2, extra);
+        }
       } else {  // the first sixteen of the four blocks, and the last
         const size_t rest = left > 64 ? left - 64 : 0;
         const __m512i next = _mm512_maskz_loadu_epi8(first_bytes(rest), weights[c] + chunk * step + (rest ? 64 : 0));
@@ -181,16 +178,17 @@ TARGET static inline __attribute__((always_inline)) void few_rows(const Product*
   if (matrix->change) imsm_low_rank_add(matrix->change, 0, rows, first, columns, product->y + first, matrix->n);
 }
 
-// Sixteen bytes of each of 16 columns from `column` on: registers of four bytes a lane, one column a lane.
-TARGET static inline __attribute__((always_inline)) void gather(const Product* product, size_t column, size_t offset,
-                                                                __m512i lanes[4]) {
+// Sixteen bytes of each of 16 columns from `column` on, which are `stride` apart: registers of four bytes a lane, one
+// column a lane.
+TARGET static inline __attribute__((always_inline)) void gather(const Product* product, const uint8_t* bytes,
+                                                                size_t stride, size_t column, __m512i lanes[4]) {
   const size_t last = product->matrix->n - 1;
   __m512i rows[4];
   for (size_t r = 0; r < 4; r++) {
     const __m128i* parts[4];
     for (size_t part = 0; part < 4; part++) {
       const size_t wanted = column + 4 * part + r < last ? column + 4 * part + r : last;
-      parts[part] = (const __m128i*)(product->matrix->weights + wanted * product->bytes + offset);
+      parts[part] = (const __m128i*)(bytes + wanted * stride);
     }
     rows[r] = _mm512_castsi128_si512(_mm_loadu_si128(parts[0]));
     rows[r] = _mm512_inserti32x4(rows[r], _mm_loadu_si128(parts[1]), 1);
@@ -203,32 +201,31 @@ TARGET static inline __attribute__((always_inline)) void gather(const Product* p
   lanes[2] = _mm512_unpacklo_epi64(b, d), lanes[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// 32 of the other bits of each of 16 columns from `column` on.
-TARGET static inline __m512i gather_bits(const Product* product, size_t column, size_t offset) {
-  const size_t last = product->matrix->n - 1;
-  int32_t found[16];
-  for (size_t c = 0; c < 16; c++) {
-    const size_t wanted = column + c < last ? column + c : last;
-    memcpy(&found[c], product->matrix->more + wanted * product->more_bytes + offset, 4);
+// The other bits of a block's weights for 16 columns from `column` on, put below the four that are in their place.
+TARGET static inline __attribute__((always_inline)) void gather_bits(const Product* product, size_t column,
+                                                                     size_t block, const int extra, __m512i even[4],
+                                                                     __m512i odd[4]) {
+  const size_t in_chunk = block % (IMSM_CHUNK / IMSM_BLOCK), chunk = block / (IMSM_CHUNK / IMSM_BLOCK);
+  const uint8_t* bytes = product->matrix->more + chunk * IMSM_CHUNK * (size_t)extra / 8;
+  const __m512i mask = _mm512_set1_epi8((char)((1 << extra) - 1));
+  __m512i all[2][4];  // of 5 bits the first half of the first is of even weights, the other half of odd ones
+  for (int i = 0; i < extra; i++) gather(product, bytes + 16 * i, product->more_bytes, column, all[i]);
+  for (int i = 0; i < 4; i++) {
+    const __m128i place = _mm_cvtsi32_si128(2 * (int)in_chunk + (extra == 1 ? i / 2 : 0));
+    const __m512i evens = extra == 1 ? all[0][i % 2] : all[0][i], odds = extra == 1 ? all[0][2 + i % 2] : all[1][i];
+    even[i] = _mm512_or_si512(even[i], _mm512_and_si512(_mm512_srl_epi32(evens, place), mask));
+    odd[i] = _mm512_or_si512(odd[i], _mm512_and_si512(_mm512_srl_epi32(odds, place), mask));
   }
-  return _mm512_loadu_si512(found);
-}
-
-// For each number of four bits, those as bytes.
-TARGET static inline __m512i four_bits(void) {
-  return _mm512_setr_epi32(0x00000000, 0x00000001, 0x00000100, 0x00000101, 0x00010000, 0x00010001, 0x00010100,
-                           0x00010101, 0x01000000, 0x01000001, 0x01000100, 0x01000101, 0x01010000, 0x01010001,
-                           0x01010100, 0x01010101);
 }
 
 // The 32 weights of a block for 16 columns from `column` on.
 TARGET static inline __attribute__((always_inline)) void unpack(const Product* product, size_t column, size_t block,
                                                                 const int bits, __m512i even[4], __m512i odd[4]) {
   const int extra = imsm_extra(bits);
-  const size_t offset = block * IMSM_BLOCK * (size_t)imsm_stored(bits) / 8;
-  gather(product, column, offset, even);
+  const uint8_t* bytes = product->matrix->weights + block * IMSM_BLOCK * (size_t)imsm_stored(bits) / 8;
+  gather(product, bytes, product->bytes, column, even);
   if (bits == 8) {
-    gather(product, column, offset + IMSM_BLOCK / 2, odd);
+    gather(product, bytes + IMSM_BLOCK / 2, product->bytes, column, odd);
     return;
   }
   const __m512i high = _mm512_set1_epi8((char)(15 << extra));
@@ -236,14 +233,7 @@ TARGET static inline __attribute__((always_inline)) void unpack(const Product* p
     odd[i] = _mm512_and_si512(_mm512_srli_epi16(even[i], 4 - extra), high);
     even[i] = _mm512_and_si512(_mm512_slli_epi16(even[i], extra), high);
   }
-  for (int plane = 0; plane < extra; plane++) {
-    const __m512i found = gather_bits(product, column, (block * (size_t)extra + (size_t)plane) * 4);
-    const __m512i ones = _mm512_slli_epi32(four_bits(), plane);
-    for (int i = 0; i < 4; i++) {
-      even[i] = _mm512_or_si512(even[i], _mm512_permutexvar_epi32(_mm512_srli_epi32(found, 4 * i), ones));
-      odd[i] = _mm512_or_si512(odd[i], _mm512_permutexvar_epi32(_mm512_srli_epi32(found, 16 + 4 * i), ones));
-    }
-  }
+  if (extra) gather_bits(product, column, block, extra, even, odd);
 }
 
 // The zero points of a block for `columns` columns.
@@ -371,7 +361,7 @@ void imsm_product_columns(const ImsmActivations* activations, const ImsmQuantize
   product.per_column = (activations->k + matrix->block_size - 1) / matrix->block_size;
   const size_t inputs = product.per_column * matrix->block_size;
   product.bytes = inputs * (size_t)imsm_stored(activations->bits) / 8;
-  product.more_bytes = inputs * (size_t)imsm_extra(activations->bits) / 8;
+  product.more_bytes = activations->chunks * IMSM_CHUNK * (size_t)imsm_extra(activations->bits) / 8;
   product.zeros_bytes = activations->bits == 4 ? (product.per_column + 1) / 2 : product.per_column;
   const size_t most = columns_of_a_task(activations);
   *first = task * most;

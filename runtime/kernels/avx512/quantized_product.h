@@ -9,11 +9,12 @@ static inline int imsm_stored(int bits) { return bits == 8 ? 8 : 4; }
 static inline int imsm_extra(int bits) { return bits - imsm_stored(bits); }
 
 // A matrix (n, k) in blocks along k, as com.microsoft.MatMulNBits stores it: of two weights in a byte the low half
-// first. Of 5 and 6 bits these are the high four; `more` has for each 32 weights, by bit from the lowest on, those of
-// the weights 0, 2, .. 30 and then those of 1, 3, .. 31, 16 bits each.
+// first. Of 5 and 6 bits these are the high four. `more` has the other bits, for each 128 weights in 8 * extra bytes
+// for the 64 even ones and as many for the odd ones: field f of byte b, in bits extra * f and up, is of number 8 *
+// extra * f + b of those.
 typedef struct {
   const uint8_t* weights;  // (n, blocks, block_size * stored bits / 8)
-  const uint8_t* more;     // (n, 32 weights, 4 * extra bits), or NULL
+  const uint8_t* more;     // (n, chunks, 16 * extra), or NULL
   const void* scales;      // (n, blocks): float32, or float16 where `half`
   int half;
   const uint8_t* zeros;  // (n, blocks), of 4 bits (n, blocks / 2 rounded up), or NULL: the middle everywhere

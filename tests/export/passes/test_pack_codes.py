@@ -22,7 +22,7 @@ from export.passes.weights import nbytes
 from export.quantization.weight_format import in_bytes, round_to_nearest
 from tests.graphs import graph, kinds, run, with_weights
 
-WIDTH = 64
+WIDTH = 128
 X = np.random.default_rng(1).standard_normal((2, 3, WIDTH)).astype(np.float32)
 IDS = np.array([[0, 63, 7], [3, 3, 12]])
 VALUES = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32)
@@ -75,7 +75,7 @@ def test_a_tied_weight_is_stored_once_in_its_own_width(bits: int, symmetric: boo
     assert [node.overload for node in model.graph] == [f"bits{bits}" + ("" if symmetric else "_zero_points")] * 2
     onnx.checker.check_model(ir.to_proto(model))
     y, e = outputs_of(model)
-    np.testing.assert_allclose(y, before[0], atol=1e-5)
+    np.testing.assert_allclose(y, before[0], atol=1e-4)
     np.testing.assert_array_equal(e, before[1])
 
 
@@ -110,7 +110,7 @@ def test_codes_that_something_else_reads_stay() -> None:
     before = outputs_of(model)
     assert packed(model) == Outcome(0, Counter({READ_OTHERWISE.reason: 1}))
     for new, old in zip(outputs_of(model), before, strict=True):
-        np.testing.assert_allclose(new, old, atol=1e-5)
+        np.testing.assert_allclose(new, old, atol=1e-4)
 
 
 @pytest.mark.parametrize(("other", "fused"), [(5, True), (6, False)])
@@ -123,4 +123,4 @@ def test_swiglu_needs_one_width(other: int, fused: bool) -> None:
     expected = Outcome(1) if fused else Outcome(0, Counter({OTHER_FORM.reason: 1}))
     assert fuse_quantized_swiglu(model) == expected
     assert kinds(model)[0] == ("QuantizedSwiGLU" if fused else "QuantizedMatMul")
-    np.testing.assert_allclose(outputs_of(model)[0], before[0], atol=1e-4)
+    np.testing.assert_allclose(outputs_of(model)[0], before[0], atol=2e-3)

@@ -100,7 +100,7 @@ def test_arrays_have_the_operators_shapes_and_are_contiguous(bits: int, symmetri
     assert found.packed.shape == (CHANNELS, 4, 32 if bits == 8 else 16)
     assert (found.more is None) == (bits in (4, 8))
     if found.more is not None:
-        assert found.more.shape == (CHANNELS, 4, 4 * (bits - 4))
+        assert found.more.shape == (CHANNELS, 1, 16 * (bits - 4))
     assert found.scales.shape == (CHANNELS, 4)
     assert found.scales.dtype == np.float32
     assert found.block_size == 32
@@ -150,18 +150,19 @@ def test_a_block_too_small_to_scale_is_zero(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("bits", [5, 6])
 def test_where_the_low_bits_of_a_code_are(bits: int) -> None:
     extra = bits - 4
-    for place in (0, 1, 14, 17, 31, 32, 45):
-        for plane in range(extra):
-            codes = np.zeros((1, 1, 64), np.uint8)
-            codes[0, 0, place] = 1 << plane
+    for place in (0, 1, 14, 17, 31, 32, 45, 127, 128, 159):
+        for bit in range(extra):
+            codes = np.zeros((1, 5, 32), np.uint8)
+            codes.flat[place] = 1 << bit
             packed, more = split(codes, bits)
             assert not packed.any()
             assert more is not None
-            group, inside = divmod(place, 32)
-            bit, odd = divmod(inside, 2)
-            numbers = more.reshape(2, extra, 2, 2).copy().view("<u2")[..., 0]  # (group, plane, even or odd)
-            assert numbers[group, plane, odd] == 1 << bit
-            assert np.count_nonzero(numbers) == 1
+            assert more.shape == (1, 2, 16 * extra)
+            group, inside = divmod(place, 128)
+            number, odd = divmod(inside, 2)
+            field, byte = divmod(number, 8 * extra)
+            assert more[0, group, 8 * extra * odd + byte] == 1 << bit + extra * field
+            assert np.count_nonzero(more) == 1
 
 
 @pytest.mark.parametrize("with_zero_points", [True, False])

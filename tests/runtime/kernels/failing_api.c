@@ -353,14 +353,14 @@ static void make_product(int matrices, int low_rank, int rows) {
     set_floats(set_input(at++, F32, 2, K, RANK), K * RANK);
     set_floats(set_input(at++, F32, 2, RANK, N), RANK * N);
   }
-  for (int i = 0; i < matrices; i++) set_input(at++, U8, 3, N, 2, 8);
+  for (int i = 0; i < matrices; i++) set_input(at++, U8, 3, N, 1, 32);
 }
 
 static void make_gather(void) {
   set_attribute("bits", 6), set_attribute("block_size", 32);
   set_input(0, I64, 2, 2, 3);
   set_input(1, U8, 3, N, 2, 16);
-  set_input(2, U8, 3, N, 2, 8);
+  set_input(2, U8, 3, N, 1, 32);
   set_floats(set_input(3, F32, 2, N, 2), N * 2);
   set_input(4, U8, 2, N, 2);
 }

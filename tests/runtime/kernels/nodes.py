@@ -82,7 +82,7 @@ NODES: dict[str, tuple[Inputs, dict[str, Any]]] = {
         {
             "ids": np.array([[0, N - 1]]),
             "weights": np.zeros((N, K // 32, 16), np.uint8),
-            "more": np.zeros((N, K // 32, 8), np.uint8),
+            "more": np.zeros((N, 1, 32), np.uint8),
             "scales": floats(N, K // 32),
             "zeros": np.zeros((N, K // 32), np.uint8),
         },

@@ -79,7 +79,7 @@ class Nodes:
                 inputs[f"{name}a"] = self._floats(k, rank, half=half_a)
                 inputs[f"{name}b"] = self._floats(rank, n, half=half_b)
         if bits in (5, 6):
-            inputs |= {f"{name}more": self._bytes(n, blocks * block // 32, 4 * (bits - 4)) for name in names}
+            inputs |= {f"{name}more": self._bytes(n, -(-blocks * block // 128), 16 * (bits - 4)) for name in names}
         return Node(operator, inputs, {"K": k, "N": n, "bits": bits, "block_size": block}, 1, [(rows, n)])
 
     def _bytes(self, *shape: int) -> Array:
@@ -92,7 +92,7 @@ class Nodes:
         inputs: dict[str, Array | None] = {
             "ids": self.numbers.integers(0, n, ids, np.int64),
             "weights": self._bytes(n, blocks, block // 2),
-            "more": self._bytes(n, blocks * block // 32, 4 * (bits - 4)),
+            "more": self._bytes(n, -(-blocks * block // 128), 16 * (bits - 4)),
             "scales": self._floats(n, blocks, half=self.random.random() < 0.5),
             "zeros": self._bytes(n, blocks) if self.random.random() < 0.5 else None,
         }

@@ -38,7 +38,7 @@ def product(operator: str, rows: int, bits: int, zero_points: bool = False) -> t
         for name in names:
             inputs |= {f"{name}a": values(INPUTS, RANK), f"{name}b": values(RANK, OUTPUTS)}
     if bits == 6:
-        inputs |= {f"{name}more": random.integers(0, 256, (OUTPUTS, blocks, 8), np.uint8) for name in names}
+        inputs |= {f"{name}more": random.integers(0, 256, (OUTPUTS, 2, 32), np.uint8) for name in names}
     return inputs, {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 32}
 
 

@@ -44,7 +44,7 @@ WRONG_INPUTS: list[tuple[str, Inputs, str]] = [
     (
         "QuantizedMatMul",
         {"more": np.zeros((N, 2, 4), np.uint8)},
-        "more is (33, 2, 4); it must be (N 33, groups of 32 2, bytes of a group 0), or have 0 elements",
+        "more is (33, 2, 4); it must be (N 33, groups of 128 1, bytes of a group 0), or have 0 elements",
     ),
     ("QuantizedGather", {"ids": np.array([[0], [N]])}, "ids is 33 in row 1; it must be below N 33 and not negative"),
     ("QuantizedGather", {"ids": np.array([[-1]])}, "ids is -1 in row 0; it must be below N 33 and not negative"),
@@ -52,7 +52,7 @@ WRONG_INPUTS: list[tuple[str, Inputs, str]] = [
     (
         "QuantizedGather",
         {"more": np.zeros((N, 2, 4), np.uint8)},
-        "more is (33, 2, 4); it must be (N 33, groups of 32 2, bytes of a group 8)",
+        "more is (33, 2, 4); it must be (N 33, groups of 128 1, bytes of a group 32)",
     ),
     ("QuantizedGather", {"scales": floats(N, 3)}, "scales is (33, 3); it must be (N 33, blocks 2)"),
     ("QuantizedGather", {"zeros": np.zeros((N, 1), np.uint8)}, "zero_points is (33, 1); it must be (N 33, blocks 2)"),
@@ -218,10 +218,10 @@ def test_low_bits_that_are_missing_or_another_widths(bits: int) -> None:
     inputs, attributes = inputs | {"zeros": None}, attributes | {"bits": bits}
     with pytest.raises(Exception, match="QuantizedMatMul: more is missing"):
         run("QuantizedMatMul", inputs, attributes)
-    more = {5: np.zeros((N, 2, 4), np.uint8), 6: np.zeros((N, 2, 8), np.uint8)}
+    more = {5: np.zeros((N, 1, 16), np.uint8), 6: np.zeros((N, 1, 32), np.uint8)}
     assert np.isfinite(run("QuantizedMatMul", inputs | {"more": more[bits]}, attributes)[0]).all()
     with pytest.raises(
-        Exception, match=rf"more is .*; it must be \(N 33, groups of 32 2, bytes of a group {4 * bits - 16}\)"
+        Exception, match=rf"more is .*; it must be \(N 33, groups of 128 1, bytes of a group {16 * bits - 64}\)"
     ):
         run("QuantizedMatMul", inputs | {"more": more[11 - bits]}, attributes)
 
