@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, required=True)
     parser.add_argument("--lora", action="store_true", help="keep the adapter as nodes of the graph")
     parser.add_argument("--prune-lm-head", action="store_true", help="logits of the last prompt position alone")
+    parser.add_argument("--algorithm", help="how weights are rounded: rtn, rtn_last, k_quant, k_quant_mixed")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cuda-graph", action="store_true", help="decode steps can be captured")
     args = parser.parse_args()
@@ -29,6 +30,8 @@ def main() -> None:
         options.append("int4_accuracy_level=4")
     if args.cuda_graph:
         options.append("enable_cuda_graph=true")
+    if args.algorithm:
+        options.append(f"algo_config={args.algorithm}")
     if args.lora:
         options.append(f"adapter_path={args.backbone / 'checkpoint' / 'adapter'}")
     if args.prune_lm_head:
