@@ -27,8 +27,17 @@ def random_checkpoint(base_folder: Path, target: Path, texts: list[list[int]]) -
     name, print_of_base = str(base_folder), fingerprint(base)  # before PEFT wraps the parameters
     model = random_siamese(base, RANK).eval()
     found = _scale(model, texts)
-    notes = {"raw": True}, {}, {"kl_from_base": found}
-    save_checkpoint(model, CheckpointInfo(name, None, print_of_base, GATE, GATE_RANK, "LORA", *notes), target)
+    info = CheckpointInfo(
+        name,
+        None,
+        print_of_base,
+        GATE,
+        GATE_RANK,
+        "LORA",
+        training={"raw": True},
+        metrics={"kl_from_base": found},
+    )
+    save_checkpoint(model, info, target)
     return found
 
 
@@ -44,9 +53,9 @@ def _scale(model: SiameseModel, texts: list[list[int]]) -> float:
         if abs(distance) < NEAR:
             return found
         low, high = (scale, high) if distance > 0 else (low, scale)
-        aimed = scale + distance / 2
-        # The square is a guess; between two bounds it must stay well inside.
-        new = aimed if not low < high - 1e-6 or math.isinf(low) or math.isinf(high) else (low + high) / 2
+        new = scale + distance / 2
+        if not low < new < high:  # the square was a bad guess, and there are two bounds by now
+            new = (low + high) / 2
         for factor in factors:
             factor.mul_(math.exp(new - scale))
         scale = new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,11 +81,13 @@ def _graph(folder: Path, threads: int) -> Found:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     inputs = {value.name: value for value in session.get_inputs()}
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    head_size = config["model"]["decoder"]["head_size"]
 
     def found(memory: str, text: Example) -> Array:
         ids = np.array([text.token_ids])
         feed: dict[str, Array] = {
-            name: np.zeros([1, value.shape[1], 0, value.shape[3]], np.float32)
+            name: np.zeros([1, value.shape[1], 0, head_size], np.float32)
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }

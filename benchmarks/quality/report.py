@@ -13,7 +13,7 @@ MEMORIES = {
     "adapter": "Adapter memory: the base model with the adapter alone",
     "fused": "Both memories, blended by the gate",
 }
-LARGEST_DRAWN = 1.0  # bytes a weight: float formats would leave no room for the others
+LARGEST_DRAWN = 1.2  # bytes a weight: float formats would leave no room for the others
 
 
 def page(document: dict[str, Any], picture: str | None) -> str:
@@ -23,8 +23,8 @@ def page(document: dict[str, Any], picture: str | None) -> str:
         "# Quality of rounded models",
         "Written by `python -m benchmarks.quality`: how far each format's next-token distributions are from PyTorch's "
         "in float32, on the same token ids for every program. KL is KL(float32 || format) in nats a token, computed in "
-        "float64; perplexity is its relative change; agreement is the share of tokens with the same likeliest next "
-        f"token. Each kind of text has about {settings['tokens']:,} tokens, in texts of at most {settings['longest']}, "
+        "float64; perplexity is its relative change, and agreement the share of tokens with the same likeliest next "
+        f"token, for each kind of text in turn. Each kind of text has about {settings['tokens']:,} tokens, in texts of at most {settings['longest']}, "
         "encoded as plain text; the first four tokens of a text are not judged, and are the gate's query. A dash was "
         "not measured, or does not exist.",
         "Bytes are those of the base model's weights on disk over the number of its weights, tied ones counted once: "
@@ -53,8 +53,7 @@ def table(model: dict[str, Any], memory: str) -> str:
     kinds = list(model["tokens"])
     timed = any(memory in found.get("decode_ms", {}) for found in model["formats"].values())
     header = ["format", "bytes a weight", "MB", *(["adapter, MB"] if memory != "base" else []), "mean KL"]
-    header += [f"KL {kind}" for kind in kinds] + [f"perplexity {kind}" for kind in kinds]
-    header += [f"agreement {kind}" for kind in kinds] + (["decode, ms"] if timed else [])
+    header += [*(f"KL {kind}" for kind in kinds), "perplexity", "agreement", *(["decode, ms"] if timed else [])]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, found in in_order(model):
         reports = found["memories"].get(memory)
@@ -64,8 +63,8 @@ def table(model: dict[str, Any], memory: str) -> str:
         cells = [FORMATS[name].label, f"{size['base'] / model['weights']:.3f}", f"{size['base'] / 1e6:.1f}"]
         cells += [f"{size['adapter'] / 1e6:.1f}"] if memory != "base" else []
         cells += [_kl(mean_kl(reports)), *(_kl(reports[kind]["mean_kl"]) for kind in kinds)]
-        cells += [f"{reports[kind]['perplexity_change']:+.1%}" for kind in kinds]
-        cells += [f"{reports[kind]['argmax_agreement']:.1%}" for kind in kinds]
+        cells.append(" / ".join(f"{reports[kind]['perplexity_change']:+.1%}" for kind in kinds))
+        cells.append(" / ".join(f"{reports[kind]['argmax_agreement']:.1%}" for kind in kinds))
         if timed:
             taken = found.get("decode_ms", {}).get(memory)
             cells.append(NOTHING if taken is None else f"{taken:.2f}")
@@ -81,7 +80,7 @@ def panels(document: dict[str, Any]) -> list[list[dict[str, Any]]]:
         for key, found in in_order(model):
             reports = found["memories"].get("base")
             per_weight = found["bytes"]["base"] / model["weights"]
-            if reports is None or not mean_kl(reports) or per_weight > LARGEST_DRAWN * 1.1:
+            if reports is None or not mean_kl(reports) or per_weight > LARGEST_DRAWN:
                 continue
             format = FORMATS[key]
             label = format.label.removeprefix(format.program).strip()
