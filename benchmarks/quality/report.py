@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.catalogue import FORMATS
+from benchmarks.quality.texts import QUERY
 
 NOTHING = "–"
 MEMORIES = {
@@ -24,9 +25,9 @@ def page(document: dict[str, Any], picture: str | None) -> str:
         "Written by `python -m benchmarks.quality`: how far each format's next-token distributions are from PyTorch's "
         "in float32, on the same token ids for every program. KL is KL(float32 || format) in nats a token, computed in "
         "float64; perplexity is its relative change, and agreement the share of tokens with the same likeliest next "
-        f"token, for each kind of text in turn. Each kind of text has about {settings['tokens']:,} tokens, in texts of at most {settings['longest']}, "
-        "encoded as plain text; the first four tokens of a text are not judged, and are the gate's query. A dash was "
-        "not measured, or does not exist.",
+        f"token, for each kind of text in turn. A kind has about {settings['tokens']:,} tokens, in texts of at most "
+        f"{settings['longest']}, encoded as plain text; the first {QUERY} tokens of a text are not judged, and are the "
+        "gate's query. Means are over kinds, each counted alike. A dash was not measured.",
         "Bytes are those of the base model's weights on disk over the number of its weights, tied ones counted once: "
         "of ours everything in the graph and its data but adapter, gate and tables of rotations; of llama.cpp the "
         "whole GGUF file, which has no vocabulary in it; of onnxruntime-genai the graph and its data without tables of "
