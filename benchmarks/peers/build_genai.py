@@ -40,7 +40,8 @@ def main() -> None:
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(args.backbone / "base")]
         builder += ["-o", str(args.out), "-p", args.precision, "-e", args.provider, "-c", cache]
         builder += ["--extra_options", *options]
-        subprocess.run(builder, check=True)
+        code = subprocess.run(builder).returncode
+    sys.exit(code)  # the builder's last line says why
 
 
 if __name__ == "__main__":

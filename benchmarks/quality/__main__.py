@@ -111,11 +111,15 @@ def run(place: Place, args: argparse.Namespace) -> None:
     """Judge, and time, what is missing; a format that fails leaves the others."""
     working = []
     for name in args.only:
+        note = place.folder / "results" / f"{name}.left_out"
+        note.unlink(missing_ok=True)
         try:
-            judge(place, [name], args.memories, args.threads)
+            judge(place, name, args.memories, args.threads)
             working.append(name)
         except (Unavailable, RunnerError) as reason:
             print(f"left out: {place.name} {name}: {reason}", file=sys.stderr)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(str(reason), encoding="utf-8")
     if args.speed:
         settings = MeasureSettings(args.starts, args.rounds, threads=args.threads)
         timing = {
@@ -131,8 +135,8 @@ def run(place: Place, args: argparse.Namespace) -> None:
 
 
 def collect(place: Place) -> dict[str, Any]:
-    """All results of one model: {"weights", "tokens": {kind: judged ones}, "timing", "formats": {name: {"bytes",
-    "memories": {memory: {kind: report}}, "decode_ms"}}}."""
+    """All results of one model: {"weights", "tokens": {kind: judged ones}, "timing", "left_out": {format: why},
+    "formats": {name: {"bytes", "memories": {memory: {kind: report}}, "decode_ms"}}}."""
     formats: dict[str, dict[str, Any]] = {}
     path = place.folder / "results" / "timing.json"
     timing = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"decode_ms": {}}
@@ -144,7 +148,9 @@ def collect(place: Place) -> dict[str, Any]:
                 entry = {"bytes": found["bytes"], "memories": {}, "decode_ms": times.get(name, {})}
                 formats.setdefault(name, entry)["memories"][memory] = found["kinds"]
     judged = {kind: sum(len(text.answer_ids) for text in examples(of_kind)) for kind, of_kind in place.texts().items()}
-    return {"weights": place.weights(), "tokens": judged, "timing": timing or None, "formats": formats}
+    left_out = {note.stem: note.read_text(encoding="utf-8") for note in sorted(path.parent.glob("*.left_out"))}
+    known = {"weights": place.weights(), "tokens": judged, "timing": timing or None, "left_out": left_out}
+    return {**known, "formats": formats}
 
 
 def write(document: dict[str, Any], out: Path, work: Path) -> None:

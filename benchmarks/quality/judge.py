@@ -18,28 +18,24 @@ from benchmarks.quality.texts import examples
 from export.verification.quality import measure_quality
 
 
-def judge(place: Place, names: list[str], memories: list[str], threads: int) -> None:
-    """Write PLACE/results/FORMAT-MEMORY.json for every format and memory that has none. Raises Unavailable or
-    RunnerError for a format that cannot run here, after which the others may follow."""
-    texts = place.texts()
-    for name in names:
-        format = FORMATS[name]
-        wanted = [
-            m for m in MEMORIES if m in memories and m in format.memories and not result(place, name, m).is_file()
-        ]
-        if not wanted:
-            continue
-        folder = place.model(name)
-        write_reference(place.checkpoint(), place.base, texts, tuple(wanted), place.folder / "reference")
-        python = python_of("llama", place.work) if format.program == "llama.cpp" else Path(sys.executable)
-        with opened(format, folder, threads, place.texts_from.longest, python) as found:
-            for memory in wanted:
-                kinds: dict[str, Any] = {}
-                for kind, of_kind in texts.items():
-                    judged = examples(of_kind)
-                    expected = Stored(place.folder / "reference", memory, kind, judged)
-                    kinds[kind] = measure_quality(expected, partial(found, memory), judged).as_dict()
-                save_result(place, name, memory, {"bytes": asdict(stored(format, folder)), "kinds": kinds})
+def judge(place: Place, name: str, memories: list[str], threads: int) -> None:
+    """Write PLACE/results/FORMAT-MEMORY.json for every memory of the format that has none. Raises Unavailable or
+    RunnerError for a format that cannot run here."""
+    format = FORMATS[name]
+    wanted = [m for m in MEMORIES if m in memories and m in format.memories and not result(place, name, m).is_file()]
+    if not wanted:
+        return
+    texts, folder, reference = place.texts(), place.model(name), place.folder / "reference"
+    write_reference(place.checkpoint(), place.base, texts, tuple(wanted), reference)
+    python = python_of("llama", place.work) if format.program == "llama.cpp" else Path(sys.executable)
+    with opened(format, folder, threads, place.texts_from.longest, python) as found:
+        for memory in wanted:
+            kinds: dict[str, Any] = {}
+            for kind, of_kind in texts.items():
+                judged = examples(of_kind)
+                expected = Stored(reference, memory, kind, judged)
+                kinds[kind] = measure_quality(expected, partial(found, memory), judged).as_dict()
+            save_result(place, name, memory, {"bytes": asdict(stored(format, folder)), "kinds": kinds})
 
 
 def result(place: Place, name: str, memory: str) -> Path:

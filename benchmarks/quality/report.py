@@ -46,6 +46,8 @@ def page(document: dict[str, Any], picture: str | None) -> str:
         for memory, title in MEMORIES.items():
             if any(memory in found["memories"] for found in model["formats"].values()):
                 parts += [f"### {name}: {title}", table(model, memory)]
+        for key, reason in model["left_out"].items():
+            parts.append(f"Not measured: {FORMATS[key].label}: {reason}")
     return "\n\n".join(parts) + "\n"
 
 

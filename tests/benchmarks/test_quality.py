@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.peers.environments import Unavailable
 from benchmarks.quality.__main__ import main, parse
 from benchmarks.quality.adapter import TARGET
 from benchmarks.quality.catalogue import FORMATS
@@ -112,7 +113,9 @@ def test_the_page_has_a_row_for_every_format_and_what_is_missing_is_a_dash(docum
         "threads": 2,
         "context": 128,
     }
+    changed["models"]["tiny"]["left_out"] = {"genai-default": "it cannot"}
     text = page(changed, "picture.png")
+    assert "Not measured: onnxruntime-genai int4, default: it cannot" in text
     assert "(picture.png)" in text
     assert "a processor" in text
     for title in ("Base memory", "Adapter memory", "Both memories"):
@@ -159,6 +162,18 @@ def test_formats_say_what_their_programs_need() -> None:
         if format.program == "ours":
             assert ExportSettings(**{**format.settings, "calibrate": None}).precision in format.label
     assert len({format.label for format in FORMATS.values()}) == len(FORMATS)
+
+
+def test_a_format_that_cannot_run_leaves_the_others_and_is_named(
+    arguments: list[str], document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(environment: str, work: Path) -> Path:
+        raise Unavailable(f"no {environment} here")
+
+    monkeypatch.setattr("benchmarks.quality.models.python_of", refuse)
+    found = last_line([*arguments, "genai-default", "--memories", "base"])["models"]["tiny"]
+    assert found["left_out"] == {"genai-default": "no genai here"}
+    assert found["formats"] == document["models"]["tiny"]["formats"]
 
 
 def test_a_model_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
