@@ -6,10 +6,25 @@ Runs in onnxruntime-genai's environment.
 from __future__ import annotations
 
 import argparse
-import subprocess
+import runpy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from_transformers = AutoConfig.from_pretrained
+
+
+def read_config(*args: Any, **options: Any) -> Any:
+    """Gemma 3's rotations as the builder of 0.18 reads them: as transformers named them before version 5."""
+    config = from_transformers(*args, **options)
+    rotations = getattr(config, "rope_parameters", None)
+    if isinstance(rotations, dict) and "full_attention" in rotations:
+        config.rope_local_base_freq = rotations["sliding_attention"]["rope_theta"]
+        config.rope_parameters = dict(rotations["full_attention"])
+    return config
 
 
 def main() -> None:
@@ -37,11 +52,10 @@ def main() -> None:
     if args.prune_lm_head:
         options.append("prune_lm_head=true")
     with tempfile.TemporaryDirectory() as cache:
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(args.backbone / "base")]
-        builder += ["-o", str(args.out), "-p", args.precision, "-e", args.provider, "-c", cache]
-        builder += ["--extra_options", *options]
-        code = subprocess.run(builder).returncode
-    sys.exit(code)  # the builder's last line says why
+        sys.argv = ["builder", "-i", str(args.backbone / "base"), "-o", str(args.out), "-p", args.precision]
+        sys.argv += ["-e", args.provider, "-c", cache, "--extra_options", *options]
+        AutoConfig.from_pretrained = read_config  # type: ignore[method-assign]
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
 
 if __name__ == "__main__":
