@@ -81,13 +81,14 @@ def _graph(folder: Path, threads: int) -> Found:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     inputs = {value.name: value for value in session.get_inputs()}
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    head_size = config["model"]["decoder"]["head_size"]
+    decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    # Caches of windows are rings with room for a window; the others grow.
+    rooms = {"past_sliding_length": decoder.get("sliding_window", {}).get("window_size", 0)}
 
     def found(memory: str, text: Example) -> Array:
         ids = np.array([text.token_ids])
         feed: dict[str, Array] = {
-            name: np.zeros([1, value.shape[1], 0, head_size], np.float32)
+            name: np.zeros([1, value.shape[1], rooms.get(value.shape[2], 0), decoder["head_size"]], np.float32)
             for name, value in inputs.items()
             if name.startswith("past_key_values.")
         }
