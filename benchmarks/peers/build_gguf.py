@@ -1,4 +1,4 @@
-"""llama.cpp's files from the shared backbone: base.gguf with every matrix in Q4_0, and lora.gguf in float16.
+"""llama.cpp's files from the shared backbone: base.gguf with every matrix in one type, and lora.gguf in float16.
 
 Runs in llama.cpp's environment. llama-cpp-python ships no converter, so the files are written with `gguf`, as
 llama.cpp's own converter writes them.
@@ -18,28 +18,34 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
-Q4_0 = gguf.GGMLQuantizationType.Q4_0
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
+FILE_TYPES = {"Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0, "F16": gguf.LlamaFileType.MOSTLY_F16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbone", type=Path, required=True)
+    parser.add_argument("--type", choices=FILE_TYPES, default="Q4_0")
     args = parser.parse_args()
     config = json.loads((args.backbone / "base" / "config.json").read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_base(config, args.backbone / "base", args.out / "base.gguf")
+    write_base(config, args.backbone / "base", args.out / "base.gguf", args.type)
     write_lora(config, args.backbone / "checkpoint" / "adapter", args.out / "lora.gguf")
 
 
-def write_base(config: dict[str, Any], folder: Path, target: Path) -> None:
-    """The backbone: matrices in Q4_0, vectors in float32, no vocabulary but its size."""
+def write_base(config: dict[str, Any], folder: Path, target: Path, type_name: str) -> None:
+    """The backbone: matrices in `type_name`, vectors in float32, no vocabulary but its size."""
+    matrix_type = gguf.GGMLQuantizationType[type_name]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]]])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name("random")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(FILE_TYPES[type_name])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -50,7 +56,13 @@ def write_base(config: dict[str, Any], folder: Path, target: Path) -> None:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config["model_type"] == "gemma3_text":
+        rotations = config["rope_parameters"]
+        writer.add_rope_freq_base(rotations["full_attention"]["rope_theta"])
+        writer.add_rope_freq_base_swa(rotations["sliding_attention"]["rope_theta"])
+        writer.add_sliding_window(config["sliding_window"])
+    else:
+        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -63,7 +75,9 @@ def write_base(config: dict[str, Any], folder: Path, target: Path) -> None:
             raise SystemExit(f"gguf has no name for {name}")
         array = rotated(config, name, array)
         if array.ndim == 2:
-            writer.add_tensor(target_name, quantize(array, Q4_0), raw_dtype=Q4_0)
+            writer.add_tensor(target_name, quantize(array, matrix_type), raw_dtype=matrix_type)
+        elif config["model_type"] == "gemma3_text":  # its norms multiply by 1 + weight, llama.cpp's by the weight
+            writer.add_tensor(target_name, array + 1)
         else:
             writer.add_tensor(target_name, array)
     finish(writer)
@@ -101,8 +115,9 @@ def tensor_names(config: dict[str, Any]) -> gguf.TensorNameMap:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Array]]:
-    """Every float32 tensor of the safetensors files in `folder`, read without the library, which is not installed
+    """Every tensor of the safetensors files in `folder` as float32, read without the library, which is not installed
     here."""
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -110,10 +125,13 @@ def tensors(folder: Path) -> Iterator[tuple[str, Array]]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] != "F32":
-                raise SystemExit(f"{path}: {name} is {entry['dtype']}; F32 was expected")
+            if entry["dtype"] not in dtypes:
+                raise SystemExit(f"{path}: {name} is {entry['dtype']}; {', '.join(dtypes)} were expected")
             offset, shape = 8 + size + entry["data_offsets"][0], tuple(entry["shape"])
-            yield name, np.fromfile(path, np.float32, int(np.prod(shape)), offset=offset).reshape(shape)
+            array = np.fromfile(path, dtypes[entry["dtype"]], int(np.prod(shape)), offset=offset)
+            if entry["dtype"] == "BF16":  # the upper half of a float32
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            yield name, array.astype(np.float32, copy=False).reshape(shape)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

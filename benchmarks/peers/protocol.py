@@ -34,13 +34,8 @@ DRIFT = 8
 
 def main(imports: Callable[[], Mapping[str, str]], load: Load) -> None:
     """Import, load, and answer until stdin ends. imports: import what `load` needs, return the versions."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--context", type=int, required=True, help="the longest text of this process")
-    parser.add_argument("--modes", nargs="+", required=True)
-    args = parser.parse_args()
-    answers = _claim_stdout()
+    args = arguments()
+    answers = claim_stdout()
     start = time.perf_counter()
     versions = dict(imports())
     imported = time.perf_counter()
@@ -50,6 +45,16 @@ def main(imports: Callable[[], Mapping[str, str]], load: Load) -> None:
     runner = Runner(modes, vocabulary)
     for line in sys.stdin:
         print(json.dumps(runner.answer(json.loads(line))), file=answers, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """What a runner is told when it starts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True, help="the longest text of this process")
+    parser.add_argument("--modes", nargs="+", required=True)
+    return parser.parse_args()
 
 
 class Runner:
@@ -111,7 +116,7 @@ def _ms(start: float, end: float) -> float:
     return round((end - start) * 1e3, 4)
 
 
-def _claim_stdout() -> Any:
+def claim_stdout() -> Any:
     """The real stdout, for answers only: whatever libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -4,11 +4,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from protocol import Begin, Step, main
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.peers.protocol import Begin, Step, main
+
+WITHOUT_AMX = "BENCHMARK_WITHOUT_AMX"
+"""An environment variable: if it is set, llama.cpp runs without its AMX kernels. Those of llama-cpp-python 0.3.36 end
+the process on some virtual machines that report AMX."""
+SMALLEST_STACK = 2048
 
 
 def imports() -> Mapping[str, str]:
@@ -19,15 +30,22 @@ def imports() -> Mapping[str, str]:
 
 
 def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
+    modes, vocabulary = load_contexts(args)
+    return {mode: contexts.begin for mode, contexts in modes.items()}, vocabulary
+
+
+def load_contexts(args: argparse.Namespace) -> tuple[dict[str, Contexts], int]:
+    """What each mode runs in, and the vocabulary's size."""
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, None)
-    load.silent = silent  # type: ignore[attr-defined]  # the library keeps only its address
+    load_contexts.silent = silent  # type: ignore[attr-defined]  # the library keeps only its address
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(args.folder / "base.gguf").encode(), llama_cpp.llama_model_default_params()
-    )
+    with amx_refused() if os.environ.get(WITHOUT_AMX) else contextlib.nullcontext():
+        model = llama_cpp.llama_model_load_from_file(
+            str(args.folder / "base.gguf").encode(), llama_cpp.llama_model_default_params()
+        )
     if not model:
         raise SystemExit(f"llama.cpp cannot load {args.folder / 'base.gguf'}")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -36,12 +54,33 @@ def load(args: argparse.Namespace) -> tuple[Mapping[str, Begin], int]:
         adapter = llama_cpp.llama_adapter_lora_init(model, str(args.folder / "lora.gguf").encode())
         if not adapter:
             raise SystemExit(f"llama.cpp cannot load {args.folder / 'lora.gguf'}")
-    modes: dict[str, Begin] = {}
+    modes: dict[str, Contexts] = {}
     for mode in args.modes:
         rows = 2 if mode.startswith("two") else 1
         wanted = adapter if mode.endswith("-lora") else None
-        modes[mode] = Contexts(model, wanted, rows, args.context, args.threads, vocabulary).begin
+        modes[mode] = Contexts(model, wanted, rows, args.context, args.threads, vocabulary)
     return modes, vocabulary
+
+
+class Stack(ctypes.Structure):
+    """C's stack_t."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def amx_refused() -> Iterator[None]:
+    """The kernel refuses a process AMX whose stack for signals is too small for AMX's registers; llama.cpp, which asks
+    when it loads the first model, then uses the processor's other kernels."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    memory = ctypes.create_string_buffer(SMALLEST_STACK)
+    small, before = Stack(ctypes.cast(memory, ctypes.c_void_p).value, 0, SMALLEST_STACK), Stack()
+    if libc.sigaltstack(ctypes.byref(small), ctypes.byref(before)):
+        raise OSError(ctypes.get_errno(), "sigaltstack")
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 class Contexts:
@@ -99,6 +138,20 @@ class Context:
         """Feed each sequence its new tokens from `position` on; returns the greedy token of each."""
         import numpy as np
 
+        last = self._decode(rows, position, every=False)
+        found = [self.library.llama_get_logits_ith(self.pointer, index) for index in last]
+        return [int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax()) for logits in found]
+
+    def logits(self, tokens: list[int]) -> Any:
+        """(N, vocab) float32 after every token of a new text; the memory is the context's own until its next step."""
+        import numpy as np
+
+        self.clear()
+        self._decode([tokens], 0, every=True)
+        return np.ctypeslib.as_array(self.library.llama_get_logits(self.pointer), (len(tokens), self.vocabulary))
+
+    def _decode(self, rows: list[list[int]], position: int, every: bool) -> list[int]:
+        """Run one batch, with logits at each sequence's last token or at `every` one; returns the last ones' places."""
         batch, place, last = self.batch, 0, []
         for row, tokens in enumerate(rows):
             for offset, token in enumerate(tokens):
@@ -106,14 +159,13 @@ class Context:
                 batch.pos[place] = position + offset
                 batch.n_seq_id[place] = 1
                 batch.seq_id[place][0] = row
-                batch.logits[place] = offset == len(tokens) - 1
+                batch.logits[place] = every or offset == len(tokens) - 1
                 place += 1
             last.append(place - 1)
         batch.n_tokens = place
         if code := self.library.llama_decode(self.pointer, batch):
             raise SystemExit(f"llama_decode failed with {code}")
-        found = [self.library.llama_get_logits_ith(self.pointer, index) for index in last]
-        return [int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax()) for logits in found]
+        return last
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The quality of rounded models on real weights: this project's formats beside other programs'."""
