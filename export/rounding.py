@@ -14,7 +14,7 @@ from .choices import AUTO, MEAN_BITS
 from .passes.quantization import Quantization
 from .passes.quantized_matmul import has_operator
 from .quantization.divergence import Divergence, Reference
-from .quantization.mixed import Candidates, round_backbone
+from .quantization.mixed import Candidates, Form, nearest_backbone, round_backbone
 from .quantization.weight_format import WIDTHS, QuantizedWeight
 from .report import Report
 from .self_text import own_texts
@@ -47,13 +47,16 @@ def plan_rounding(
     plain = Quantization(
         settings.bits, settings.block_size, settings.symmetric, experts=not layout.portable, half_scales=own
     )
-    if settings.rounds_to_nearest:
-        return settings, plain
-    own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
     widths = (8,) if settings.bits == 8 else WIDTHS if own else STOCK_WIDTHS
+    form = Form(widths, settings.block_size, settings.symmetric)
+    if settings.rounds_to_nearest:
+        mean = settings.mean_bits
+        return settings, plain if mean is None else replace(
+            plain, calibrated=nearest_backbone(model, form, mean).choose(mean)
+        )
+    own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
     mean = None if settings.precision == AUTO else 8.0 if settings.bits == 8 else settings.mean_bits or MEAN_BITS
-    form = (settings.block_size, settings.symmetric)
-    found = round_backbone(model, [*texts.calibration, *own_text], widths, mean, *form, report)
+    found = round_backbone(model, [*texts.calibration, *own_text], form, mean, report)
     if mean is None:
         judged = texts.evaluation or _judged(
             own_texts(model, tokenizer, SENTENCES[1:], longest, report, JUDGED_ROWS, seed=1)

@@ -33,18 +33,18 @@ class ExportSettings:
     """precision: fp32, fp16 or bf16, or int8 or int4 weights of the backbone, whose activations are `activations`
     (fp32, fp16 or bf16); or "auto", the fewest bits a weight whose KL to float32 is at most `max_kl`. block_size,
     symmetric: of int8 and int4. rounding: "best", weights of 4, 5, 6 or 8 bits by what their rounding costs, or
-    "nearest", all of them in the precision's bits to the nearest value; None is best for int4 and auto, and for int8
-    nearest unless there are texts. mean_bits: of the layers' weights of int4, on average; None is MEAN_BITS. calibrate:
-    texts for "best" beside those that the model writes by itself. kv_cache: float, or int8 for a quarter of the caches'
-    memory. eval_data: held-out texts to measure the quality on, `eval_texts` of them; it warns of a perplexity that
-    rises by more than `max_perplexity_change`. prompt_field, answer_field: where their rows have prompts and answers,
-    None as the adapter was trained; raw: whether prompts are plain text, here and in the artifact, None as the adapter
-    was trained; skip_bad_rows: count rows that cannot be used instead of stopping at the first. portable: one attention
-    node per stream, for execution providers other than the CPU's; None: where activations are not fp32. context_length:
-    in tokens; None is the model's own. base_only: one stream without adapter and gate, for comparing. max_delta_mb: the
-    most that changes stored as whole matrices may take, in 10^6 bytes; None is any size. verify_on: the execution
-    provider that runs the graph to verify it and to measure its quality; the CPU's cannot run bf16, which is then not
-    verified.
+    "nearest", to the nearest value and, without `mean_bits`, all of them in the precision's bits; None is best for int4
+    and auto, and for int8 nearest unless there are texts. mean_bits: of the layers' weights of int4, on average; None
+    is MEAN_BITS. calibrate: texts for "best" beside those that the model writes by itself. kv_cache: float, or int8 for
+    a quarter of the caches' memory. eval_data: held-out texts to measure the quality on, `eval_texts` of them; it warns
+    of a perplexity that rises by more than `max_perplexity_change`. prompt_field, answer_field: where their rows have
+    prompts and answers, None as the adapter was trained; raw: whether prompts are plain text, here and in the artifact,
+    None as the adapter was trained; skip_bad_rows: count rows that cannot be used instead of stopping at the first.
+    portable: one attention node per stream, for execution providers other than the CPU's; None: where activations are
+    not fp32. context_length: in tokens; None is the model's own. base_only: one stream without adapter and gate, for
+    comparing. max_delta_mb: the most that changes stored as whole matrices may take, in 10^6 bytes; None is any size.
+    verify_on: the execution provider that runs the graph to verify it and to measure its quality; the CPU's cannot run
+    bf16, which is then not verified.
 
     Raises SettingsError for a value of another type or outside its range and for settings that contradict each other.
     """
@@ -191,9 +191,8 @@ class ExportSettings:
         if self.rounding == "nearest" and self.calibrate is not None and self.kv_cache != "int8":
             raise SettingsError("calibrate", self.calibrate, "rounding to nearest uses no texts ({rounding})")
         if self.mean_bits is not None:
-            if self.precision != "int4" or self.rounds_to_nearest:
-                rule = "it is of int4 ({precision}) that is not rounded to nearest ({rounding})"
-                raise SettingsError("mean_bits", self.mean_bits, rule)
+            if self.precision != "int4":
+                raise SettingsError("mean_bits", self.mean_bits, "it is of int4 ({precision})")
             if not 4 <= self.mean_bits <= 8:
                 raise SettingsError("mean_bits", self.mean_bits, "it must be a number from 4 to 8")
         if self.precision == AUTO and self.rounds_to_nearest:

@@ -71,12 +71,10 @@ class _Sums:
 @dataclass(frozen=True)
 class Collected:
     """By layer. moments: None for a layer that no text reaches. together: for each layer the first one that reads the
-    same values. embeddings: (d,) what a squared error of the tokens' embeddings costs in nats a token; None if no
-    gradient reaches them."""
+    same values."""
 
     moments: dict[str, Moments | None]
     together: dict[str, str]
-    embeddings: Array | None
 
 
 def collect(
@@ -111,20 +109,16 @@ def collect(
 
         return read
 
-    embedded: list[Tensor] = []
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(hook(name)).remove)
-        tokens = sum(_losses(model, texts, embedded.append))
-    gradients = 0.5 * torch.stack(embedded).sum(0) / tokens if embedded else None
-    found = {name: each.moments(tokens) for name, each in sums.items()}
-    return Collected(found, together, None if gradients is None else gradients.numpy())
+        tokens = sum(_losses(model, texts))
+    return Collected({name: each.moments(tokens) for name, each in sums.items()}, together)
 
 
-def _losses(model: SiameseModel, texts: Sequence[Sequence[int]], embedded: Callable[[Tensor], None]) -> Iterator[int]:
-    """Run the loss of each stream on each text, back to the embeddings; gives how many tokens were predicted. embedded:
-    gets the squares of the gradients there, (d,), summed over the tokens of a text."""
-    with _differentiable(model, embedded):
+def _losses(model: SiameseModel, texts: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Run the loss of each stream on each text, back to the embeddings; gives how many tokens were predicted."""
+    with _differentiable(model):
         for text in texts:
             if len(text) < 2:
                 continue
@@ -144,14 +138,11 @@ def _losses(model: SiameseModel, texts: Sequence[Sequence[int]], embedded: Calla
 
 
 @contextmanager
-def _differentiable(model: SiameseModel, embedded: Callable[[Tensor], None]) -> Iterator[None]:
+def _differentiable(model: SiameseModel) -> Iterator[None]:
     """Inside the block gradients reach what layers give, and no parameter."""
 
     def begin(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:
-            output.requires_grad_()
-        output.register_hook(lambda gradient: embedded(gradient.reshape(-1, gradient.shape[-1]).square().sum(0)))
-        return output
+        return output if output.requires_grad else output.requires_grad_()
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = model.causal_lm.get_input_embeddings().register_forward_hook(begin)

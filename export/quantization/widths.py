@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+ENDS = 6
+"""Bits of the embeddings and the lm_head, at least: on SmolLM2 their rounding costs three times as much a weight as
+that of the layers, and a step reads four bits of most of them."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that share a width. size: how many numbers. cost: of rounding them to the fewest bits, in nats a token.
-    counted: whether they are a part of what the mean is of."""
+    """Weights that share a width. size: how many numbers. cost: of rounding them, in units that all groups share."""
 
     size: int
     cost: float
-    counted: bool = True
-
-
-def left_of_cost(bits: int, fewest: int = 4) -> float:
-    """The share of the cost of `fewest` bits that is left with more: it goes with the square of the rounding's step."""
-    return float(((2**fewest - 1) / (2**bits - 1)) ** 2)
 
 
 def neighbours(mean_bits: float, widths: Sequence[int]) -> tuple[int, ...]:
@@ -29,32 +25,21 @@ def neighbours(mean_bits: float, widths: Sequence[int]) -> tuple[int, ...]:
     return (below,) if below == above else (below, above)
 
 
+def width_of_ends(mean_bits: float, widths: Sequence[int]) -> int:
+    """Bits of the embeddings and the lm_head beside layers with this mean."""
+    wanted = max(ENDS, neighbours(mean_bits, widths)[-1])
+    return min((bits for bits in widths if bits >= wanted), default=widths[-1])
+
+
 def choose_widths(groups: Mapping[str, Weights], mean_bits: float, widths: Sequence[int]) -> dict[str, int]:
-    """Bits by group. The counted ones have the neighbours of the mean, and where a number's rounding costs most the
-    wider one: measured costs differ by less than further widths do. Groups that are not counted get every step that
-    saves more for each bit than the counted ones' steps do on average. widths: in ascending order."""
+    """Bits by group: the neighbours of the mean, and the wider one where rounding a number costs most. Further widths
+    would pay only if costs differed by more than was measured. The mean is not exceeded."""
     low, *wider = neighbours(mean_bits, widths)
-    counted = {name: group for name, group in groups.items() if group.counted}
-    found = dict.fromkeys(counted, low)
-    size = sum(group.size for group in counted.values())
-    room = size * (mean_bits - low)
+    found = dict.fromkeys(groups, low)
+    room = sum(group.size for group in groups.values()) * (mean_bits - low)
     for high in wider:
-        for name, group in sorted(counted.items(), key=lambda item: item[1].cost / item[1].size, reverse=True):
+        for name, group in sorted(groups.items(), key=lambda item: item[1].cost / item[1].size, reverse=True):
             if group.size * (high - low) <= room:
                 found[name] = high
                 room -= group.size * (high - low)
-    after = next((bits for bits in widths if bits > low), None)
-    whole = Weights(size, sum(group.cost for group in counted.values()))
-    for name, group in groups.items():
-        if group.counted:
-            continue
-        found[name] = widths[-1] if after is None else widths[0]
-        for narrow, wide in itertools.pairwise(widths):
-            if after is not None and _saved(group, narrow, wide) > _saved(whole, low, after):
-                found[name] = wide
     return found
-
-
-def _saved(group: Weights, narrow: int, wide: int) -> float:
-    """Nats a token for each bit that is spent."""
-    return group.cost * (left_of_cost(narrow) - left_of_cost(wide)) / (group.size * (wide - narrow))
