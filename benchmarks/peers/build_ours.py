@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from export.choices import MEAN_BITS
 from export.pipeline import export_checkpoint
 from export.settings import ExportSettings
 
@@ -20,9 +21,13 @@ def main() -> None:
     parser.add_argument("--precision", required=True)
     parser.add_argument("--block-size", type=int, required=True)
     parser.add_argument("--base-only", action="store_true")
+    parser.add_argument("--four-bits", action="store_true", help="of int4: every weight, not the default's mean")
     args = parser.parse_args()
-    blocks: dict[str, Any] = {"block_size": args.block_size} if args.precision == "int4" else {}
-    settings = ExportSettings(precision=args.precision, base_only=args.base_only, **blocks)
+    rounding: dict[str, Any] = {}
+    if args.precision == "int4":  # random weights: as many bits as by default, but nothing to measure their worth by
+        rounding = {"block_size": args.block_size, "rounding": "nearest"}
+        rounding["mean_bits"] = None if args.four_bits else MEAN_BITS
+    settings = ExportSettings(precision=args.precision, base_only=args.base_only, **rounding)
     export_checkpoint(args.backbone / "checkpoint", args.out, settings, base_model=str(args.backbone / "base"))
 
 

@@ -16,11 +16,13 @@ INT4_FP16_SCALES = 0.5 + 2 / BLOCK_SIZE  # ours, and llama.cpp's Q4_0
 
 @dataclass(frozen=True)
 class Model:
-    """A folder that one script writes in one environment, from the backbone (or, for the backbone, from a shape)."""
+    """A folder that one script writes in one environment, from the backbone (or, for the backbone, from a shape), or
+    from another model, its `source`."""
 
     environment: str
     script: str
     options: tuple[str, ...] = ()
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class Peer:
         """What one decode step must read: weights, adapter, caches."""
         weights = (self.passes * sizes.layer_weights + self.heads * sizes.head_weights) * self.weight_bytes
         adapter = 0.0 if self.adapter_bytes is None else sizes.adapter_weights * self.adapter_bytes
-        if self.adapter_bytes is not None and (folder / "imsm_model.json").is_file():  # the artifact says so itself
-            adapter = json.loads((folder / "imsm_model.json").read_text(encoding="utf-8"))["adapter"]["bytes"]
+        if (folder / "imsm_model.json").is_file():  # the artifact says so itself, the adapter included
+            reads = json.loads((folder / "imsm_model.json").read_text(encoding="utf-8"))["reads"]
+            weights, adapter = self.passes * reads["bytes"], 0.0
+        elif (file := folder / "base.gguf").is_file() and self.stored[0] == file.name:
+            weights = file.stat().st_size
         return weights + adapter + self.streams * sizes.cache_values_per_token * context * self.cache_bytes
 
     def disk_mb(self, folder: Path) -> float:
@@ -73,12 +78,16 @@ MODELS = {
     BACKBONE: Model("own", "build_backbone.py"),
     "ours-int4-base": Model("own", "build_ours.py", ("--precision", "int4", "--base-only")),
     "ours-int4-siamese": Model("own", "build_ours.py", ("--precision", "int4")),
+    "ours-int4-nearest": Model("own", "build_ours.py", ("--precision", "int4", "--four-bits")),
     "ours-fp32-base": Model("own", "build_ours.py", ("--precision", "fp32", "--base-only")),
     "ours-fp32-siamese": Model("own", "build_ours.py", ("--precision", "fp32")),
     "genai-int4": Model("genai", "build_genai.py"),
     "genai-int4-pruned": Model("genai", "build_genai.py", ("--prune-lm-head",)),
     "genai-int4-lora": Model("genai", "build_genai.py", ("--lora",)),
+    "genai-int4-mixed": Model("genai", "build_genai.py", ("--algorithm", "k_quant_mixed")),
     "gguf": Model("llama", "build_gguf.py"),
+    "gguf-f16": Model("llama", "build_gguf.py", ("--type", "F16")),
+    "gguf-q4_k_m": Model("llama", "quantize_gguf.py", ("--type", "Q4_K_M"), source="gguf-f16"),
     "optimum-fp32": Model("optimum", "build_optimum.py"),
 }
 
@@ -99,14 +108,14 @@ def _genai(label: str, model: str, adapter_bytes: float | None = None) -> Peer:
     return Peer(label, "int4", "genai", "runner_genai.py", model, INT4_FP32_SCALES, adapter_bytes=adapter_bytes)
 
 
-def _llama(label: str, mode: str) -> Peer:
+def _llama(label: str, mode: str, model: str = "gguf") -> Peer:
     lora = mode.endswith("-lora")
     return Peer(
         label,
         "int4",
         "llama",
         "runner_llama.py",
-        "gguf",
+        model,
         INT4_FP16_SCALES,
         mode,
         stored=("base.gguf", "lora.gguf") if lora else ("base.gguf",),
@@ -137,13 +146,26 @@ def _torch(label: str, mode: str, passes: int, heads: int, streams: int, apart: 
 
 PEERS = {
     **_ours("int4", INT4_FP16_SCALES),
+    "ours-int4-nearest": Peer(
+        "ours, siamese, all in 4 bits",
+        "int4",
+        "own",
+        "runner_ours.py",
+        "ours-int4-nearest",
+        INT4_FP16_SCALES,
+        streams=2,
+        adapter_bytes=FP32,
+    ),
     "genai": _genai("onnxruntime-genai", "genai-int4"),
     "genai-pruned": _genai("onnxruntime-genai, lm_head pruned", "genai-int4-pruned"),
     "genai-lora": _genai("onnxruntime-genai, unmerged LoRA", "genai-int4-lora", INT4_FP32_SCALES),
+    "genai-mixed": _genai("onnxruntime-genai, k_quant_mixed", "genai-int4-mixed"),
     "llama": _llama("llama.cpp Q4_0", "one"),
     "llama-two": _llama("llama.cpp Q4_0, two sequences", "two"),
     "llama-lora": _llama("llama.cpp Q4_0, LoRA", "one-lora"),
     "llama-lora-two": _llama("llama.cpp Q4_0, LoRA, two sequences", "two-lora"),
+    "llama-k": _llama("llama.cpp Q4_K_M", "one", "gguf-q4_k_m"),
+    "llama-k-lora": _llama("llama.cpp Q4_K_M, LoRA", "one-lora", "gguf-q4_k_m"),
     **_ours("fp32", FP32),
     "torch": _torch("PyTorch, one stream", "one", 1, 1, 1),
     "torch-two": _torch("PyTorch, two streams with caches", "two", 2, 1, 2),

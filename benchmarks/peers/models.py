@@ -24,8 +24,8 @@ def model_folder(name: str, shape: str, rank: int, work: Path) -> Path:
     if name == BACKBONE:
         options = ["--shape", shape, "--rank", str(rank)]
     else:
-        backbone = model_folder(BACKBONE, shape, rank, work)
-        options = [*model.options, "--backbone", str(backbone)]
+        origin = model_folder(model.source or BACKBONE, shape, rank, work)
+        options = [*model.options, "--backbone" if model.source is None else "--source", str(origin)]
         if model.environment in ("own", "genai"):
             options += ["--block-size", str(BLOCK_SIZE)]
     python = python_of(model.environment, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ from benchmarks.quality.models import Place
 from benchmarks.quality.programs import opened, stored
 from benchmarks.quality.reference import MEMORIES, Stored, write_reference
 from benchmarks.quality.texts import examples
-from export.verification.quality import measure_quality
+from export.verification.quality import Array, Side, measure_quality
+from imsm_core.data.dataset import Example
 
 
 def judge(place: Place, name: str, memories: list[str], threads: int) -> None:
@@ -34,8 +36,15 @@ def judge(place: Place, name: str, memories: list[str], threads: int) -> None:
             for kind, of_kind in texts.items():
                 judged = examples(of_kind)
                 expected = Stored(reference, memory, kind, judged)
-                kinds[kind] = measure_quality(expected, partial(found, memory), judged).as_dict()
+                report = measure_quality(_alone(expected), _alone(partial(found, memory)), judged)
+                assert report.base is not None
+                kinds[kind] = {"texts": report.texts, "tokens": report.tokens, **asdict(report.base)}
             save_result(place, name, memory, {"bytes": asdict(stored(format, folder)), "kinds": kinds})
+
+
+def _alone(logits: Callable[[Example], Array]) -> Side:
+    """Whatever memory it is, under the name of the one that is always there."""
+    return lambda text: {"base": logits(text).__getitem__}
 
 
 def result(place: Place, name: str, memory: str) -> Path:

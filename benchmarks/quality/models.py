@@ -23,8 +23,7 @@ from export.pipeline import export_checkpoint
 from export.settings import ExportSettings
 from imsm_core.backbone import load_tokenizer
 
-HERE = Path(__file__).parent
-PEERS = HERE.parent / "peers"
+PEERS = Path(__file__).parents[1] / "peers"
 BLOCK_SIZE = 32
 SCALING_TEXTS = 3  # of each kind, to scale the random adapter on
 
@@ -155,7 +154,7 @@ class Place:
         if format.settings["type"] == "F16":
             script, options = PEERS / "build_gguf.py", ["--backbone", str(self.folder), "--type", "F16"]
         else:
-            script = HERE / "quantize_gguf.py"
+            script = PEERS / "quantize_gguf.py"
             options = ["--source", str(self.model("llama-f16")), "--type", format.settings["type"]]
             if format.settings["importance"]:
                 options += ["--importance", str(self.importance())]

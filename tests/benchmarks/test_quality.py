@@ -26,7 +26,7 @@ from imsm_core.checkpoint import load_checkpoint, read_info
 from imsm_core.errors import DataError
 from tests.builders import write_jsonl
 
-FORMATS_HERE = ("ours-int8", "ours-int4")
+FORMATS_HERE = ("ours-int8", "ours-int4-nearest")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_other_texts_are_not_mixed_with_results_of_these(arguments: list[str], d
 
 def test_the_page_has_a_row_for_every_format_and_what_is_missing_is_a_dash(document: dict[str, Any]) -> None:
     changed = json.loads(json.dumps(document))
-    four = changed["models"]["tiny"]["formats"]["ours-int4"]
+    four = changed["models"]["tiny"]["formats"]["ours-int4-nearest"]
     four["decode_ms"] = {"base": 1.5}
     changed["models"]["tiny"]["weights"] = 2 * four["bytes"]["base"]  # a tiny model's graph is larger than its weights
     changed["models"]["tiny"]["timing"] = {
@@ -121,12 +121,12 @@ def test_the_page_has_a_row_for_every_format_and_what_is_missing_is_a_dash(docum
     for title in ("Base memory", "Adapter memory", "Both memories"):
         lines = text.split(f"tiny: {title}")[1].split("\n\n")[1].splitlines()
         assert len({line.count("|") for line in lines}) == 1
-        assert [line.split(" | ")[0] for line in lines[2:]] == ["| ours int8", "| ours int4"]
+        assert [line.split(" | ")[0] for line in lines[2:]] == ["| ours int8", "| ours int4, nearest"]
         if title == "Base memory":
             assert lines[2].endswith(f"| {NOTHING} |")
             assert lines[3].endswith("| 1.50 |")
     sizes, times = panels(changed)[0]
-    assert [point["label"] for point in sizes["points"]] == ["int8", "int4"]
+    assert [point["label"] for point in sizes["points"]] == ["int8", "int4, nearest"]
     assert sizes["points"][1]["x"] == 0.5
     assert [(point["label"], point["x"]) for point in times["points"]] == [("int4", 1.5)]
 
