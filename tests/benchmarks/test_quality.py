@@ -128,7 +128,7 @@ def test_the_page_has_a_row_for_every_format_and_what_is_missing_is_a_dash(docum
     sizes, times = panels(changed)[0]
     assert [point["label"] for point in sizes["points"]] == ["int8", "int4, nearest"]
     assert sizes["points"][1]["x"] == 0.5
-    assert [(point["label"], point["x"]) for point in times["points"]] == [("int4", 1.5)]
+    assert [(point["label"], point["x"]) for point in times["points"]] == [("int4, nearest", 1.5)]
 
 
 def test_importance_is_the_mean_square_of_what_each_projection_reads(base_folder: Path, tmp_path: Path) -> None:
