@@ -20,6 +20,8 @@ from imsm_core.data.encoding import encode_prompt
 from imsm_core.errors import BaseModelError, first_line
 from imsm_core.siamese import SiameseModel
 
+from .replaced import replaced
+
 ROWS, LENGTH = 32, 128
 """Texts, and tokens of each: half of the texts are the base stream's, half the adapter stream's."""
 
@@ -75,11 +77,15 @@ def _continued(
 ) -> list[list[int]]:
     prompts = [prompt[: max(1, length - 1)] for prompt in prompts]
     room = length - len(prompts[0])
+    ends = model.causal_lm.generation_config.eos_token_id  # which are not drawn: texts of one length
     drawn = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-    config = GenerationConfig(max_new_tokens=room, min_new_tokens=room, pad_token_id=0, **drawn)
+    config = GenerationConfig(max_new_tokens=room, min_new_tokens=room, eos_token_id=ends, pad_token_id=0, **drawn)
+    token_ids = torch.tensor(prompts)
+    every = torch.ones_like(token_ids)  # also a first token that is the one for padding
     try:
         generate: Any = model.causal_lm.generate
-        found: list[list[int]] = generate(torch.tensor(prompts), generation_config=config).tolist()
+        with replaced(model.causal_lm, "generation_config", GenerationConfig()):  # it may penalize or filter tokens
+            found: list[list[int]] = generate(token_ids, attention_mask=every, generation_config=config).tolist()
     except Exception as error:
         report(f"round     this model cannot write texts ({first_line(error)}); random tokens take their place")
         found = torch.randint(embedded_tokens(model.causal_lm), (len(prompts), length)).tolist()
