@@ -149,7 +149,7 @@ def _differentiable(model: SiameseModel, embedded: Callable[[Tensor], None]) -> 
 
     def begin(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not output.requires_grad:
-            output.requires_grad_()
+            output = output.requires_grad_().clone()  # some models scale embeddings in place
         output.register_hook(lambda gradient: embedded(gradient.reshape(-1, gradient.shape[-1]).square().sum(0)))
         return output
 
