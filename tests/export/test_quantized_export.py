@@ -28,8 +28,12 @@ MOSTLY, AT_MOST, ANOTHER_TEXT = 1e-3, 0.5, 1.0
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(f"int4_{request.param}")
     if request.param == "llama":
-        return export_tiny(folder, head_dim=16, tied=True, settings=ExportSettings(precision="int4"))
-    return export_tiny(folder, "gpt2", head_dim=12, settings=ExportSettings(precision="int4", symmetric=False))
+        return export_tiny(
+            folder, head_dim=16, tied=True, settings=ExportSettings(precision="int4", rounding="nearest")
+        )
+    return export_tiny(
+        folder, "gpt2", head_dim=12, settings=ExportSettings(precision="int4", symmetric=False, rounding="nearest")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +208,9 @@ def test_the_blended_steps_are_the_scores_of_the_same_text(exported: Exported) -
 
 
 def test_the_portable_form_has_none_of_the_projects_operators(tmp_path: Path) -> None:
-    exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True))
+    exported = export_tiny(
+        tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True, rounding="nearest")
+    )
     model = onnx.load(str(exported.artifact / "model.onnx"), load_external_data=False)
     assert not model.functions
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
