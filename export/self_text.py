@@ -41,12 +41,15 @@ def own_texts(
     from the beginning. Where a model cannot generate, tokens are random and a line says why."""
     length = min(longest, LENGTH)
     texts: list[list[int]] = []
+    failures: list[str] = []
     with torch.random.fork_rng(devices=[]), quiet_libraries():
         torch.manual_seed(seed)
         for adapted in (False, True):
             with nullcontext() if adapted else model.adapter_disabled():
                 for prompts in _prompts(model, tokenizer, starts, rows // 2):
-                    texts += _continued(model, prompts, length, report)
+                    texts += _continued(model, prompts, length, failures)
+    if failures:
+        report(f"round     this model cannot write texts ({failures[0]}); random tokens take their place")
     return texts
 
 
@@ -72,9 +75,8 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, starts: Sequence[str], kno
     return found or [0]
 
 
-def _continued(
-    model: SiameseModel, prompts: list[list[int]], length: int, report: Callable[[str], None]
-) -> list[list[int]]:
+def _continued(model: SiameseModel, prompts: list[list[int]], length: int, failures: list[str]) -> list[list[int]]:
+    """failures: gets why random tokens took the place of the model's."""
     prompts = [prompt[: max(1, length - 1)] for prompt in prompts]
     room = length - len(prompts[0])
     ends = model.causal_lm.generation_config.eos_token_id  # which are not drawn: texts of one length
@@ -87,6 +89,6 @@ def _continued(
         with replaced(model.causal_lm, "generation_config", GenerationConfig()):  # it may penalize or filter tokens
             found: list[list[int]] = generate(token_ids, attention_mask=every, generation_config=config).tolist()
     except Exception as error:
-        report(f"round     this model cannot write texts ({first_line(error)}); random tokens take their place")
+        failures.append(first_line(error))
         found = torch.randint(embedded_tokens(model.causal_lm), (len(prompts), length)).tolist()
     return found
