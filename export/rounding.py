@@ -14,6 +14,7 @@ from .choices import AUTO, MEAN_BITS
 from .passes.quantization import Quantization
 from .passes.quantized_matmul import has_operator
 from .quantization.divergence import Divergence, Reference
+from .quantization.layers import check_finite
 from .quantization.mixed import Candidates, round_backbone
 from .quantization.weight_format import WIDTHS, QuantizedWeight
 from .report import Report
@@ -49,6 +50,7 @@ def plan_rounding(
     )
     if settings.rounds_to_nearest:
         return settings, plain
+    check_finite(model)
     own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
     widths = (8,) if settings.bits == 8 else WIDTHS if own else STOCK_WIDTHS
     mean = None if settings.precision == AUTO else 8.0 if settings.bits == 8 else settings.mean_bits or MEAN_BITS

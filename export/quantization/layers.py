@@ -11,6 +11,7 @@ from imsm_core.adapters.attach import adapted_layers
 from imsm_core.siamese import SiameseModel
 
 from ..adapters.rows import linear_weight
+from ..errors import ExportError
 from .precision import layer_weight
 from .weight_format import Array
 
@@ -51,6 +52,13 @@ def embedding_layer(model: SiameseModel) -> tuple[str, nn.Module]:
 def _named(model: SiameseModel, module: nn.Module | None) -> tuple[str, nn.Module]:
     name = next(name for name, each in model.causal_lm.named_modules(remove_duplicate=False) if each is module)
     return name, layer_weight(model.causal_lm, f"model.{name}.weight")[0]
+
+
+def check_finite(model: SiameseModel) -> None:
+    """Raise ExportError with the name of the first of all these layers whose weight has NaN or infinite values."""
+    for name, layer in [*backbone_layers(model).items(), head_layer(model), embedding_layer(model)]:
+        if not layer.get_parameter("weight").isfinite().all():
+            raise ExportError(f"the weight of {name} has values that are not finite and cannot be quantized")
 
 
 def weight_of(layer: nn.Module) -> Array:

@@ -9,6 +9,7 @@ size and, in the same amount, by the size of the gradient at their token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,15 +63,16 @@ class _Sums:
         self.rows += len(rows)
 
     def moments(self, tokens: int) -> Moments | None:
-        if not self.rows:
+        if not self.rows or not self.inputs.isfinite().all():
             return None
         inputs: Array = self.inputs.numpy()
-        return Moments(inputs, self.cost / tokens if self.unit else None)
+        return Moments(inputs, self.cost / tokens if self.unit and math.isfinite(self.cost) else None)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """By layer. moments: None for a layer that no text reaches. together: for each layer the first one that reads the
+    """By layer. moments: None for a layer that no text reaches, or with values that are
+    not finite. together: for each layer the first one that reads the
     same values. embeddings: (d,) what a squared error of the tokens' embeddings costs in nats a token; None if no
     gradient reaches them."""
 
@@ -85,7 +87,7 @@ def collect(
     """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is. block_size: of the
     rounding whose cost is found.
 
-    With an adapter that multiplies by a changed weight without the layer, as BOFT does, only the base stream's rows
+    With an adapter that multiplies by a changed weight without the layer, as HRA does, only the base stream's rows
     count.
     """
     sums = {}
