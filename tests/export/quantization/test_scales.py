@@ -38,7 +38,9 @@ def test_the_weighted_error_is_never_above_that_of_rounding_to_nearest(
     assert scales.shape == points.shape == (50, blocks)
     assert scales.dtype == points.dtype == torch.float32
     assert torch.equal(scales, scales.half().float())
-    assert (points == points.round()).all() and points.min() >= 0 and points.max() < 2**bits
+    assert (points == points.round()).all()
+    assert points.min() >= 0
+    assert points.max() < 2**bits
     if symmetric:
         assert (points == 2 ** (bits - 1)).all()
     plain = round_to_nearest(weight.numpy(), bits, block, symmetric)
@@ -75,7 +77,8 @@ def test_blocks_of_zeros_and_of_values_too_small_for_float16_get_a_scale_of_1(sy
     for bits in WIDTHS:
         found, scales, _ = rounded(weight, torch.ones(64), bits, 32, symmetric)
         assert scales[0, 0] == scales[1, 1] == 1
-        assert not found[0, :32].any() and not found[1, 32:].any()
+        assert not found[0, :32].any()
+        assert not found[1, 32:].any()
         assert found.isfinite().all()
 
 
