@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from imsm_core.data.dataset import Example
 from imsm_core.siamese import SiameseModel
 
-from .choices import AUTO, MEAN_BITS
+from .choices import AUTO, MAX_KL, MEAN_BITS
 from .passes.quantization import Quantization
 from .passes.quantized_matmul import has_operator
 from .quantization.divergence import Divergence, Reference
@@ -88,11 +88,20 @@ def _smallest(
     if high == len(TRIED):
         precision = settings.activations or "fp32"
         report(f"auto      no rounded weights keep a KL of {settings.max_kl:g}: {precision}")
-        return replace(settings, precision=precision, activations=None), None
+        return _in_floats(settings, precision), None
     mean, precision = TRIED[high], "int8" if TRIED[high] == TRIED[-1] else "int4"
     report(f"auto      {precision} with {mean:g} bits a weight is the smallest that does")
-    chosen = replace(settings, precision=precision, mean_bits=None if precision == "int8" else mean)
+    share = None if precision == "int8" else mean
+    chosen = replace(settings, precision=precision, mean_bits=share, rounding="best", max_kl=MAX_KL)
     return chosen, replace(plain, bits=chosen.bits or 0, calibrated=kept)
+
+
+def _in_floats(settings: ExportSettings, precision: str) -> ExportSettings:
+    """Without what is only of rounded weights: those settings contradict floats."""
+    calibrate = settings.calibrate if settings.kv_cache == "int8" else None
+    if calibrate is None and settings.eval_data is None:  # nothing is read any more
+        settings = replace(settings, calibrate=None, prompt_field=None, answer_field=None, skip_bad_rows=False)
+    return replace(settings, precision=precision, activations=None, rounding=None, max_kl=MAX_KL, calibrate=calibrate)
 
 
 def _tried(mean: float, divergence: Divergence, settings: ExportSettings, fits: bool) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _CLIPPED = {4: (0.72, 1.12, 11), 5: (0.84, 1.08, 7), 6: (0.91, 1.03, 5), 8: (1.0, 1.0, 1)}
-"""By bits: the smallest and the largest share of a block's range that is tried, and how many of them; 1 is among them, which
-is rounding to nearest."""
+"""By bits: the smallest and the largest share of a block's range that is tried, and how many of them. 1 is among them,
+as in rounding to nearest."""
 _REFINED = 2
 _AT_ONCE = 2**18  # weights whose arrays stay in a processor's cache
 
