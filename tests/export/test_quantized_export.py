@@ -91,7 +91,11 @@ def test_every_product_with_a_quantized_weight_computes_in_int8(exported: Export
 def test_the_backbones_matrices_are_all_quantized_and_have_their_names(
     exported: Exported, proto: onnx.GraphProto
 ) -> None:
-    assert exported.manifest["quantization"]["kept_bytes"] == 0
+    found = exported.manifest["quantization"]
+    assert found["kept_bytes"] == 0
+    assert (found["rounding"], found["mean_bits"]) == ("nearest", 4)
+    sizes = 259 * 64 + 2 * (64 * 192 + 3 * 64 * 124), 259 * 48 + 2 * 12 * 48 * 48
+    assert found["widths"] == {"4": sizes[exported.manifest["model"]["architecture"] == "gpt2"]}
     products = quantized_weights(proto)
     llama = "model.layers.0.self_attn.q_proj" in products[0]
     assert len(products) == (2 * 5 if llama else 2 * 4) + 1  # q, k and v in one; and the head

@@ -88,7 +88,7 @@ def test_tiny_contexts_are_filled_and_not_more(tmp_path: Path, longest: int, tem
 def test_a_quarter_are_chats_where_there_is_a_template(chat_folder: Path) -> None:
     tokenizer = load_tokenizer(str(chat_folder))
     found = texts_of(make_siamese(chat_folder), tokenizer, 60, rows=16)
-    begun = [tokenizer.decode(text).startswith("[user]Once upon a time") for text in found]
+    begun = [str(tokenizer.decode(text)).startswith("[user]Once upon a time") for text in found]
     assert begun == [True] * 2 + [False] * 6 + [True] * 2 + [False] * 6
 
 

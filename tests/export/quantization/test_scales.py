@@ -50,7 +50,8 @@ def test_the_weighted_error_is_never_above_that_of_rounding_to_nearest(
 
     def errors(values: Tensor) -> Tensor:
         weighted = torch.nn.functional.pad(moments * (weight - values).square(), padding)
-        return weighted.unflatten(1, (-1, block)).sum(-1)
+        sums: Tensor = weighted.unflatten(1, (-1, block)).sum(-1)
+        return sums
 
     assert (errors(found) <= (1 + 1e-4) * errors(nearest)).all()
     if bits < 8:
