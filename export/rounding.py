@@ -14,7 +14,7 @@ from .choices import AUTO, MAX_KL, MEAN_BITS
 from .passes.quantization import Quantization
 from .passes.quantized_matmul import has_operator
 from .quantization.divergence import Divergence, Reference
-from .quantization.layers import check_finite
+from .quantization.layers import by_every_name, check_finite
 from .quantization.mixed import Candidates, round_backbone
 from .quantization.weight_format import WIDTHS, QuantizedWeight
 from .report import Report
@@ -62,7 +62,7 @@ def plan_rounding(
         )
         reference = Reference(model, judged, settings.base_only)
         return _smallest(found, reference, settings, plain, report)
-    return settings, replace(plain, calibrated=found.choose(mean))
+    return settings, replace(plain, calibrated=by_every_name(model, found.choose(mean)))
 
 
 def _smallest(
@@ -93,7 +93,7 @@ def _smallest(
     report(f"auto      {precision} with {mean:g} bits a weight is the smallest that does")
     share = None if precision == "int8" else mean
     chosen = replace(settings, precision=precision, mean_bits=share, rounding="best", max_kl=MAX_KL)
-    return chosen, replace(plain, bits=chosen.bits or 0, calibrated=kept)
+    return chosen, replace(plain, bits=chosen.bits or 0, calibrated=by_every_name(reference.model, kept))
 
 
 def _in_floats(settings: ExportSettings, precision: str) -> ExportSettings:
