@@ -275,3 +275,20 @@ def test_calibration_texts_are_used_beside_the_models_own(tmp_path: Path, prepar
     found = [prepared(model, base, **how)[0].quantization for how in ({}, {"calibrate": file})]
     weights = [each.calibrated["model.layers.0.mlp.up_proj"].packed for each in found if each is not None]
     assert (weights[0] != weights[1]).any()
+
+
+def test_a_layer_that_stands_in_two_places_is_found_by_its_other_name(
+    base_folder: Path, prepared: Making, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_siamese(base_folder, target_modules=["q_proj"])
+    layers: Any = model.causal_lm.get_submodule("model.layers")
+    layers[1].mlp = layers[0].mlp
+    found, lines = prepared(model, base_folder)
+    assert found.quantization is not None
+    weights = found.quantization.calibrated
+    assert weights["model.layers.1.mlp.up_proj"] is weights["model.layers.0.mlp.up_proj"]
+    monkeypatch.delattr(export.passes.quantized_tensors, "round_to_nearest")  # a call is an error
+    (tmp_path / "draft").mkdir()
+    quantized = write(found, tmp_path / "draft", lines.append).quantized
+    assert quantized is not None
+    assert quantized.calibrated == len(quantized.weights)
