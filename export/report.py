@@ -107,8 +107,9 @@ def report_quantized(done: Quantized, settings: ExportSettings, report: Report) 
     embeddings = " and the embeddings" if done.embeddings else ""
     experts = f" and the experts of {done.experts} layers" if done.experts else ""
     how = f", {done.calibrated} of them calibrated" if done.calibrated else ""
+    mean = f" ({done.mean_bits:.2f} bits a weight)" if len(done.widths) > 1 else ""
     report(
-        f"quantize  {done.matrices} matrices{embeddings}{experts} to {settings.precision}, "
+        f"quantize  {done.matrices} matrices{embeddings}{experts} to {settings.precision}{mean}, "
         f"blocks of {settings.block_size}{how}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
     if done.kept:

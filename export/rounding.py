@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from imsm_core.data.dataset import Example
 from imsm_core.siamese import SiameseModel
 
-from .choices import AUTO, MEAN_BITS
+from .choices import AUTO, MAX_KL, MEAN_BITS
 from .passes.quantization import Quantization
 from .passes.quantized_matmul import has_operator
 from .quantization.divergence import Divergence, Reference
+from .quantization.layers import by_every_name, check_finite
 from .quantization.mixed import Candidates, Form, nearest_backbone, round_backbone
 from .quantization.weight_format import WIDTHS, QuantizedWeight
 from .report import Report
@@ -45,15 +46,22 @@ def plan_rounding(
         return settings, None
     own = not layout.portable and settings.dtype_name == "float32" and has_operator(settings.bits, settings.block_size)
     plain = Quantization(
-        settings.bits, settings.block_size, settings.symmetric, experts=not layout.portable, half_scales=own
+        settings.bits,
+        settings.block_size,
+        settings.symmetric,
+        experts=not layout.portable,
+        half_scales=own,
+        rounding="nearest" if settings.rounds_to_nearest else "best",
     )
     widths = (8,) if settings.bits == 8 else WIDTHS if own else STOCK_WIDTHS
     form = Form(widths, settings.block_size, settings.symmetric)
     if settings.rounds_to_nearest:
         mean = settings.mean_bits
-        return settings, plain if mean is None else replace(
-            plain, calibrated=nearest_backbone(model, form, mean).choose(mean)
-        )
+        if mean is not None:
+            chosen = nearest_backbone(model, form, mean).choose(mean)
+            plain = replace(plain, calibrated=by_every_name(model, chosen))
+        return settings, plain
+    check_finite(model)
     own_text = own_texts(model, tokenizer, SENTENCES, longest, report)
     mean = None if settings.precision == AUTO else 8.0 if settings.bits == 8 else settings.mean_bits or MEAN_BITS
     found = round_backbone(model, [*texts.calibration, *own_text], form, mean, report)
@@ -63,7 +71,7 @@ def plan_rounding(
         )
         reference = Reference(model, judged, settings.base_only)
         return _smallest(found, reference, settings, plain, report)
-    return settings, replace(plain, calibrated=found.choose(mean))
+    return settings, replace(plain, calibrated=by_every_name(model, found.choose(mean)))
 
 
 def _smallest(
@@ -89,11 +97,20 @@ def _smallest(
     if high == len(TRIED):
         precision = settings.activations or "fp32"
         report(f"auto      no rounded weights keep a KL of {settings.max_kl:g}: {precision}")
-        return replace(settings, precision=precision, activations=None), None
+        return _in_floats(settings, precision), None
     mean, precision = TRIED[high], "int8" if TRIED[high] == TRIED[-1] else "int4"
     report(f"auto      {precision} with {mean:g} bits a weight is the smallest that does")
-    chosen = replace(settings, precision=precision, mean_bits=None if precision == "int8" else mean)
-    return chosen, replace(plain, bits=chosen.bits or 0, calibrated=kept)
+    share = None if precision == "int8" else mean
+    chosen = replace(settings, precision=precision, mean_bits=share, rounding="best", max_kl=MAX_KL)
+    return chosen, replace(plain, bits=chosen.bits or 0, calibrated=by_every_name(reference.model, kept))
+
+
+def _in_floats(settings: ExportSettings, precision: str) -> ExportSettings:
+    """Without what is only of rounded weights: those settings contradict floats."""
+    calibrate = settings.calibrate if settings.kv_cache == "int8" else None
+    if calibrate is None and settings.eval_data is None:  # nothing is read any more
+        settings = replace(settings, calibrate=None, prompt_field=None, answer_field=None, skip_bad_rows=False)
+    return replace(settings, precision=precision, activations=None, rounding=None, max_kl=MAX_KL, calibrate=calibrate)
 
 
 def _tried(mean: float, divergence: Divergence, settings: ExportSettings, fits: bool) -> str:

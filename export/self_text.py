@@ -20,6 +20,8 @@ from imsm_core.data.encoding import encode_prompt
 from imsm_core.errors import BaseModelError, first_line
 from imsm_core.siamese import SiameseModel
 
+from .replaced import replaced
+
 ROWS, LENGTH = 32, 128
 """Texts, and tokens of each: half of the texts are the base stream's, half the adapter stream's."""
 
@@ -39,12 +41,15 @@ def own_texts(
     from the beginning. Where a model cannot generate, tokens are random and a line says why."""
     length = min(longest, LENGTH)
     texts: list[list[int]] = []
+    failures: list[str] = []
     with torch.random.fork_rng(devices=[]), quiet_libraries():
         torch.manual_seed(seed)
         for adapted in (False, True):
             with nullcontext() if adapted else model.adapter_disabled():
                 for prompts in _prompts(model, tokenizer, starts, rows // 2):
-                    texts += _continued(model, prompts, length, report)
+                    texts += _continued(model, prompts, length, failures)
+    if failures:
+        report(f"round     this model cannot write texts ({failures[0]}); random tokens take their place")
     return texts
 
 
@@ -70,17 +75,20 @@ def _first_tokens(tokenizer: PreTrainedTokenizerBase, starts: Sequence[str], kno
     return found or [0]
 
 
-def _continued(
-    model: SiameseModel, prompts: list[list[int]], length: int, report: Callable[[str], None]
-) -> list[list[int]]:
+def _continued(model: SiameseModel, prompts: list[list[int]], length: int, failures: list[str]) -> list[list[int]]:
+    """failures: gets why random tokens took the place of the model's."""
     prompts = [prompt[: max(1, length - 1)] for prompt in prompts]
     room = length - len(prompts[0])
+    ends = model.causal_lm.generation_config.eos_token_id  # which are not drawn: texts of one length
     drawn = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-    config = GenerationConfig(max_new_tokens=room, min_new_tokens=room, pad_token_id=0, **drawn)
+    config = GenerationConfig(max_new_tokens=room, min_new_tokens=room, eos_token_id=ends, pad_token_id=0, **drawn)
+    token_ids = torch.tensor(prompts)
+    every = torch.ones_like(token_ids)  # also a first token that is the one for padding
     try:
         generate: Any = model.causal_lm.generate
-        found: list[list[int]] = generate(torch.tensor(prompts), generation_config=config).tolist()
+        with replaced(model.causal_lm, "generation_config", GenerationConfig()):  # it may penalize or filter tokens
+            found: list[list[int]] = generate(token_ids, attention_mask=every, generation_config=config).tolist()
     except Exception as error:
-        report(f"round     this model cannot write texts ({first_line(error)}); random tokens take their place")
+        failures.append(first_line(error))
         found = torch.randint(embedded_tokens(model.causal_lm), (len(prompts), length)).tolist()
     return found

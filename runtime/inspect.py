@@ -22,6 +22,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "architecture": manifest.architecture,
         "base_model": raw["base_model"],
         "precision": manifest.precision,
+        "mean_bits": (raw["quantization"] or {}).get("mean_bits"),  # format 5 has none
         "quality": manifest.quality,
         "streams": list(manifest.streams),
         "layers": len(manifest.layers),
@@ -67,9 +68,10 @@ def _prompts(facts: dict[str, Any]) -> str:
 
 def format_summary(facts: dict[str, Any]) -> str:
     """The facts as lines, each a single one whatever the artifact's texts hold."""
-    gate, adapter = facts["gate"], facts["adapter"]
+    gate, adapter, bits = facts["gate"], facts["adapter"], facts["mean_bits"]
+    precision = facts["precision"] + ("" if bits is None else f", {bits:.3g} bits a weight")
     lines = [
-        f"artifact     {facts['folder']}, {facts['bytes'] / 1e6:.1f} MB, {facts['precision']}",
+        f"artifact     {facts['folder']}, {facts['bytes'] / 1e6:.1f} MB, {precision}",
         f"quality      {quality_line(facts['quality'])}",
         f"base model   {facts['architecture']}: {facts['base_model']['name']}",
         f"shape        hidden size {facts['hidden_size']}, vocabulary {facts['vocab_size']}, "

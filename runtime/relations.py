@@ -19,6 +19,7 @@ Shape = tuple[int | None, ...]
 
 _FLOAT_ACTIVATIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BITS = {"int8": 8, "int4": 4}
+_WIDTHS = (4, 5, 6, 8)
 
 
 def check_relations(document: Document) -> None:
@@ -45,6 +46,22 @@ def _check_precision(document: Document) -> None:
         raise DamagedError("quantization", quantization, f"{rule}, as precision is {precision}")
     if quantization is not None and quantization["bits"] != bits:
         raise DamagedError("quantization.bits", quantization["bits"], f"{bits}, as precision is {precision}")
+    if quantization is not None and document["format_version"] > 5:
+        _check_widths(quantization)
+
+
+def _check_widths(quantization: Document) -> None:
+    bits, widths = quantization["bits"], quantization["widths"]
+    allowed = [str(width) for width in _WIDTHS if width >= bits]
+    for width in widths:
+        if width not in allowed:
+            raise DamagedError("a width in quantization.widths", width, f"one of {', '.join(allowed)}")
+    total = sum(widths.values())
+    mean = sum(int(width) * count for width, count in widths.items()) / total if total else None
+    found = quantization["mean_bits"]
+    if (found is None) != (mean is None) or (found is not None and mean is not None and abs(found - mean) > 1e-6):
+        rule = "null, as there are none" if mean is None else f"{mean:g}, as widths say"
+        raise DamagedError("quantization.mean_bits", found, rule)
 
 
 def _check_streams(document: Document) -> None:

@@ -46,6 +46,19 @@ _DIFFERENCE = {
 }
 _difference = Record(_DIFFERENCE)
 
+_QUANTIZATION = {
+    "bits": whole(4, 8),
+    "block_size": whole(1),
+    "symmetric": flag,
+    "matrices": whole(),
+    "embeddings": whole(),
+    "experts": whole(),
+    "calibrated": whole(),
+    "bytes": _bytes,
+    "kept_bytes": _bytes,
+}
+_WIDTHS = {"rounding": one_of("best", "nearest"), "mean_bits": optional(number(4, 8)), "widths": table(_bytes)}
+
 _CURRENT = Record(
     {
         "format_version": whole(FORMAT_VERSION, FORMAT_VERSION),
@@ -84,21 +97,7 @@ _CURRENT = Record(
         ),
         "precision": one_of(*PRECISIONS),
         "activations": one_of(*FLOATS),
-        "quantization": optional(
-            Record(
-                {
-                    "bits": whole(4, 8),
-                    "block_size": whole(1),
-                    "symmetric": flag,
-                    "matrices": whole(),
-                    "embeddings": whole(),
-                    "experts": whole(),
-                    "calibrated": whole(),
-                    "bytes": _bytes,
-                    "kept_bytes": _bytes,
-                }
-            )
-        ),
+        "quantization": optional(Record(_QUANTIZATION | _WIDTHS)),
         "kv_cache": one_of("float", "int8"),
         "gate": optional(Record({"kind": one_of(*GATE_KINDS), "rank": whole()})),
         "adapter": optional(
@@ -169,9 +168,11 @@ _FORMAT_5 = Record(
     _CURRENT.fields
     | {
         "format_version": whole(5, 5),
+        "quantization": optional(Record(_QUANTIZATION)),
         "quality": optional(Record({"texts": whole(), "tokens": whole(), **_DIFFERENCE})),
     }
 )
 
 SCHEMAS = {5: _FORMAT_5, FORMAT_VERSION: _CURRENT}
-"""By format version, of those that are read. Format 5 has the quality of the blend alone, or of the only stream."""
+"""By format version, of those that are read. Format 5 has the quality of the blend alone, or of the only stream,
+and one width for all weights."""

@@ -121,7 +121,7 @@ def recipes(size: Size) -> dict[str, Recipe]:
 
 
 def _int4(block: int, alone: bool) -> ExportSettings:
-    return ExportSettings(precision="int4", activations="fp16", block_size=block, base_only=alone)
+    return ExportSettings("int4", activations="fp16", block_size=block, rounding="nearest", base_only=alone)
 
 
 def siamese_model(recipe: Recipe, device: str = "cpu") -> SiameseModel:

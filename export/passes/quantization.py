@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,10 @@ from . import weights
 
 @dataclass(frozen=True)
 class Quantization:
-    """bits: 4 or 8. calibrated: weights that were quantized with data, by their layer's name in the causal LM; all
+    """bits: 4 or 8. calibrated: weights that were chosen before, by their layer's name in the causal LM; all
     others are rounded to the nearest. experts: whether those are quantized, which needs a recent onnxruntime.
-    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth.
+    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth. rounding: what the
+    manifest calls how `calibrated` were made.
 
     The nodes compute in floating point; `int8_compute` changes that once the file has been verified."""
 
@@ -26,6 +28,7 @@ class Quantization:
     calibrated: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     experts: bool = True
     half_scales: bool = False
+    rounding: str = "nearest"
 
 
 @dataclass
@@ -33,8 +36,9 @@ class Quantized:
     """What happened. bytes_before: of the matrices that were quantized. bytes_after: of all that the file has in their
     place, once `count_bytes` was told what is written. kept: matrices of the backbone that stayed in floating point, by
     name, with their bytes. replaced: the graph's names of the matrices; what takes their place has names that begin
-    with theirs. weights: what every weight of the traced module became. expert_weights: those of its weights that are
-    of experts, all rounded to the nearest."""
+    with theirs. weights: what every weight of the traced module became. widths: bits -> how many numbers have so many,
+    those of tied weights once. expert_weights: those of its weights that are of experts, all rounded to the
+    nearest."""
 
     matrices: int = 0
     embeddings: int = 0
@@ -45,6 +49,7 @@ class Quantized:
     kept: dict[str, int] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    widths: Counter[int] = field(default_factory=Counter)
     expert_weights: list[str] = field(default_factory=list)
 
     def count_bytes(self, model: ir.Model) -> None:
@@ -57,12 +62,21 @@ class Quantized:
             and weights.is_backbone(value)  # a packed adapter has the name of its layers
         )
 
+    @property
+    def mean_bits(self) -> float | None:
+        """Of all numbers that were quantized, without their scales; None where nothing was."""
+        total = self.widths.total()
+        return sum(bits * count for bits, count in self.widths.items()) / total if total else None
+
     def as_dict(self, settings: Quantization) -> dict[str, Any]:
         """For the manifest."""
         return {
             "bits": settings.bits,
             "block_size": settings.block_size,
             "symmetric": settings.symmetric,
+            "rounding": settings.rounding,
+            "mean_bits": self.mean_bits,
+            "widths": {str(bits): count for bits, count in sorted(self.widths.items())},
             "matrices": self.matrices,
             "embeddings": self.embeddings,
             "experts": self.experts,

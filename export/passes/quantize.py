@@ -136,6 +136,7 @@ class Quantizer:
         self.done.experts += 1
         self.done.expert_weights += found.names
         self.done.bytes_before += found.bytes_before
+        self.done.widths[settings.bits] += found.size
         self.done.replaced += found.replaced
 
 

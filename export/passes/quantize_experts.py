@@ -30,10 +30,11 @@ _MATRICES = (2, 4)  # the places of the up and the down projections among MoE's 
 @dataclass(frozen=True)
 class PackedExperts:
     """What `quantize_experts` made of one node. names: the weights of the traced module. made: initializers that are
-    part of it. replaced: the graph's weights in whose place they are."""
+    part of it. size: how many numbers. replaced: the graph's weights in whose place they are."""
 
     names: tuple[str, ...]
     made: tuple[ir.Value, ...]
+    size: int
     bytes_before: int
     replaced: tuple[str, ...]
 
@@ -58,14 +59,15 @@ def quantize_experts(graph: ir.Graph, node: ir.Node, bits: int, block_size: int,
     packed = [_rounded(value, bits, block_size, symmetric) for value in (up, down)]
     names = (*weights.parts(up), *weights.parts(down))
     before = weights.nbytes(up) + weights.nbytes(down)
+    size = sum(weights.matrix(value).size for value in (up, down))
     replaced = (str(up.name), str(down.name))
     if bits == 4:
-        return PackedExperts(names, _pack(graph, node, packed, accuracy_level=0), before, replaced)
+        return PackedExperts(names, _pack(graph, node, packed, accuracy_level=0), size, before, replaced)
     for value, part in zip((up, down), packed, strict=True):
         shape = weights.matrix(value).shape
         value.const_value = ir.tensor(dequantize(part, shape[2]).reshape(shape), name=value.name)
     node.meta[_PACKED] = packed
-    return PackedExperts(names, (up, down), before, replaced)
+    return PackedExperts(names, (up, down), size, before, replaced)
 
 
 def finish_experts(model: ir.Model) -> int:

@@ -71,6 +71,7 @@ class QuantizedTensors:
             if weight.dtype not in (None, ir.DataType.FLOAT):  # the scales as the file has them
                 part = replace(part, scales=part.scales.astype(weight.dtype.numpy()).astype(np.float32))
             self.done.weights[name] = part
+            self.done.widths[part.bits] += size * channels.shape[1]
             found.append(part)
             start += size
         return _concatenated(found)

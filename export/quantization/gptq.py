@@ -110,9 +110,3 @@ def _inverse_factor(hessian: Array) -> tuple[Tensor, Tensor]:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return order, factor.float()
-
-
-def output_error(difference: Array, hessian: Array) -> Array:
-    """(N,): the sum of (difference @ x)^2 over the inputs x that gave `hessian`; difference: (N, K)."""
-    errors: Array = ((difference @ hessian) * difference).sum(1)
-    return errors

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,8 +14,9 @@ from imsm_core.adapters.attach import adapted_layers
 from imsm_core.siamese import SiameseModel
 
 from ..adapters.rows import linear_weight
+from ..errors import ExportError
 from .precision import layer_weight
-from .weight_format import Array
+from .weight_format import Array, QuantizedWeight
 
 
 def layer_name(weight: str) -> str:
@@ -51,6 +55,26 @@ def embedding_layer(model: SiameseModel) -> tuple[str, nn.Module]:
 def _named(model: SiameseModel, module: nn.Module | None) -> tuple[str, nn.Module]:
     name = next(name for name, each in model.causal_lm.named_modules(remove_duplicate=False) if each is module)
     return name, layer_weight(model.causal_lm, f"model.{name}.weight")[0]
+
+
+def check_finite(model: SiameseModel) -> None:
+    """Raise ExportError with the name of the first of all these layers whose weight has NaN or infinite values."""
+    for name, layer in [*backbone_layers(model).items(), head_layer(model), embedding_layer(model)]:
+        if not layer.get_parameter("weight").isfinite().all():
+            raise ExportError(f"the weight of {name} has values that are not finite and cannot be quantized")
+
+
+def by_every_name(model: SiameseModel, weights: Mapping[str, QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    """The weights also by the other names of layers that stand in several places: a graph knows one of them."""
+    found = dict(weights)
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.causal_lm.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    for alike in names.values():
+        known = next((name for name in alike if name in weights), None)
+        if known is not None:
+            found |= {name: weights[known] for name in alike if name not in weights}
+    return found
 
 
 def weight_of(layer: nn.Module) -> Array:

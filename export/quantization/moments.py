@@ -9,7 +9,8 @@ size and, in the same amount, by the size of the gradient at their token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,18 +34,20 @@ FEWEST = 4
 @dataclass(frozen=True)
 class Moments:
     """Of one layer. inputs: (K, K) float32, the weighted sum of x x^T over all rows of both streams. cost: what its
-    weight's rounding to the nearest of 4 bits costs, nats a token; None where no gradient could be had."""
+    weight's rounding to the nearest of 4 bits costs, nats a token; None where no gradient could be had
+    or it was not asked for."""
 
     inputs: Array
     cost: float | None
 
 
 class _Sums:
-    """Of one layer while texts are read. error: (N, K) float32, what rounding changes."""
+    """Of one layer with K inputs while texts are read. error: (N, K) float32, what rounding changes; None if its cost
+    is not asked for."""
 
-    def __init__(self, error: Tensor) -> None:
+    def __init__(self, inputs: int, error: Tensor | None) -> None:
         self.error = error
-        self.inputs = torch.zeros(error.shape[1], error.shape[1])
+        self.inputs = torch.zeros(inputs, inputs)
         self.cost = 0.0
         self.unit = 0.0  # the mean square of the first text's gradients: a token of that size counts twice
         self.rows = 0
@@ -57,39 +60,46 @@ class _Sums:
             self.unit = self.unit or float(sizes.mean())
             if self.unit:
                 weighted = rows * (1 + sizes / self.unit)[:, None]
-            self.cost += 0.5 * float(((rows @ self.error.T) * gradients).square_().sum())
+            if self.error is not None:
+                self.cost += 0.5 * float(((rows @ self.error.T) * gradients).square_().sum())
         self.inputs.addmm_(weighted.T, rows)
         self.rows += len(rows)
 
     def moments(self, tokens: int) -> Moments | None:
-        if not self.rows:
+        if not self.rows or not self.inputs.isfinite().all():
             return None
         inputs: Array = self.inputs.numpy()
-        return Moments(inputs, self.cost / tokens if self.unit else None)
+        known = self.unit and self.error is not None and math.isfinite(self.cost)
+        return Moments(inputs, self.cost / tokens if known else None)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """By layer. moments: None for a layer that no text reaches. together: for each layer the first one that reads the
-    same values."""
+    """By layer. moments: None for a layer that no text reaches, or with values that are not finite. together: for each
+    layer the first one that reads the same values."""
 
     moments: dict[str, Moments | None]
     together: dict[str, str]
 
 
 def collect(
-    model: SiameseModel, layers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]], block_size: int
+    model: SiameseModel,
+    layers: Mapping[str, nn.Module],
+    texts: Sequence[Sequence[int]],
+    block_size: int,
+    unpriced: Collection[str] = (),
 ) -> Collected:
     """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is. block_size: of the
-    rounding whose cost is found.
+    rounding whose cost is found, but for the layers that are `unpriced`.
 
-    With an adapter that multiplies by a changed weight without the layer, as BOFT does, only the base stream's rows
+    With an adapter that multiplies by a changed weight without the layer, as HRA does, only the base stream's rows
     count.
     """
     sums = {}
     for name, layer in layers.items():
         weight = torch.from_numpy(weight_of(layer))
-        sums[name] = _Sums(weight - nearest_in_blocks(weight, FEWEST, block_size))
+        error = None if name in unpriced else weight - nearest_in_blocks(weight, FEWEST, block_size)
+        sums[name] = _Sums(weight.shape[1], error)
     together: dict[str, str] = {}
     last: list[Any] = [None, ""]  # the last input, and the layer that read it first
 
@@ -142,7 +152,7 @@ def _differentiable(model: SiameseModel) -> Iterator[None]:
     """Inside the block gradients reach what layers give, and no parameter."""
 
     def begin(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output if output.requires_grad else output.requires_grad_()
+        return output if output.requires_grad else output.requires_grad_().clone()  # some models scale it in place
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handle = model.causal_lm.get_input_embeddings().register_forward_hook(begin)

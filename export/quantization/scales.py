@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_CLIPPED = {4: (0.7, 1.1, 11), 5: (0.82, 1.06, 7), 6: (0.92, 1.04, 5), 8: (1.0, 1.0, 1)}
-"""By bits: the smallest and the largest share of a block's range that is tried, and how many of them."""
+_CLIPPED = {4: (0.72, 1.12, 11), 5: (0.84, 1.08, 7), 6: (0.91, 1.03, 5), 8: (1.0, 1.0, 1)}
+"""By bits: the smallest and the largest share of a block's range that is tried, and how many of them. 1 is among them,
+as in rounding to nearest."""
 _REFINED = 2
 _AT_ONCE = 2**18  # weights whose arrays stay in a processor's cache
 
@@ -23,10 +24,11 @@ def find_scales(weight: Tensor, moments: Tensor, bits: int, block_size: int, sym
     """Scales and zero points, both (N, blocks) float32: scales are float16's values, and 1 for a block of zeros; zero
     points are whole numbers, 2 ** (bits - 1) if `symmetric`.
 
-    weight: (N, K) float32. moments: (K,) of any scale, the second moments of the inputs. What is found first is
-    fitted to its codes by least squares.
+    weight: (N, K) float32. moments: (K,) of any scale, the second moments of the inputs; those that are 0 count as
+    the mean. What is found first is fitted to its codes by least squares.
     """
     padding = (0, -weight.shape[1] % block_size)
+    moments = torch.where(moments > 0, moments, moments.mean().clamp(min=torch.finfo(torch.float32).tiny))
     shares = functional.pad(moments, padding).unflatten(0, (-1, block_size))
     rows = max(1, _AT_ONCE // weight.shape[1])
     parts = [
@@ -58,7 +60,7 @@ def round_codes(values: Tensor, scale: Tensor, point: Tensor, bits: int) -> Tens
 def _candidates(blocks: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales and zero points (N, blocks, 1)."""
     first, last, count = _CLIPPED[bits]
-    shares = torch.linspace(first, last, count).tolist()
+    shares = [round(share, 3) for share in torch.linspace(first, last, count).tolist()]
     half = 1 << bits - 1
     low, high = (blocks.amin(-1, keepdim=True).clamp_(max=0), blocks.amax(-1, keepdim=True).clamp_(min=0))
     if symmetric:

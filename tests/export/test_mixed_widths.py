@@ -13,7 +13,7 @@ import pytest
 import export.pipeline
 from export.passes.quantization import Quantization
 from export.prepare import Prepared, prepare
-from export.quantization.gptq import backbone_layers
+from export.quantization.layers import backbone_layers
 from export.quantization.weight_format import QuantizedWeight, round_to_nearest
 from export.settings import ExportSettings
 from runtime import Session
@@ -57,7 +57,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.pipeline, "prepare", with_widths)
         folder = tmp_path_factory.mktemp("mixed")
-        return export_tiny(folder, head_dim=16, tied=True, settings=ExportSettings(precision="int4"))
+        settings = ExportSettings(precision="int4", rounding="nearest")
+        return export_tiny(folder, head_dim=16, tied=True, settings=settings)
 
 
 def bits_of(node: onnx.NodeProto) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.pipeline import check_quantized_backbone
+from export.pipeline import for_quantized_backbone
 from export.settings import ExportSettings
 from imsm_core.checkpoint import CheckpointInfo
 from imsm_core.errors import SettingsError
@@ -128,9 +128,9 @@ def test_an_adapter_of_a_rounded_backbone_needs_the_same_one() -> None:
     trained = {"precision": "int4", "block_size": 32}
     info = CheckpointInfo("m", None, "f", "query_aware", 8, "LORA", quantized_backbone=trained)
     lines: list[str] = []
-    check_quantized_backbone(info, ExportSettings(precision="int4"), lines.append)
+    for_quantized_backbone(info, ExportSettings(precision="int4"), lines.append)
     assert lines == []
-    check_quantized_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
+    for_quantized_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
     assert "trained against a backbone of int4 in blocks of 32" in lines[0]
     with pytest.raises(SettingsError, match=r"calibrate is x; .* leave it out"):
-        check_quantized_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)
+        for_quantized_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)

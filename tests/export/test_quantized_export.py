@@ -28,8 +28,12 @@ MOSTLY, AT_MOST, ANOTHER_TEXT = 1e-3, 0.5, 1.0
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(f"int4_{request.param}")
     if request.param == "llama":
-        return export_tiny(folder, head_dim=16, tied=True, settings=ExportSettings(precision="int4"))
-    return export_tiny(folder, "gpt2", head_dim=12, settings=ExportSettings(precision="int4", symmetric=False))
+        return export_tiny(
+            folder, head_dim=16, tied=True, settings=ExportSettings(precision="int4", rounding="nearest")
+        )
+    return export_tiny(
+        folder, "gpt2", head_dim=12, settings=ExportSettings(precision="int4", symmetric=False, rounding="nearest")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,11 @@ def test_every_product_with_a_quantized_weight_computes_in_int8(exported: Export
 def test_the_backbones_matrices_are_all_quantized_and_have_their_names(
     exported: Exported, proto: onnx.GraphProto
 ) -> None:
-    assert exported.manifest["quantization"]["kept_bytes"] == 0
+    found = exported.manifest["quantization"]
+    assert found["kept_bytes"] == 0
+    assert (found["rounding"], found["mean_bits"]) == ("nearest", 4)
+    sizes = 259 * 64 + 2 * (64 * 192 + 3 * 64 * 124), 259 * 48 + 2 * 12 * 48 * 48
+    assert found["widths"] == {"4": sizes[exported.manifest["model"]["architecture"] == "gpt2"]}
     products = quantized_weights(proto)
     llama = "model.layers.0.self_attn.q_proj" in products[0]
     assert len(products) == (2 * 5 if llama else 2 * 4) + 1  # q, k and v in one; and the head
@@ -204,7 +212,9 @@ def test_the_blended_steps_are_the_scores_of_the_same_text(exported: Exported) -
 
 
 def test_the_portable_form_has_none_of_the_projects_operators(tmp_path: Path) -> None:
-    exported = export_tiny(tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True))
+    exported = export_tiny(
+        tmp_path, head_dim=16, settings=ExportSettings(precision="int4", portable=True, rounding="nearest")
+    )
     model = onnx.load(str(exported.artifact / "model.onnx"), load_external_data=False)
     assert not model.functions
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}

@@ -43,7 +43,8 @@ def export_rounded(
     siamese = SiameseModel(attach_adapter(model, ADAPTERS[adapter](model)), make_gate(gate, hidden_size(model), 3))
     randomize_adapter(siamese, 1, scale)
     info = save_tiny_checkpoint(siamese.eval(), base, folder / "checkpoint")
-    return export_existing(folder, base, siamese, info, ExportSettings(precision=precision, activations="fp16"))
+    settings = ExportSettings(precision=precision, activations="fp16", rounding="nearest")
+    return export_existing(folder, base, siamese, info, settings)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def tiny_llama(settings: ExportSettings | None = None, **how: Any) -> Callable[[
 
 ARTIFACTS: dict[str, Callable[[Path], Exported]] = {
     "fp32": tiny_llama(),
-    "int4": tiny_llama(ExportSettings("int4")),
+    "int4": tiny_llama(ExportSettings("int4", rounding="nearest")),
     "fp16": tiny_llama(ExportSettings("fp16")),
     "portable": tiny_llama(ExportSettings(portable=True)),
     "shared trunk": trunk,

@@ -17,6 +17,7 @@ from export.artifact import SECTIONS, seal
 from runtime import ArtifactError, generate, load
 from runtime.console import run_commands
 from runtime.folder import check_files, unlisted_files
+from runtime.inspect import format_summary, summarize
 from runtime.json_checks import parse_json
 from runtime.manifest import StepReads, read_manifest
 from runtime.printable import printable, shortened
@@ -330,3 +331,52 @@ def test_values_in_messages_are_short_and_on_one_line() -> None:
     assert shortened(10**10000) == "a number of more than 100 digits"
     values: list[Any] = [None, True, 1.5, [1], {}]
     assert [shortened(value) for value in values] == ["null", "true", "1.5", "a list of 1", "an object of 0"]
+
+
+QUANTIZATION: dict[str, Any] = {
+    "bits": 4,
+    "block_size": 32,
+    "symmetric": True,
+    "rounding": "best",
+    "mean_bits": 4.6,
+    "widths": {"4": 30, "5": 10, "6": 10},
+    "matrices": 9,
+    "embeddings": 1,
+    "experts": 0,
+    "calibrated": 9,
+    "bytes": 5,
+    "kept_bytes": 0,
+}
+FORMAT_5 = {key: value for key, value in QUANTIZATION.items() if key not in ("rounding", "mean_bits", "widths")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean_bits": 5.5}, r"quantization\.mean_bits is 5\.5; it must be 4\.6, as widths say"),
+        ({"mean_bits": None}, r"quantization\.mean_bits is null; it must be 4\.6, as widths say"),
+        ({"widths": {}}, r"quantization\.mean_bits is 4\.6; it must be null, as there are none"),
+        ({"widths": {"3": 5}}, r'a width in quantization\.widths is "3"; it must be one of 4, 5, 6, 8'),
+        ({"rounding": "nearest"}, r'a width in quantization\.widths is "5"; it must be one of 4'),
+        ({"rounding": "worst"}, r'quantization\.rounding is "worst"; it must be one of best, nearest'),
+        ({"widths": {"4": -1}}, r"quantization\.widths.*is -1; it must be a whole number"),
+        ({"mean_bits": 9}, r"quantization\.mean_bits is 9; it must be a number from 4 to 8"),
+    ],
+)
+def test_widths_and_their_mean_agree(tiny: Exported, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    edit_manifest(artifact, precision="int4", quantization=QUANTIZATION)
+    assert read_manifest(artifact).raw["quantization"] == QUANTIZATION
+    edit_manifest(artifact, quantization=QUANTIZATION | change)
+    with pytest.raises(ArtifactError, match=message):
+        read_manifest(artifact)
+    edit_manifest(artifact, quantization=FORMAT_5)
+    with pytest.raises(ArtifactError, match=r"quantization\.rounding is missing"):
+        read_manifest(artifact)
+
+
+def test_format_5_has_one_width(tiny: Exported, tmp_path: Path) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    edit_manifest(artifact, format_version=5, precision="int4", quantization=FORMAT_5)
+    assert summarize(artifact)["mean_bits"] is None
+    assert format_summary(summarize(artifact)).splitlines()[0].endswith("MB, int4")

@@ -57,7 +57,7 @@ def export_mixture(
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     kind, precision, symmetric = request.param
-    settings = ExportSettings(precision=precision, block_size=16, symmetric=symmetric)
+    settings = ExportSettings(precision=precision, block_size=16, symmetric=symmetric, rounding="nearest")
     return export_mixture(tmp_path_factory.mktemp(kind), kind, settings)
 
 
@@ -127,7 +127,9 @@ def test_it_decodes_as_it_prefills(exported: Exported) -> None:
 
 
 def test_experts_of_broken_blocks_stay(tmp_path: Path) -> None:
-    exported = export_mixture(tmp_path, "mixtral", ExportSettings(precision="int4", block_size=16), inner=40)
+    exported = export_mixture(
+        tmp_path, "mixtral", ExportSettings(precision="int4", block_size=16, rounding="nearest"), inner=40
+    )
     assert [node.op_type for node in expert_nodes(graph_of(exported))] == ["MoE"] * COMMON["num_hidden_layers"]
     sizes = exported.manifest["quantization"]
     assert (sizes["experts"], sizes["kept_bytes"]) == (0, 4 * 2 * EXPERTS * 3 * 40 * WIDTH)
@@ -135,7 +137,7 @@ def test_experts_of_broken_blocks_stay(tmp_path: Path) -> None:
 
 
 def test_the_portable_form_keeps_experts_that_older_kernels_know(tmp_path: Path) -> None:
-    settings = ExportSettings(precision="int4", block_size=16, portable=True)
+    settings = ExportSettings(precision="int4", block_size=16, portable=True, rounding="nearest")
     exported = export_mixture(tmp_path, "mixtral", settings)
     assert [node.op_type for node in expert_nodes(graph_of(exported))] == ["MoE"] * COMMON["num_hidden_layers"]
     assert declined(exported)[PORTABLE_EXPERTS.reason] == COMMON["num_hidden_layers"]
@@ -143,7 +145,9 @@ def test_the_portable_form_keeps_experts_that_older_kernels_know(tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's own, of its "all-linear"
 def test_experts_that_the_adapter_changes_stay(tmp_path: Path) -> None:
-    exported = export_mixture(tmp_path, "mixtral", ExportSettings(precision="int4", block_size=16), all_linear=True)
+    exported = export_mixture(
+        tmp_path, "mixtral", ExportSettings(precision="int4", block_size=16, rounding="nearest"), all_linear=True
+    )
     assert {node.op_type for node in expert_nodes(graph_of(exported))} <= {"MoE"}
     assert exported.manifest["quantization"]["experts"] == 0
     assert declined(exported)

@@ -23,7 +23,7 @@ from tests.exported import PROMPT, Exported, export_tiny
 SETTINGS = {
     "fp16": ExportSettings("fp16"),
     "bf16": ExportSettings("bf16"),
-    "int4, fp16": ExportSettings("int4", activations="fp16"),
+    "int4, fp16": ExportSettings("int4", activations="fp16", rounding="nearest"),
     "int8, bf16": ExportSettings("int8", activations="bf16"),
     "fp16, int8 caches": ExportSettings("fp16", kv_cache="int8"),
     "fp16, base alone": ExportSettings("fp16", base_only=True),
