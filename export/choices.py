@@ -13,7 +13,7 @@ WEIGHT_BITS = {"int8": 8, "int4": 4, AUTO: 4}
 
 PRECISIONS = (*FLOATS, *WEIGHT_BITS)
 ROUNDINGS = ("best", "nearest")
-MEAN_BITS = 4.75
+MEAN_BITS = 5.0
 """Bits of a weight of int4, on average over the layers."""
 MAX_KL = 0.05
 """What "auto" keeps, in nats a token."""

@@ -17,8 +17,8 @@ from . import weights
 class Quantization:
     """bits: 4 or 8. calibrated: weights that were chosen before, by their layer's name in the causal LM; all
     others are rounded to the nearest. experts: whether those are quantized, which needs a recent onnxruntime.
-    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth. rounding: what the
-    manifest calls how `calibrated` were made.
+    half_scales: whether scales are rounded to float16 where that changes none of them by a thousandth. rounding: what
+    the manifest calls how `calibrated` were made.
 
     The nodes compute in floating point; `int8_compute` changes that once the file has been verified."""
 

@@ -87,7 +87,8 @@ def round_backbone(
     found: dict[str, Candidate] = {}
     ends: dict[str, dict[int, QuantizedWeight]] = {}
     for group in _groups({**layers, head_name: head}):
-        collected = collect(model, group, texts, form.block_size, unpriced=(head_name,))
+        unpriced = group if len(of_layers) == 1 else (head_name,)  # nothing is chosen by it
+        collected = collect(model, group, texts, form.block_size, unpriced)
         for name, layer in group.items():
             weight, moments = weight_of(layer), collected.moments.pop(name)
             if name == head_name:
