@@ -171,7 +171,8 @@ def for_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, repor
     found = {"precision": settings.precision, "block_size": settings.block_size}
     if found == trained and settings.rounding is None and settings.mean_bits is None:
         settings = replace(settings, rounding="nearest")
-    if found != trained or not settings.symmetric or not settings.rounds_to_nearest:
+    plain = settings.rounds_to_nearest and settings.mean_bits is None
+    if found != trained or not settings.symmetric or not plain:
         report_other_backbone(trained, report)
     return settings
 

@@ -204,7 +204,7 @@ class ExportSettings:
 
     @property
     def rounds_to_nearest(self) -> bool:
-        """Whether all weights have the precision's bits and their nearest values."""
+        """Whether weights have their nearest values."""
         if self.rounding is None:
             return self.precision == "int8" and self.calibrate is None
         return self.rounding == "nearest"

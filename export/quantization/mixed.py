@@ -18,12 +18,12 @@ from imsm_core.siamese import SiameseModel
 
 from .gptq import gptq, searched
 from .layers import backbone_layers, embedding_layer, head_layer, weight_of
-from .moments import Moments, collect
+from .moments import Moments, collect, read_together
 from .weight_format import Array, QuantizedWeight, round_to_nearest
 from .widths import Weights, choose_widths, neighbours, width_of_ends
 
 MOMENT_BYTES = 2**32  # of what is collected in one pass over the texts
-_SOME_TOKENS = 8  # show which layers read the same values
+_SOME_TOKENS = range(8)  # show which layers read the same values
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,20 @@ def round_backbone(
     """
     layers, (head_name, head) = backbone_layers(model), head_layer(model)
     of_layers, of_ends = _widths(form, mean_bits)
+    together = read_together(model, layers, _SOME_TOKENS)
     found: dict[str, Candidate] = {}
     ends: dict[str, dict[int, QuantizedWeight]] = {}
     for group in _groups({**layers, head_name: head}):
         unpriced = group if len(of_layers) == 1 else (head_name,)  # nothing is chosen by it
         collected = collect(model, group, texts, form.block_size, unpriced)
         for name, layer in group.items():
-            weight, moments = weight_of(layer), collected.moments.pop(name)
+            weight, moments = weight_of(layer), collected.pop(name)
             if name == head_name:
                 ends = _ends(model, moments, of_ends, form)
                 continue
             cost = 0.0 if moments is None or moments.cost is None else moments.cost
             forms = _layer(weight, moments, of_layers, form)
-            found[name] = Candidate(forms, weight.size, cost, collected.together.get(name, name))
+            found[name] = Candidate(forms, weight.size, cost, together.get(name, name))
             if len(found) % 8 == 0 or len(found) == len(layers):
                 report(f"round     {len(found)} of {len(layers)} layers")
     return Candidates(found, ends, form.widths)
@@ -106,7 +107,7 @@ def nearest_backbone(model: SiameseModel, form: Form, mean_bits: float) -> Candi
     """The same without texts: all weights rounded to nearest, and the first layers have the wider ones."""
     layers, (head_name, head), (name, embedding) = backbone_layers(model), head_layer(model), embedding_layer(model)
     of_layers, of_ends = _widths(form, mean_bits)
-    together = collect(model, layers, [range(_SOME_TOKENS)], form.block_size).together
+    together = read_together(model, layers, _SOME_TOKENS)
 
     def nearest(layer: nn.Module, widths: Sequence[int]) -> dict[int, QuantizedWeight]:
         return {bits: round_to_nearest(weight_of(layer), bits, form.block_size, form.symmetric) for bits in widths}

@@ -73,13 +73,25 @@ class _Sums:
         return Moments(inputs, self.cost / tokens if known else None)
 
 
-@dataclass(frozen=True)
-class Collected:
-    """By layer. moments: None for a layer that no text reaches, or with values that are not finite. together: for each
-    layer the first one that reads the same values."""
+def read_together(model: SiameseModel, layers: Mapping[str, nn.Module], text: Sequence[int]) -> dict[str, str]:
+    """For each layer the first one that reads the same values, which one node can multiply with all their weights.
+    text: token ids, a few of any; a layer that they do not reach is left out."""
+    together: dict[str, str] = {}
+    last: list[Any] = [None, ""]  # the last input, and the layer that read it first
 
-    moments: dict[str, Moments | None]
-    together: dict[str, str]
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def read(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if last[0] is not args[0]:
+                last[:] = args[0], name
+            together.setdefault(name, last[1])
+
+        return read
+
+    with ExitStack() as stack, torch.no_grad(), model.adapter_disabled():
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        last_hidden_state(model.causal_lm, input_ids=torch.tensor([list(text)]))
+    return together
 
 
 def collect(
@@ -88,9 +100,10 @@ def collect(
     texts: Sequence[Sequence[int]],
     block_size: int,
     unpriced: Collection[str] = (),
-) -> Collected:
-    """Read the texts in both streams. model: on the CPU, float32, eval mode, and stays as it is. block_size: of the
-    rounding whose cost is found, but for the layers that are `unpriced`.
+) -> dict[str, Moments | None]:
+    """Read the texts in both streams; gives the moments by layer, None for one that no text reaches or with values that
+    are not finite. model: on the CPU, float32, eval mode, and stays as it is. block_size: of the rounding whose cost is
+    found, but for the layers that are `unpriced`.
 
     With an adapter that multiplies by a changed weight without the layer, as HRA does, only the base stream's rows
     count.
@@ -100,14 +113,9 @@ def collect(
         weight = torch.from_numpy(weight_of(layer))
         error = None if name in unpriced else weight - nearest_in_blocks(weight, FEWEST, block_size)
         sums[name] = _Sums(weight.shape[1], error)
-    together: dict[str, str] = {}
-    last: list[Any] = [None, ""]  # the last input, and the layer that read it first
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def read(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if last[0] is not args[0]:
-                last[:] = args[0], name
-            together.setdefault(name, last[1])
             rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(lambda gradient: _add(rows, gradient))
@@ -123,7 +131,7 @@ def collect(
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(hook(name)).remove)
         tokens = sum(_losses(model, texts))
-    return Collected({name: each.moments(tokens) for name, each in sums.items()}, together)
+    return {name: each.moments(tokens) for name, each in sums.items()}
 
 
 def _losses(model: SiameseModel, texts: Sequence[Sequence[int]]) -> Iterator[int]:

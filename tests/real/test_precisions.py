@@ -16,7 +16,7 @@ from tests.real.exports import export_real
 
 pytestmark = pytest.mark.real
 
-MOST_KL = {"int8": 0.01, "int4": 0.6}  # nats a token; 0.005 and 0.49 were measured
+MOST_KL = {"int8": 0.01, "int4": 0.1}  # nats a token; 0.005 and 0.04 were measured
 QUESTION, WORD = "What is the opposite of up?", "down"
 TEXTS = [
     "The sea was calm that morning, and the fishermen had already left the harbor when the sun came up.",
@@ -46,7 +46,7 @@ def test_the_divergence_from_float32_is_within_its_bound(quantized: Exported) ->
 
 def test_the_weights_take_the_bytes_that_their_bits_say(quantized: Exported) -> None:
     size = (quantized.artifact / "model.onnx.data").stat().st_size
-    least = {"int8": 134.5e6, "int4": 67e6}[quantized.manifest["precision"]]
+    least = {"int8": 134.5e6, "int4": 87e6}[quantized.manifest["precision"]]
     assert least < size < 1.35 * least
 
 
