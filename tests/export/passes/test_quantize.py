@@ -325,7 +325,8 @@ def test_a_node_has_the_width_of_its_weight(bits: int, symmetric: bool) -> None:
     done = quantize(model, Quantization(4, calibrated={"even_embed": other}))
     assert {node.attributes.get_int("bits", 0) for node in model.graph if node.domain} == {8}
     assert done.weights["model.even_embed.weight"] is other
-    assert done.bytes_after == other.nbytes + other.scales.nbytes
+    assert done.widths == {bits: 50 * 64}  # once, for the lookup and the product
+    assert done.mean_bits == bits
     expected = tied("model.even_embed.weight")
     values = dequantize(other, 64)
     expected.graph.initializers["model.even_embed.weight"].const_value = ir.tensor(values, name="w")
