@@ -23,7 +23,6 @@ from .weight_format import Array, QuantizedWeight, round_to_nearest
 from .widths import Weights, choose_widths, neighbours, width_of_ends
 
 MOMENT_BYTES = 2**32  # of what is collected in one pass over the texts
-_SOME_TOKENS = range(8)  # show which layers read the same values
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def round_backbone(
     """
     layers, (head_name, head) = backbone_layers(model), head_layer(model)
     of_layers, of_ends = _widths(form, mean_bits)
-    together = read_together(model, layers, _SOME_TOKENS)
+    together = read_together(model, layers)
     found: dict[str, Candidate] = {}
     ends: dict[str, dict[int, QuantizedWeight]] = {}
     for group in _groups({**layers, head_name: head}):
@@ -107,7 +106,7 @@ def nearest_backbone(model: SiameseModel, form: Form, mean_bits: float) -> Candi
     """The same without texts: all weights rounded to nearest, and the first layers have the wider ones."""
     layers, (head_name, head), (name, embedding) = backbone_layers(model), head_layer(model), embedding_layer(model)
     of_layers, of_ends = _widths(form, mean_bits)
-    together = read_together(model, layers, _SOME_TOKENS)
+    together = read_together(model, layers)
 
     def nearest(layer: nn.Module, widths: Sequence[int]) -> dict[int, QuantizedWeight]:
         return {bits: round_to_nearest(weight_of(layer), bits, form.block_size, form.symmetric) for bits in widths}

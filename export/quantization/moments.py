@@ -73,9 +73,9 @@ class _Sums:
         return Moments(inputs, self.cost / tokens if known else None)
 
 
-def read_together(model: SiameseModel, layers: Mapping[str, nn.Module], text: Sequence[int]) -> dict[str, str]:
+def read_together(model: SiameseModel, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """For each layer the first one that reads the same values, which one node can multiply with all their weights.
-    text: token ids, a few of any; a layer that they do not reach is left out."""
+    A layer that the token 0 does not reach is left out."""
     together: dict[str, str] = {}
     last: list[Any] = [None, ""]  # the last input, and the layer that read it first
 
@@ -90,7 +90,7 @@ def read_together(model: SiameseModel, layers: Mapping[str, nn.Module], text: Se
     with ExitStack() as stack, torch.no_grad(), model.adapter_disabled():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-        last_hidden_state(model.causal_lm, input_ids=torch.tensor([list(text)]))
+        last_hidden_state(model.causal_lm, input_ids=torch.tensor([[0]]))
     return together
 
 

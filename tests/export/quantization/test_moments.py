@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from export.quantization.divergence import Reference
 from export.quantization.layers import backbone_layers, head_layer, weight_of
-from export.quantization.moments import collect
+from export.quantization.moments import collect, read_together
 from export.quantization.weight_format import dequantize, round_to_nearest
 from export.rounding import _judged
 from export.self_text import own_texts
@@ -73,7 +73,7 @@ def expected_moments(model: SiameseModel, layer: nn.Module) -> tuple[Tensor, flo
 def test_inputs_and_costs_are_those_of_both_streams(base_folder: Path, name: str) -> None:
     model = make_siamese(base_folder)
     layers = {**backbone_layers(model), "lm_head": head_layer(model)[1]}
-    found = collect(model, {name: layers[name]}, TEXTS, 32).moments[name]
+    found = collect(model, {name: layers[name]}, TEXTS, 32)[name]
     inputs, cost = expected_moments(model, layers[name])
     assert found is not None
     np.testing.assert_allclose(found.inputs, inputs, rtol=1e-3, atol=1e-4 * float(inputs.abs().max()))
@@ -86,31 +86,10 @@ def test_the_head_in_pieces_counts_once(base_folder: Path, monkeypatch: pytest.M
     whole = collect(model, {name: head}, TEXTS, 32)
     monkeypatch.setattr("imsm_core.head_loss.PIECE_BYTES", 4 * 259 * 2)  # two positions
     pieces = collect(model, {name: head}, TEXTS, 32)
-    found, expected = pieces.moments[name], whole.moments[name]
+    found, expected = pieces[name], whole[name]
     assert found is not None
     assert expected is not None
     assert found.cost == pytest.approx(expected.cost, rel=1e-4)
-    assert pieces.embeddings == pytest.approx(whole.embeddings, rel=1e-3)
-
-
-def test_embeddings_cost_what_finite_differences_say(base_folder: Path) -> None:
-    model = make_siamese(base_folder)
-    text = TEXTS[1]
-    found = collect(model, {}, [text], 32).embeddings
-    assert found is not None
-    embeddings: Any = model.causal_lm.get_input_embeddings()
-    for place in (3, 17):
-        total = 0.0
-        for adapted in (False, True):
-            for token in range(len(text)):
-                change = torch.zeros(1, len(text), 32)
-                losses = []
-                for step in (1e-2, -1e-2):
-                    change[0, token, place] = step
-                    with torch.no_grad(), added(embeddings, change):
-                        losses.append(float(loss_of(model, text, adapted)))
-                total += ((losses[0] - losses[1]) / 2e-2) ** 2
-        assert found[place] == pytest.approx(0.5 * total / (2 * (len(text) - 1)), rel=0.03)
 
 
 def state_of(model: SiameseModel) -> tuple[Any, ...]:
@@ -131,20 +110,41 @@ def test_the_model_is_as_it_was(base_folder: Path, fails: bool) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_layers_that_are_unpriced_have_the_same_inputs(base_folder: Path) -> None:
+    model = make_siamese(base_folder)
+    layers = {name: layer for name, layer in backbone_layers(model).items() if "layers.1.mlp" in name}
+    priced, found = (collect(model, layers, TEXTS, 32, unpriced) for unpriced in ((), ["model.layers.1.mlp.up_proj"]))
+    for name in layers:
+        mine, other = found[name], priced[name]
+        assert mine is not None
+        assert other is not None
+        np.testing.assert_array_equal(mine.inputs, other.inputs)
+        assert other.cost
+        assert mine.cost == (None if name.endswith("up_proj") else other.cost)
+
+
 def test_layers_that_read_the_same_values_are_together(base_folder: Path) -> None:
     model = make_siamese(base_folder)
-    found = collect(model, backbone_layers(model), TEXTS, 32).together
+    found = read_together(model, backbone_layers(model))
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
     assert {found[f"{attention}.{name}_proj"] for name in "qkv"} == {f"{attention}.q_proj"}
     assert found[f"{mlp}.up_proj"] == found[f"{mlp}.gate_proj"] == f"{mlp}.gate_proj"
     assert found[f"{mlp}.down_proj"] == f"{mlp}.down_proj"
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_looking_for_them_leaves_the_model_as_it_was(base_folder: Path, trained: bool) -> None:
+    model = make_siamese_with(base_folder, "hra").requires_grad_(trained)
+    before = state_of(model)
+    layers = backbone_layers(model)
+    assert read_together(model, layers).keys() == layers.keys()
+    assert state_of(model) == before
+
+
 def test_texts_of_a_token_and_of_none_predict_nothing(base_folder: Path) -> None:
     model = make_siamese(base_folder)
     found = collect(model, backbone_layers(model), [[7], []], 32)
-    assert set(found.moments.values()) == {None}
-    assert found.embeddings is None
+    assert set(found.values()) == {None}
 
 
 def test_layers_that_an_adapter_does_not_run_count_for_the_base_stream(base_folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_layers_that_an_adapter_does_not_run_count_for_the_base_stream(base_fold
     model = make_siamese_with(base_folder, "hra")
     other = make_siamese_with(base_folder, "hra", seed=2)
     name = "model.layers.0.self_attn.q_proj"  # nothing that differs is before it
-    moments = [collect(each, {name: backbone_layers(each)[name]}, TEXTS, 32).moments[name] for each in (model, other)]
+    moments = [collect(each, {name: backbone_layers(each)[name]}, TEXTS, 32)[name] for each in (model, other)]
     assert moments[0] is not None
     assert moments[1] is not None
     np.testing.assert_allclose(moments[0].inputs, moments[1].inputs, rtol=1e-4, atol=1e-5)
@@ -165,9 +165,7 @@ def test_models_that_use_their_embeddings_in_other_ways(tmp_path: Path, kind: st
     """Scaled in place, projected first, and beside virtual tokens."""
     model = make_siamese_with(make_zoo_base(tmp_path / "base", kind), adapter)
     found = collect(model, backbone_layers(model), TEXTS, 32)
-    assert found.embeddings is not None
-    assert (found.embeddings > 0).all()
-    assert all(each is not None and each.cost for each in found.moments.values())
+    assert all(each is not None and each.cost for each in found.values())
 
 
 def test_costs_predict_the_kl_of_a_trained_model_on_its_own_text(stories_folder: Path) -> None:
@@ -178,7 +176,7 @@ def test_costs_predict_the_kl_of_a_trained_model_on_its_own_text(stories_folder:
     layers = {name: layer for name, layer in backbone_layers(model).items() if ".3." in name}
     reference = Reference(model, _judged(texts), base_only=True)
     ratios = []
-    for name, moments in collect(model, layers, texts, 32).moments.items():
+    for name, moments in collect(model, layers, texts, 32).items():
         assert moments is not None
         assert moments.cost is not None
         rounded = round_to_nearest(weight_of(layers[name]), 4, 32, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.quantization.widths import Weights, choose_widths, left_of_cost, neighbours
+from export.quantization.widths import Weights, choose_widths, neighbours, width_of_ends
 
 WIDTHS = (4, 5, 6, 8)
 
@@ -31,10 +31,21 @@ def test_widths_of_other_providers_are_further_apart() -> None:
     assert neighbours(8.0, (8,)) == (8,)
 
 
-def test_the_cost_goes_with_the_square_of_the_step() -> None:
-    assert left_of_cost(4) == 1
-    assert left_of_cost(5) == pytest.approx((15 / 31) ** 2)
-    assert left_of_cost(8, 5) == pytest.approx((31 / 255) ** 2)
+@pytest.mark.parametrize(
+    ("mean", "widths", "expected"),
+    [
+        (4.0, WIDTHS, 6),
+        (4.75, WIDTHS, 6),
+        (6.0, WIDTHS, 6),
+        (6.25, WIDTHS, 8),
+        (8.0, WIDTHS, 8),
+        (4.0, (4, 8), 8),
+        (4.75, (4, 5), 5),  # the widest that there is
+        (8.0, (8,), 8),
+    ],
+)
+def test_the_ends_have_six_bits_or_as_many_as_the_layers(mean: float, widths: tuple[int, ...], expected: int) -> None:
+    assert width_of_ends(mean, widths) == expected
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, (4, 8)])
@@ -67,14 +78,3 @@ def test_the_wider_ones_are_those_whose_numbers_cost_most() -> None:
     assert choose_widths(groups, 4.2, WIDTHS) == {"dear": 5, "large": 4, "cheap": 4}
     # What does not fit is passed over.
     assert choose_widths(groups, 4.5, WIDTHS) == {"dear": 5, "large": 4, "cheap": 5}
-
-
-def test_groups_that_are_not_counted_get_bits_that_save_more_than_the_others_do() -> None:
-    layers = {"layer": Weights(1000, 1.0)}
-
-    def head(cost: float, mean: float = 4.75) -> int:
-        return choose_widths(layers | {"head": Weights(1000, cost, counted=False)}, mean, WIDTHS)["head"]
-
-    assert [head(cost) for cost in (0.0, 0.5, 1.1, 5.0, 100.0)] == [4, 4, 5, 6, 8]
-    assert head(0.0, 8.0) == 8  # there is nothing to compare with
-    assert choose_widths(layers | {"head": Weights(1000, 9.0, counted=False)}, 4.5, (4, 8)) == {"layer": 4, "head": 8}
