@@ -132,5 +132,7 @@ def test_an_adapter_of_a_rounded_backbone_needs_the_same_one() -> None:
     assert lines == []
     for_quantized_backbone(info, ExportSettings(precision="int4", block_size=64), lines.append)
     assert "trained against a backbone of int4 in blocks of 32" in lines[0]
+    for_quantized_backbone(info, ExportSettings(precision="int4", rounding="nearest", mean_bits=4.5), lines.append)
+    assert len(lines) == 2
     with pytest.raises(SettingsError, match=r"calibrate is x; .* leave it out"):
         for_quantized_backbone(info, ExportSettings(precision="int4", calibrate=Path("x")), lines.append)
