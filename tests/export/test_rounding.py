@@ -107,6 +107,21 @@ def test_a_whole_export_says_how_it_was_rounded(tied: Exported) -> None:
     assert first.endswith(f"int4, {mean:.3g} bits a weight")
 
 
+def test_a_mixture_of_nearest_values_says_so(tmp_path: Path) -> None:
+    settings = ExportSettings(precision="int4", rounding="nearest", mean_bits=4.5)
+    exported = export_tiny(tmp_path, head_dim=16, tied=True, settings=settings)
+    found = exported.manifest["quantization"]
+    assert found["rounding"] == "nearest"
+    assert set(found["widths"]) == {"4", "5", "6"}
+    assert found["widths"]["6"] == 259 * 64
+    layers = found["widths"]["4"] + found["widths"]["5"]
+    assert 0.3 < found["widths"]["5"] / layers <= 0.5
+    assert found["calibrated"] == 2 * 7 + 1
+    parity = exported.manifest["parity"]
+    assert parity["greedy_tokens_equal"] == parity["decode_steps"]
+    assert summarize(exported.artifact)["mean_bits"] == pytest.approx(found["mean_bits"])
+
+
 def test_its_operators_have_the_widths(tied: Exported) -> None:
     graph = onnx.load(str(tied.artifact / "model.onnx"), load_external_data=False).graph
     bits = {attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "bits"}
@@ -253,7 +268,7 @@ def test_weights_that_are_not_finite_are_refused_before_texts_are_written(base_f
         ({"mean_bits": 3.9}, "mean_bits is 3.9; it must be a number from 4 to 8"),
         ({"mean_bits": float("nan")}, "mean_bits is nan; it must be a number from 4 to 8"),
         ({"precision": "int8", "mean_bits": 5.0}, "mean_bits is 5.0; it is of int4"),
-        ({"rounding": "nearest", "mean_bits": 5.0}, "mean_bits is 5.0; it is of int4"),
+        ({"precision": "int8", "rounding": "nearest", "mean_bits": 5.0}, "mean_bits is 5.0; it is of int4"),
         ({"precision": "auto", "mean_bits": 5.0}, "mean_bits is 5.0; it is of int4"),
         ({"precision": "auto", "rounding": "nearest"}, "rounding is nearest; auto chooses"),
         ({"precision": "auto", "max_kl": 0.0}, "max_kl is 0.0; it must be a number above 0"),

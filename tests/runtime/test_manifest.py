@@ -357,7 +357,6 @@ FORMAT_5 = {key: value for key, value in QUANTIZATION.items() if key not in ("ro
         ({"mean_bits": None}, r"quantization\.mean_bits is null; it must be 4\.6, as widths say"),
         ({"widths": {}}, r"quantization\.mean_bits is 4\.6; it must be null, as there are none"),
         ({"widths": {"3": 5}}, r'a width in quantization\.widths is "3"; it must be one of 4, 5, 6, 8'),
-        ({"rounding": "nearest"}, r'a width in quantization\.widths is "5"; it must be one of 4'),
         ({"rounding": "worst"}, r'quantization\.rounding is "worst"; it must be one of best, nearest'),
         ({"widths": {"4": -1}}, r"quantization\.widths.*is -1; it must be a whole number"),
         ({"mean_bits": 9}, r"quantization\.mean_bits is 9; it must be a number from 4 to 8"),
