@@ -13,7 +13,7 @@ import pytest
 import export.pipeline
 from export.passes.quantization import Quantization
 from export.prepare import Prepared, prepare
-from export.quantization.gptq import backbone_layers
+from export.quantization.layers import backbone_layers
 from export.quantization.weight_format import QuantizedWeight, round_to_nearest
 from export.settings import ExportSettings
 from runtime import Session
