@@ -34,6 +34,8 @@ class GraphHead:
     def __init__(self, path: Path, provider: str = "cpu") -> None:
         model = onnx.load(str(path), load_external_data=False)
         part = Extractor(model).extract_model([*_feed(np.zeros((1, 1), np.float32))], ["logits"])
+        del part.functions[:]  # of several of one name, which overloads are, ONNX's extractor keeps the last one
+        part.functions.extend(model.functions)
         read = {name for node in part.graph.node for name in node.input}
         for value in [value for value in part.graph.input if value.name not in read]:
             part.graph.input.remove(value)
