@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 ENDS = 6
 """Bits of the embeddings and the lm_head, at least: on SmolLM2 their rounding costs three times as much a weight as
-that of the layers, and a step reads four bits of most of them."""
+that of the layers."""
 
 
 @dataclass(frozen=True)

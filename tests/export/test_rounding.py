@@ -50,7 +50,6 @@ def widths_of(prepared: Prepared) -> set[int]:
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "lora_embeddings", {"symmetric": False}),
     ("mixtral", "lora", {}),
-    ("llama", "prefix_tuning", {"activations": "fp16"}),
     ("llama", "boft", {"base_only": True}),
     ("qwen2", "trainable_tokens", {"precision": "auto", "max_kl": 3.0}),  # tied
 ]
