@@ -165,7 +165,7 @@ def for_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, repor
     trained = info.quantized_backbone
     if not trained:
         return settings
-    if settings.calibrate is not None and settings.bits is not None:
+    if settings.calibrate is not None and settings.bits is not None and settings.kv_cache != "int8":
         rule = "the adapter was trained against the rounded backbone; leave it out"
         raise SettingsError("calibrate", settings.calibrate, rule)
     found = {"precision": settings.precision, "block_size": settings.block_size}

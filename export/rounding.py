@@ -87,7 +87,9 @@ def _smallest(
     while low < high:
         middle = (low + high) // 2
         weights = found.choose(TRIED[middle])
-        divergence = reference.divergence(weights, round_activations=settings.dtype_name == "float32")
+        bits = 8 if TRIED[middle] == TRIED[-1] else plain.bits
+        experts = (bits, plain.block_size, plain.symmetric) if plain.experts else None
+        divergence = reference.divergence(weights, settings.dtype_name == "float32", experts)
         fits = divergence.worst <= settings.max_kl
         report(_tried(TRIED[middle], divergence, settings, fits))
         if fits:

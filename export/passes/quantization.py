@@ -28,7 +28,7 @@ class Quantization:
     calibrated: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     experts: bool = True
     half_scales: bool = False
-    rounding: str = "nearest"
+    rounding: str = "best"
 
 
 @dataclass

@@ -62,7 +62,7 @@ class QuantizedTensors:
         found, start = [], 0
         for name, size in zip(names, weights.part_sizes(weight, len(channels)), strict=True):
             part = settings.calibrated.get(layer_name(name))
-            self.done.calibrated += part is not None
+            self.done.calibrated += part is not None and settings.rounding == "best"
             if part is None:
                 rows = channels[start : start + size]
                 part = round_to_nearest(rows, settings.bits, settings.block_size, settings.symmetric)

@@ -17,8 +17,8 @@ from imsm_core.evaluate import Stream, answer_states
 from imsm_core.head_loss import pieces
 from imsm_core.siamese import SiameseModel
 
-from .layers import backbone_layers, head_layer
-from .precision import rounded_weights
+from .layers import backbone_layers, expert_weights, head_layer
+from .precision import rounded_experts, rounded_weights
 from .weight_format import QuantizedWeight
 
 ACTIVATION_BLOCK = 32
@@ -49,15 +49,22 @@ class Reference:
         self._states = [self._read(text) for text in judged]
 
     @torch.no_grad()
-    def divergence(self, weights: Mapping[str, QuantizedWeight], round_activations: bool) -> Divergence:
+    def divergence(
+        self,
+        weights: Mapping[str, QuantizedWeight],
+        round_activations: bool,
+        experts: tuple[int, int, bool] | None = None,
+    ) -> Divergence:
         """Of the model with these weights, by their layers' names. round_activations: to int8, as the products of a
-        finished graph do."""
+        finished graph do. experts: the bits, block size and symmetry to which those are rounded; None leaves them."""
         head, sums, tokens = self._head.data, dict.fromkeys(self.streams, 0.0), 0
         with ExitStack() as stack:
             if round_activations:
                 stack.enter_context(_rounded_inputs(self.model))
             traced = {f"model.{name}.weight": weight for name, weight in weights.items()}
             stack.enter_context(rounded_weights(self.model.causal_lm, traced))
+            if experts is not None:
+                stack.enter_context(rounded_experts(self.model.causal_lm, expert_weights(self.model), *experts))
             rounded_head = self._head.data
             for text, expected in zip(self.judged, self._states, strict=True):
                 found = self._read(text)

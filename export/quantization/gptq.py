@@ -27,7 +27,7 @@ def gptq(
     weight: Array, hessian: Array, widths: Sequence[int], block_size: int, symmetric: bool
 ) -> dict[int, QuantizedWeight]:
     """The weight in each of these widths. weight: (N, K) float32; hessian: (K, K), of any scale, not all zeros. Scales
-    are float16's values. Raises ExportError and SettingsError as `check_format`."""
+    are those of `find_scales`. Raises ExportError and SettingsError as `check_format`."""
     for bits in widths:
         check_format(bits, block_size)
     order, factor = _inverse_factor(hessian)

@@ -57,6 +57,17 @@ def _named(model: SiameseModel, module: nn.Module | None) -> tuple[str, nn.Modul
     return name, layer_weight(model.causal_lm, f"model.{name}.weight")[0]
 
 
+def expert_weights(model: SiameseModel) -> list[str]:
+    """The traced names of the weights of all experts, which are one parameter a layer and matrix."""
+    return [
+        f"model.{name}.{parameter}"
+        for name, module in model.causal_lm.named_modules()
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")  # as transformers marks experts
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
+    ]
+
+
 def check_finite(model: SiameseModel) -> None:
     """Raise ExportError with the name of the first of all these layers whose weight has NaN or infinite values."""
     for name, layer in [*backbone_layers(model).items(), head_layer(model), embedding_layer(model)]:

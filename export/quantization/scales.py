@@ -17,12 +17,14 @@ _CLIPPED = {4: (0.72, 1.12, 11), 5: (0.84, 1.08, 7), 6: (0.91, 1.03, 5), 8: (1.0
 """By bits: the smallest and the largest share of a block's range that is tried, and how many of them. 1 is among them,
 as in rounding to nearest."""
 _REFINED = 2
+_IN_HALF = 2.0**-13, 2.0**15
+"""Between which a matrix' largest scale must be for its scales to be float16's, whose normal numbers begin at 2^-14."""
 _AT_ONCE = 2**18  # weights whose arrays stay in a processor's cache
 
 
 def find_scales(weight: Tensor, moments: Tensor, bits: int, block_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, both (N, blocks) float32: scales are float16's values, and 1 for a block of zeros; zero
-    points are whole numbers, 2 ** (bits - 1) if `symmetric`.
+    """Scales and zero points, both (N, blocks) float32: scales are float16's values, unless it does not hold the
+    matrix' scales, and 1 for a block of zeros; zero points are whole numbers, 2 ** (bits - 1) if `symmetric`.
 
     weight: (N, K) float32. moments: (K,) of any scale, the second moments of the inputs; those that are 0 count as
     the mean. What is found first is fitted to its codes by least squares.
@@ -31,24 +33,25 @@ def find_scales(weight: Tensor, moments: Tensor, bits: int, block_size: int, sym
     moments = torch.where(moments > 0, moments, moments.mean().clamp(min=torch.finfo(torch.float32).tiny))
     shares = functional.pad(moments, padding).unflatten(0, (-1, block_size))
     rows = max(1, _AT_ONCE // weight.shape[1])
+    half = _IN_HALF[0] < float(weight.abs().max()) / (1 << bits - 1) < _IN_HALF[1]
     parts = [
-        _of_some_rows(functional.pad(part, padding).unflatten(1, (-1, block_size)), shares, bits, symmetric)
+        _of_some_rows(functional.pad(part, padding).unflatten(1, (-1, block_size)), shares, bits, symmetric, half)
         for part in weight.split(rows)
     ]
     return torch.cat([scales for scales, _ in parts]), torch.cat([points for _, points in parts])
 
 
-def _of_some_rows(blocks: Tensor, shares: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _of_some_rows(blocks: Tensor, shares: Tensor, bits: int, symmetric: bool, half: bool) -> tuple[Tensor, Tensor]:
     best: tuple[Tensor, ...] | None = None
     for scale, point in _candidates(blocks, bits, symmetric):
-        best = _better(best, _tried(blocks, shares, scale, point, bits))
+        best = _better(best, _tried(blocks, shares, scale, point, bits, half))
     assert best is not None
     for _ in range(_REFINED):
         _, _, point, codes = best
         centred = codes - point
         size = (shares * centred.square()).sum(-1, keepdim=True)
         fitted = (shares * blocks * centred).sum(-1, keepdim=True) / size
-        best = _better(best, _tried(blocks, shares, torch.where(size > 0, fitted, 1.0), point, bits))
+        best = _better(best, _tried(blocks, shares, torch.where(size > 0, fitted, 1.0), point, bits, half))
     return best[1].squeeze(-1), best[2].squeeze(-1)
 
 
@@ -76,9 +79,9 @@ def _candidates(blocks: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Te
         yield scale, (-low * share / torch.where(scale == 0, 1.0, scale)).round_().clamp_(0, 2 * half - 1)
 
 
-def _tried(blocks: Tensor, shares: Tensor, scale: Tensor, point: Tensor, bits: int) -> tuple[Tensor, ...]:
+def _tried(blocks: Tensor, shares: Tensor, scale: Tensor, point: Tensor, bits: int, half: bool) -> tuple[Tensor, ...]:
     """Error, scale, zero point and codes."""
-    scale = scale.half().float()
+    scale = scale.half().float() if half else scale
     scale = torch.where((scale == 0) | ~scale.isfinite(), 1.0, scale)
     codes = round_codes(blocks, scale, point, bits)
     error = (shares * (blocks - (codes - point) * scale).square()).sum(-1, keepdim=True)

@@ -97,3 +97,11 @@ def test_many_rows_are_taken_in_parts_of_equal_results(monkeypatch: pytest.Monke
     monkeypatch.setattr("export.quantization.scales._AT_ONCE", 64 * 4)
     for found, expected in zip(find_scales(weight, torch.ones(64), 5, 32, False), whole, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_scales_that_float16_does_not_hold_stay_float32(size: float) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    plain, _ = find_scales(weight, torch.ones(64), 4, 32, True)
+    found, _ = find_scales(weight * size, torch.ones(64), 4, 32, True)
+    torch.testing.assert_close(found / size, plain, rtol=5e-3, atol=0)
