@@ -50,7 +50,6 @@ def widths_of(prepared: Prepared) -> set[int]:
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "lora_embeddings", {"symmetric": False}),
     ("mixtral", "lora", {}),
-    ("llama", "boft", {"base_only": True}),
     ("qwen2", "trainable_tokens", {"precision": "auto", "max_kl": 3.0}),  # tied
 ]
 
@@ -115,7 +114,7 @@ def test_a_mixture_of_nearest_values_says_so(tmp_path: Path) -> None:
     assert found["widths"]["6"] == 259 * 64
     layers = found["widths"]["4"] + found["widths"]["5"]
     assert 0.3 < found["widths"]["5"] / layers <= 0.5
-    assert found["calibrated"] == 2 * 7 + 1
+    assert found["calibrated"] == 0  # no text was asked
     parity = exported.manifest["parity"]
     assert parity["greedy_tokens_equal"] == parity["decode_steps"]
     assert summarize(exported.artifact)["mean_bits"] == pytest.approx(found["mean_bits"])
