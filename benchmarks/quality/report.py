@@ -32,7 +32,9 @@ def page(document: dict[str, Any], picture: str | None) -> str:
         "of ours everything in the graph and its data but adapter, gate and tables of rotations; of llama.cpp the "
         "whole GGUF file, which has no vocabulary in it; of onnxruntime-genai the graph and its data without tables of "
         "rotations. llama.cpp rounds matrices whose rows 256 does not divide in other formats than the file's name "
-        "says. The importance matrix, and ours where it is called calibrated, see a file of text that is not judged; our int4 sees what the model writes by itself. onnxruntime-genai's "
+        "says. "
+        "The importance matrix, and ours where it is called calibrated, see a file of text that is not "
+        "judged; our int4 sees what the model writes by itself. onnxruntime-genai's "
         "graph has no adapter here. The adapter is a random LoRA of rank 16 on all seven projections, scaled so that "
         "its change is as large as a tuned one's (0.25 nats), unless one is given.",
         "Models whose name ends in `dithered` were made from files in 4 and 8 bits with noise of a rounding step "
