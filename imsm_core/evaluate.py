@@ -76,14 +76,28 @@ def answer_states(
     """One stream's last hidden states (M, d) that predict the M answer tokens of `examples`, given all tokens before
     each; the answers' token ids (M,) int64; and the example that each belongs to (M,) int64, an index into `examples`.
     """
+    states, targets, rows = states_by_stream(model, examples, (stream,), pad_token_id, memory_bias)
+    return states[stream], targets, rows
+
+
+def states_by_stream(
+    model: SiameseModel,
+    examples: Sequence[Example],
+    streams: Sequence[Stream],
+    pad_token_id: int,
+    memory_bias: float = 0.0,
+) -> tuple[dict[Stream, Tensor], Tensor, Tensor]:
+    """`answer_states` of several streams, for which the backbone reads the examples once."""
     device = next(model.parameters()).device
     input_ids, attention_mask, query_mask, labels = (part.to(device) for part in collate(examples, pad_token_id))
     states = model.stream_states(input_ids, attention_mask)
     rows, positions = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)  # a state predicts the next token
-    if stream == "fused":
-        chosen = model.fused_states(states, query_mask, rows, positions, memory_bias).fused
-    else:
-        chosen = (states.base if stream == "base" else states.adapter)[rows, positions]
+    chosen: dict[Stream, Tensor] = {}
+    for stream in streams:
+        if stream == "fused":
+            chosen[stream] = model.fused_states(states, query_mask, rows, positions, memory_bias).fused
+        else:
+            chosen[stream] = (states.base if stream == "base" else states.adapter)[rows, positions]
     return chosen, labels[rows, positions + 1], rows
 
 

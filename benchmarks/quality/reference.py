@@ -14,7 +14,7 @@ from benchmarks.quality.texts import Texts, examples
 from imsm_core.backbone import apply_head
 from imsm_core.checkpoint import load_checkpoint
 from imsm_core.data.dataset import Example
-from imsm_core.evaluate import Stream, answer_states
+from imsm_core.evaluate import Stream, states_by_stream
 
 Array = NDArray[Any]
 MEMORIES: tuple[Stream, ...] = get_args(Stream)
@@ -33,26 +33,25 @@ def write_reference(checkpoint: Path, base: Path, texts: Texts, memories: tuple[
     float16 keeps log-probabilities to 2^-11 of their size: a KL moves by less than 3e-6 nats, which is the whole
     distance of llama.cpp's F16 files of SmolLM2 and Gemma 3 from them.
     """
-    missing = [
-        (memory, kind, number, text)
-        for kind, of_kind in texts.items()
-        for number, text in enumerate(examples(of_kind))
-        for memory in memories
-        if not path_of(folder, memory, kind, number).is_file()
-    ]
+    missing: list[tuple[Example, dict[Stream, Path]]] = []
+    for kind, of_kind in texts.items():
+        for number, text in enumerate(examples(of_kind)):
+            paths = {memory: path_of(folder, memory, kind, number) for memory in memories}
+            if wanted := {memory: path for memory, path in paths.items() if not path.is_file()}:
+                missing.append((text, wanted))
     if not missing:
         return
-    print(f"reference of {len(missing)} texts and memories into {folder}", file=sys.stderr)
+    print(f"reference of {len(missing)} texts into {folder}", file=sys.stderr)
     model, _ = load_checkpoint(checkpoint, str(base))
-    for memory, kind, number, text in missing:
-        states, _, _ = answer_states(model, [text], memory, pad_token_id=0)
-        found = apply_head(model.causal_lm, states[None])[0].log_softmax(-1)
-        path = path_of(folder, memory, kind, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}")
-        with draft.open("wb") as file:
-            np.save(file, found.numpy().astype(np.float16))
-        draft.rename(path)
+    for text, wanted in missing:
+        states, _, _ = states_by_stream(model, [text], list(wanted), pad_token_id=0)
+        for memory, path in wanted.items():
+            found = apply_head(model.causal_lm, states[memory][None])[0].log_softmax(-1)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f".{path.name}")
+            with draft.open("wb") as file:
+                np.save(file, found.numpy().astype(np.float16))
+            draft.rename(path)
 
 
 class Stored:

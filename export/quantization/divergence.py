@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
-from imsm_core.evaluate import Stream, answer_states
+from imsm_core.evaluate import Stream, states_by_stream
 from imsm_core.head_loss import pieces
 from imsm_core.siamese import SiameseModel
 
@@ -82,7 +82,7 @@ class Reference:
     def _read(self, text: Example) -> dict[Stream, Tensor]:
         """By stream: the last hidden states (N, d) that predict the answer."""
         with torch.no_grad():
-            return {stream: answer_states(self.model, [text], stream, 0)[0] for stream in self.streams}
+            return states_by_stream(self.model, [text], self.streams, pad_token_id=0)[0]
 
     def _log_probabilities(self, states: Tensor) -> Tensor:
         logits: Tensor = apply_head(self.model.causal_lm, states[None])[0].float()

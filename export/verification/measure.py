@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
+from imsm_core.evaluate import Stream, states_by_stream
 from imsm_core.siamese import SiameseModel
 
 from ..artifact import GRAPH
@@ -48,13 +50,8 @@ def evaluate(
 @torch.no_grad()
 def _reference(model: SiameseModel, text: Example) -> Mapping[str, Rows]:
     """PyTorch's side."""
-    ids = torch.tensor([text.token_ids])
-    states = model.stream_states(ids)
-    query = (torch.arange(len(text)) < len(text.prompt_ids))[None].float()
-    positions = torch.arange(len(text.prompt_ids) - 1, len(text) - 1)  # a state predicts the next token
-    fused = model.fused_states(states, query, torch.zeros_like(positions), positions).fused
-    found = {"blend": fused, "base": states.base[0, positions], "adapter": states.adapter[0, positions]}
-    return {name: partial(_logits, model, chosen) for name, chosen in found.items()}
+    states, _, _ = states_by_stream(model, [text], get_args(Stream), pad_token_id=0)
+    return {"blend" if name == "fused" else name: partial(_logits, model, chosen) for name, chosen in states.items()}
 
 
 @torch.no_grad()
