@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.peers.catalogue import PEERS, PRECISIONS, reference
 from benchmarks.peers.environments import Unavailable, python_of
 from benchmarks.peers.measure import MeasureSettings, Ready, measure
 from benchmarks.peers.models import model_folder
+from benchmarks.peers.pages import write_page
 from benchmarks.peers.report import page, plain, summarize
 from benchmarks.shapes import SHAPES, sizes
 from runtime.bench.bandwidth import read_gb_per_s
@@ -57,7 +57,7 @@ def main() -> int:
                     print(plain(result) + "\n", flush=True)
     document = {"results": results}
     if args.out and results:
-        write(document, args.out, args.work)
+        write_page(args.out, partial(page, document), HERE / "plot.py", drawn(document), args.work)
     print(json.dumps(document))
     return 0
 
@@ -130,21 +130,8 @@ def measure_group(
     }
 
 
-def write(document: dict[str, Any], out: Path, work: Path) -> None:
-    """The page, and its picture if matplotlib can be installed."""
-    picture = out.with_suffix(".png")
-    try:
-        draw(document, picture, work)
-        name = picture.name
-    except (Unavailable, subprocess.CalledProcessError) as reason:
-        print(f"no picture: {reason}", file=sys.stderr)
-        name = None
-    out.write_text(page(document, name), encoding="utf-8")
-    print(f"written {out}", file=sys.stderr)
-
-
-def draw(document: dict[str, Any], picture: Path, work: Path) -> None:
-    """Hand medians to plot.py, which runs where matplotlib is."""
+def drawn(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians as plot.py reads them."""
     panels = []
     for result in document["results"]:
         contexts, prompts = result["settings"]["contexts"], result["settings"]["prompts"]
@@ -162,10 +149,7 @@ def draw(document: dict[str, Any], picture: Path, work: Path) -> None:
         ]
         title = f"{result['shape']}, {result['precision']}"
         panels.append({"title": title, "columns": list(columns.values()), "rows": rows})
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(panels, file)
-        file.flush()
-        subprocess.run([python_of("plot", work), HERE / "plot.py", file.name, picture], check=True)
+    return panels
 
 
 if __name__ == "__main__":

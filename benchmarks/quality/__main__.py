@@ -17,16 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.client import RunnerError
-from benchmarks.peers.environments import Unavailable, python_of
+from benchmarks.peers.environments import Unavailable
 from benchmarks.peers.measure import MeasureSettings
+from benchmarks.peers.pages import write_page
 from benchmarks.quality.catalogue import FORMATS
 from benchmarks.quality.judge import judge, result
 from benchmarks.quality.models import Place, TextSettings
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(plain(document), flush=True)
     if args.out:
-        write(document, args.out, args.work)
+        write_page(args.out, partial(page, document), HERE / "plot.py", panels(document), args.work)
     print(json.dumps(document))
     return 0
 
@@ -151,22 +151,6 @@ def collect(place: Place) -> dict[str, Any]:
     left_out = {note.stem: note.read_text(encoding="utf-8") for note in sorted(path.parent.glob("*.left_out"))}
     known = {"weights": place.weights(), "tokens": judged, "timing": timing or None, "left_out": left_out}
     return {**known, "formats": formats}
-
-
-def write(document: dict[str, Any], out: Path, work: Path) -> None:
-    """The page, and its picture if matplotlib can be installed."""
-    picture = out.with_suffix(".png")
-    try:
-        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-            json.dump(panels(document), file)
-            file.flush()
-            subprocess.run([python_of("plot", work), HERE / "plot.py", file.name, picture], check=True)
-        name = picture.name
-    except (Unavailable, subprocess.CalledProcessError) as reason:
-        print(f"no picture: {reason}", file=sys.stderr)
-        name = None
-    out.write_text(page(document, name), encoding="utf-8")
-    print(f"written {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
