@@ -29,7 +29,7 @@ def round_backbone(model: PreTrainedModel, precision: str, block_size: int = BLO
     embeddings = model.get_input_embeddings()
     rounded: set[int] = set()  # tied weights once
     for module in model.modules():
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # as transformers marks experts
+        if holds_experts(module):
             _round_experts(module, BITS[precision], block_size)
         if not isinstance(module, nn.Linear | Conv1D) and module is not embeddings:
             continue
@@ -39,6 +39,11 @@ def round_backbone(model: PreTrainedModel, precision: str, block_size: int = BLO
             transposed = isinstance(module, Conv1D)  # (in, out)
             values = nearest_in_blocks(weight.T if transposed else weight, BITS[precision], block_size)
             weight.copy_(values.T if transposed else values)
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether the module has the weights of a mixture's experts, as transformers marks them."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def _round_experts(experts: Any, bits: int, block_size: int) -> None:

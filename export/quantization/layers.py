@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from imsm_core.adapters.attach import adapted_layers
+from imsm_core.quantized_backbone import holds_experts
 from imsm_core.siamese import SiameseModel
 
 from ..adapters.rows import linear_weight
@@ -62,7 +61,7 @@ def expert_weights(model: SiameseModel) -> list[str]:
     return [
         f"model.{name}.{parameter}"
         for name, module in model.causal_lm.named_modules()
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed")  # as transformers marks experts
+        if holds_experts(module)
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.dim() == 3
     ]
@@ -94,10 +93,3 @@ def weight_of(layer: nn.Module) -> Array:
     weight = layer.get_parameter("weight").detach() if weight is None else weight
     values: Array = np.ascontiguousarray(weight.numpy())
     return values
-
-
-@torch.no_grad()
-def set_weight(layer: nn.Module, values: Array) -> None:
-    """Give a layer the values (N, K)."""
-    weight = layer.get_parameter("weight")
-    weight.copy_(torch.from_numpy(values.T if isinstance(layer, Conv1D) else values))

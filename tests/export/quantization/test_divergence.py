@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from export.quantization.divergence import Reference, rounded_activations
-from export.quantization.layers import backbone_layers, embedding_layer, head_layer, set_weight, weight_of
+from export.quantization.layers import backbone_layers, embedding_layer, head_layer, weight_of
 from export.quantization.weight_format import QuantizedWeight, dequantize, round_to_nearest
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
 from imsm_core.evaluate import Stream, answer_states
 from imsm_core.siamese import SiameseModel
 from tests.builders import make_siamese
+from tests.export.quantization.set_weight import set_weight
 
 TEXTS = [Example([0, 80, 104], [77, 35, 102, 9]), Example([0, 114], [67])]
 

@@ -17,7 +17,6 @@ from export.quantization.layers import (
     embedding_layer,
     head_layer,
     layer_name,
-    set_weight,
     weight_of,
 )
 from export.quantization.mixed import Candidates, Form, nearest_backbone, round_backbone
@@ -26,6 +25,7 @@ from export.quantization.weight_format import dequantize, round_to_nearest
 from imsm_core.siamese import SiameseModel
 from tests.adapters import make_siamese_with
 from tests.builders import make_siamese
+from tests.export.quantization.set_weight import set_weight
 
 WIDTHS = (4, 5, 6, 8)
 TEXTS = [list(range(3, 40)), [0, 90, 80, 70, 60]]
