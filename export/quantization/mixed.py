@@ -16,6 +16,7 @@ from torch import nn
 
 from imsm_core.siamese import SiameseModel
 
+from ..adapters.rows import linear_weight
 from .gptq import gptq, searched
 from .layers import backbone_layers, embedding_layer, head_layer, weight_of
 from .moments import Moments, collect, read_together
@@ -109,10 +110,11 @@ def nearest_backbone(model: SiameseModel, form: Form, mean_bits: float) -> Candi
     together = read_together(model, layers)
 
     def nearest(layer: nn.Module, widths: Sequence[int]) -> dict[int, QuantizedWeight]:
-        return {bits: round_to_nearest(weight_of(layer), bits, form.block_size, form.symmetric) for bits in widths}
+        weight = weight_of(layer)
+        return {bits: round_to_nearest(weight, bits, form.block_size, form.symmetric) for bits in widths}
 
     found = {
-        name: Candidate(nearest(layer, of_layers), weight_of(layer).size, 0.0, together.get(name, name))
+        name: Candidate(nearest(layer, of_layers), layer.get_parameter("weight").numel(), 0.0, together.get(name, name))
         for name, layer in layers.items()
     }
     return Candidates(found, {head_name: nearest(head, of_ends), name: nearest(embedding, of_ends)}, form.widths)
@@ -129,7 +131,9 @@ def _groups(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     group: dict[str, nn.Module] = {}
     total = 0
     for name, layer in layers.items():
-        outputs, inputs = weight_of(layer).shape
+        weight = linear_weight(layer)
+        assert weight is not None
+        outputs, inputs = weight.shape
         size = 4 * inputs * (inputs + outputs)
         if group and total + size > MOMENT_BYTES:
             yield group
