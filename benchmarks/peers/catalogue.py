@@ -64,6 +64,8 @@ class Peer:
             weights, adapter = self.passes * reads["bytes"], 0.0
         elif (file := folder / "base.gguf").is_file() and self.stored[0] == file.name:
             weights = file.stat().st_size
+        elif (folder / "genai_config.json").is_file():  # its widths may be mixed; an adapter is in the graph
+            weights, adapter = (folder / "model.onnx.data").stat().st_size, 0.0
         return weights + adapter + self.streams * sizes.cache_values_per_token * context * self.cache_bytes
 
     def disk_mb(self, folder: Path) -> float:
