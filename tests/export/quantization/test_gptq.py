@@ -55,6 +55,15 @@ def test_the_error_on_unseen_inputs_falls_from_nearest_to_searched_to_gptq(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+def test_an_error_reaches_the_inputs_of_its_own_batch(symmetric: bool) -> None:
+    weight, inputs, unseen = random_weight(24, 64), correlated_inputs(800, 64, 1), correlated_inputs(200, 64, 2)
+    hessian = inputs.T @ inputs
+    for bits, found in gptq(weight, hessian, WIDTHS, 32, symmetric).items():
+        scaled = searched(weight, hessian.diagonal().copy(), bits, 32, symmetric)
+        assert error(weight, found, unseen) < 0.5 * error(weight, scaled, unseen)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("width", [96, 100])
 def test_widths_together_are_each_width_alone(width: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = random_weight(40, width), correlated_inputs(400, width, 1)
