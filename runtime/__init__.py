@@ -26,17 +26,10 @@ if TYPE_CHECKING:
         ProviderError,
         SettingsError,
     )
-    from .generation.generation import (
-        Chunk,
-        Generation,
-        Model,
-        Timings,
-        Token,
-        generate,
-        generate_step,
-        load,
-        stream_generate,
-    )
+    from .generation.generation import Model, generate, generate_step, load, stream_generate
+    from .generation.history import History
+    from .generation.logprobs import Candidate, Trace
+    from .generation.results import Chunk, Generation, Timings, Token
     from .generation.sampling import greedy, make_sampler
     from .generation.settings import GenerationSettings
 
@@ -57,17 +50,10 @@ _HOMES = {
         "ProviderError",
         "SettingsError",
     ),
-    "generation.generation": (
-        "Chunk",
-        "Generation",
-        "Model",
-        "Timings",
-        "Token",
-        "generate",
-        "generate_step",
-        "load",
-        "stream_generate",
-    ),
+    "generation.generation": ("Model", "generate", "generate_step", "load", "stream_generate"),
+    "generation.history": ("History",),
+    "generation.logprobs": ("Candidate", "Trace"),
+    "generation.results": ("Chunk", "Generation", "Timings", "Token"),
     "generation.sampling": ("greedy", "make_sampler"),
     "generation.settings": ("GenerationSettings",),
 }
@@ -75,11 +61,13 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "Candidate",
     "Chunk",
     "DecodeState",
     "Execution",
     "Generation",
     "GenerationSettings",
+    "History",
     "IMSMRuntimeError",
     "IMSMWarning",
     "LikeliestOutput",
@@ -92,6 +80,7 @@ __all__ = [
     "StepOutput",
     "Timings",
     "Token",
+    "Trace",
     "__version__",
     "generate",
     "generate_step",

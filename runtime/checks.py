@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ def check_fields(settings: Any) -> None:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """A setting's value in its type: one of Python's simple ones, a class, `... | None`, or a tuple or sequence of
-    those. Raises SettingsError if it is of another type."""
+    """A setting's value in its type: one of Python's simple ones, a class, `... | None`, or a tuple, sequence or
+    mapping of those. Raises SettingsError if it is of another type."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -39,6 +39,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             raise SettingsError(name, value, f"it must be a sequence, not {type(value).__name__}")
         found = [typed(name, part, typing.get_args(kind)[0]) for part in value]
         return found if isinstance(value, list) and typing.get_origin(kind) is not tuple else tuple(found)
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            raise SettingsError(name, value, f"it must be a mapping, not {type(value).__name__}")
+        keys, values = typing.get_args(kind)
+        return {typed(name, key, keys): typed(name, part, values) for key, part in value.items()}
     if not _is(value, kind):
         raise SettingsError(name, value, f"it must be {_spelt(kind)}, not {type(value).__name__}")
     try:

@@ -1,7 +1,8 @@
 """Settings dataclasses as options of a command line: names, types, defaults and help come from their fields.
 
 A field is an option if its metadata has a `help`; `metavar` and `option` (another spelling, for a flag that turns off
-what is on) are optional there, and so is `either`: a flag that can be turned on and off, and is neither unless said.
+what is on) are optional there, and so are `either`, a flag that can be turned on and off, and is neither unless said,
+and `models`: where it is not said, it is what the model has. `@FILE` stands for a file's text where the help says so.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .errors import SettingsError
 
 Settings = TypeVar("Settings")
 _SEQUENCES = (tuple, list, Sequence)
@@ -33,8 +36,27 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any], leave_out:
 
 def read_options(settings: type[Settings], args: argparse.Namespace, **given: Any) -> Settings:
     """The settings from the options; `given`: fields that are not options, or whose value is given separately."""
-    names = [entry.name for entry in fields(settings) if hasattr(args, entry.name)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(args, name) for name in names} | given)
+    return settings(**said_options(settings, args) | given)
+
+
+def said_options(settings: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of settings that the options give: all but those that are left to the model. Raises SettingsError for
+    a file that cannot be read."""
+    return {
+        entry.name: _content(entry, getattr(args, entry.name))
+        for entry in fields(settings)
+        if hasattr(args, entry.name)
+    }
+
+
+def _content(entry: Field[Any], value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("@") or "@FILE" not in entry.metadata["help"]:
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingsError(entry.name, value, f"the file cannot be read: {why}") from error
 
 
 def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], kind: Any) -> None:
@@ -52,17 +74,41 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], kind: Any) -
             option = option or spelt_option(entry.name)
             parser.add_argument(option, dest=entry.name, action="store_true", default=default, help=text)
         return
+    if entry.metadata.get("models"):
+        default, text = argparse.SUPPRESS, f"{text}; unsaid: the model's own, else {default}"
     origin = typing.get_origin(kind)
     several = origin in _SEQUENCES
     parser.add_argument(
         option or spelt_option(entry.name),
         dest=entry.name,
-        type=_converter(typing.get_args(kind)[0] if several else kind),
-        nargs="+" if several else None,
-        default=default,
+        type=_pair(*typing.get_args(kind)) if origin is Mapping else _converter(_part(kind) if several else kind),
+        action=_AsMapping if origin is Mapping else "store",
+        nargs="+" if several or origin is Mapping else None,
+        default=argparse.SUPPRESS if default == () else default,
         metavar=entry.metadata.get("metavar"),
         help=text,
     )
+
+
+class _AsMapping(argparse.Action):
+    """Pairs as one mapping."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+def _pair(key: type[Any], value: type[Any]) -> Callable[[str], tuple[Any, Any]]:
+    def pair(text: str) -> tuple[Any, Any]:
+        before, sign, after = text.partition("=")
+        if not sign:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+        return key(before), value(after)
+
+    return pair
+
+
+def _part(kind: Any) -> Any:
+    return typing.get_args(kind)[0]
 
 
 def _without_none(kind: Any) -> Any:

@@ -33,7 +33,9 @@ def table(parser: argparse.ArgumentParser) -> str:
         if action.nargs == "+":
             value = f"{value} ..."
         words = f"{name} {value}".strip() if action.nargs != 0 else name
-        unsaid = not name or action.default is None or isinstance(action.default, bool)  # the help tells it, if any
+        unsaid = (
+            not name or action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
+        )  # the help tells it, if any
         default = "" if unsaid else f"`{action.default}`"
         needed = " (required)" if action.required and name else ""
         rows.append(f"| `{words}` | {default} | {str(action.help).replace('|', chr(92) + '|')}{needed} |")

@@ -8,26 +8,26 @@ generate            one result
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from ..checks import instance
 from ..engine.execution import Execution
 from ..engine.journal import Note
 from ..engine.session import Session
-from ..engine.state import DecodeState, LikeliestOutput, StepOutput
-from ..errors import PromptError, SettingsError, shown
+from ..engine.state import DecodeState, StepOutput
+from ..errors import PromptError
 from .chat_template import Message
-from .sampling import RandomSampler, Sampler, greedy, likeliest_needed
+from .choice import Chooser
+from .processors import Processor, make_processors
+from .prompts import Prompt, encoded
+from .results import Chunk, FinishReason, Generation, Token, timings
+from .sampling import Sampler, greedy
 from .settings import GenerationSettings
+from .stopping import StopStrings
 from .text import TextCodec
-
-FinishReason = Literal["stop", "length"]
 
 
 class Model:
@@ -52,60 +52,22 @@ def load(folder: Path | str, execution: Execution | None = None, **changes: Any)
     )
 
 
-class Token(NamedTuple):
-    """One generated token. logits: (vocab,) float32, what it was chosen from; None where greedy or top-k sampling chose
-    it from the likeliest tokens alone, with the logits in a device's memory (a sampler of one's own gets them all).
-    gate_mean: the gate's mean over the hidden dimensions where it was chosen, 1 is only the base memory; None in a
-    base-only artifact."""
-
-    id: int
-    logits: NDArray[np.float32] | None
-    gate_mean: float | None
-
-
-class Chunk(NamedTuple):
-    """Text that one token completed (it may be empty), that token, and on the last chunk why generation ended."""
-
-    text: str
-    token: Token | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds and rates. ttft_ms: from the prompt's tokens to the first new one. ms_per_token: median over the
-    tokens after the first; 0 if there are none."""
-
-    prompt_tokens: int
-    new_tokens: int
-    ttft_ms: float
-    ms_per_token: float
-    tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A result. token_ids: as chosen, with the end token if one was. gate_means: one per token."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    gate_means: list[float] | None
-    timings: Timings
-
-
 def generate_step(
     session: Session,
     prompt_ids: Sequence[int],
     *,
     sampler: Sampler = greedy,
+    processors: Sequence[Processor] = (),
     state: DecodeState | None = None,
     memory_bias: float = 0.0,
+    logprobs: int | None = None,
+    trace: int | None = None,
 ) -> Iterator[Token]:
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
     state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
-    fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,).
+    fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,). processors: see
+    `processors`. logprobs, trace: as in `GenerationSettings`.
 
     Whenever it ends, by an exception or Ctrl-C too, the state holds the prompt and the tokens that were yielded, and
     can go on; before the first one it is as it was. Raises before the first token what `Session.prefill` raises, and
@@ -118,7 +80,7 @@ def generate_step(
     instance("state", state, DecodeState)
     if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    steps = _Steps(session, state, sampler)
+    steps = _Steps(session, state, sampler, processors, logprobs, trace)
     before, token, given = state.noted(), None, None
     try:
         token = steps.first(prompt_ids)
@@ -147,48 +109,42 @@ def _take_back(state: DecodeState, before: Note, chosen: Token | None, given: To
 
 
 class _Steps:
-    """Steps of a state of one row and the sampler's choice after each: from all logits, or, where those would have to
-    be copied from a device, from the likeliest tokens if they are enough."""
+    """Steps of a state of one row and the choice after each: from all logits, or, where those would have to be copied
+    from a device, from the likeliest tokens if they are enough."""
 
-    def __init__(self, session: Session, state: DecodeState, sampler: Sampler) -> None:
-        if not callable(sampler):
-            raise SettingsError("sampler", sampler, "it must be a function from logits to token ids")
-        self.session, self.state, self.sampler = session, state, sampler
-        self.k = likeliest_needed(sampler, session.manifest.vocab_size) if session.on_device else None
+    def __init__(
+        self,
+        session: Session,
+        state: DecodeState,
+        sampler: Sampler,
+        processors: Sequence[Processor],
+        logprobs: int | None,
+        trace: int | None,
+    ) -> None:
+        self.session, self.state = session, state
+        self.chooser = Chooser(session.manifest.vocab_size, sampler, processors, logprobs, trace)
+        self.k = self.chooser.likeliest_needed if session.on_device else None
+        self.asked = {"by_memory": True} if trace is not None else {}
 
     def first(self, prompt_ids: Sequence[int]) -> Token:
-        if self.k is None:
-            return self._from_logits(self.session.prefill(self.state, [prompt_ids]))
-        return self._from_likeliest(self.session.prefill_likeliest(self.state, [prompt_ids], self.k))
+        if self.k is not None:
+            told = self.chooser.logprobs is not None
+            output = self.session.prefill_likeliest(self.state, [prompt_ids], self.k, probabilities=told)
+            return self.chooser.choose_likeliest(output)
+        whole = self.session.prefill(self.state, [prompt_ids], **self.asked)
+        self.chooser.begin(self.session.token_ids(prompt_ids))
+        return self._chosen(whole)
 
     def next(self, token: int) -> Token:
-        if self.k is None:
-            return self._from_logits(self.session.decode_step(self.state, [token]))
-        return self._from_likeliest(self.session.decode_likeliest(self.state, [token], self.k))
+        if self.k is not None:
+            told = self.chooser.logprobs is not None
+            return self.chooser.choose_likeliest(self.session.decode_likeliest(self.state, [token], self.k, told))
+        return self._chosen(self.session.decode_step(self.state, [token], **self.asked))
 
-    def _from_logits(self, output: StepOutput) -> Token:
-        return Token(self._checked(self.sampler(output.logits)), output.logits[0], _first(output.gate_mean))
-
-    def _from_likeliest(self, output: LikeliestOutput) -> Token:
-        if isinstance(self.sampler, RandomSampler):
-            chosen = int(self.sampler.choose(output.ids, output.logits)[0])
-        else:
-            chosen = int(output.ids[0, 0])
-        return Token(chosen, None, _first(output.gate_mean))
-
-    def _checked(self, chosen: Any) -> int:
-        """The token id of a sampler that may be of one's own."""
-        try:
-            (token,) = self.session.token_ids(chosen)
-        except (PromptError, ValueError):
-            vocab = self.session.manifest.vocab_size
-            rule = f"it returned {shown(chosen)} and must return a token id for each row, (1,), below {vocab}"
-            raise SettingsError("sampler", self.sampler, rule) from None
-        return token
-
-
-def _first(gate_mean: NDArray[np.float32] | None) -> float | None:
-    return None if gate_mean is None else float(gate_mean[0])
+    def _chosen(self, output: StepOutput) -> Token:
+        gate = None if output.gate_mean is None else float(output.gate_mean[0])
+        memories = None if not self.asked else output.memory_logits[0]
+        return self.chooser.choose(output.logits[0], gate, memories)
 
 
 def stream_generate(
@@ -197,51 +153,93 @@ def stream_generate(
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
+    processors: Sequence[Processor] = (),
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Iterator[Chunk]:
     """Text as it is completed. prompt: text (a user's turn, or unchanged with `raw`), messages such as
     {"role": "user", "content": text}, or token ids. settings: `changes` override its fields or the defaults, such as
-    `max_new_tokens=8`. sampler: replaces the one that the settings describe. state: as in `generate_step`; where it
-    holds a conversation, text and messages continue it: the chat template's end of the last reply comes before them,
-    and nothing is said again. Raw text follows as it is.
+    `max_new_tokens=8`. sampler: replaces the one that the settings describe. processors: after those that the settings
+    describe. state: as in `generate_step`; where it holds a conversation, text and messages continue it: the chat
+    template's end of the last reply comes before them, and nothing is said again. Raw text follows as it is.
 
-    Ends at an end token ("stop"), at max_new_tokens or at the context's end ("length"). As in `generate_step`, the
-    state holds the prompt and the tokens of the chunks that were yielded, and errors are raised.
+    Ends at an end token or a stop string ("stop"), at max_new_tokens or at the context's end ("length"). As in
+    `generate_step`, the state holds the prompt and the tokens of the chunks that were yielded, and errors are raised.
     """
     settings = _checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
-    yield from _stream(model, _encoded(model, prompt, settings, state), settings, sampler, state)
+    yield from _stream(model, encoded(model, prompt, settings, state), settings, sampler, processors, state)
 
 
 def _stream(
-    model: Model, prompt: _Prompt, settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
+    model: Model,
+    prompt: Prompt,
+    settings: GenerationSettings,
+    sampler: Sampler | None,
+    processors: Sequence[Processor],
+    state: DecodeState,
 ) -> Iterator[Chunk]:
-    stream = model.codec.stream()
-    sampler = settings.sampler() if sampler is None else sampler
-    steps = generate_step(model.session, prompt.ids, sampler=sampler, state=state)
+    text = TextOfTokens(model, settings)
+    steps = generate_step(
+        model.session,
+        prompt.ids,
+        sampler=settings.sampler() if sampler is None else sampler,
+        processors=[*own_processors(model, settings), *processors],
+        state=state,
+        logprobs=settings.logprobs,
+        trace=settings.trace,
+    )
     before, token, given = state.noted(), None, None
     try:
         if prompt.replaces_pending:
             state.pending[0] = None
-        for count, token in enumerate(steps, 1):
-            text, reason = stream.push(token.id), _finish_reason(model, settings, token, count)
-            chunk = Chunk(text if reason is None else text + stream.finish(), token, reason)
+        for token in steps:
+            chunk = text.push(token)
             given = token
             yield chunk
-            if reason is not None:
+            if chunk.finish_reason is not None:
                 return
-        yield Chunk(stream.finish(), None, "length")
+        yield text.end()
     except BaseException:
         _take_back(state, before, token, given)
         raise
 
 
-def _finish_reason(model: Model, settings: GenerationSettings, token: Token, count: int) -> FinishReason | None:
-    if token.id in model.session.manifest.eos_token_ids:
-        return "stop"
-    return "length" if count >= settings.max_new_tokens else None
+def own_processors(model: Model, settings: GenerationSettings) -> list[Processor]:
+    """The processors that settings describe for a model."""
+    manifest = model.session.manifest
+    return make_processors(settings, (*manifest.eos_token_ids, *settings.stop_token_ids), manifest.vocab_size)
+
+
+class TextOfTokens:
+    """One row's tokens as chunks of text, and where they end."""
+
+    def __init__(self, model: Model, settings: GenerationSettings) -> None:
+        self._stream = model.codec.stream()
+        self._stops = StopStrings(settings.stop)
+        self._ends = {*model.session.manifest.eos_token_ids, *settings.stop_token_ids}
+        self._left = settings.max_new_tokens
+
+    def push(self, token: Token) -> Chunk:
+        """The chunk of a token; with a finish reason it is the last one."""
+        self._left -= 1
+        if token.id in self._ends:
+            return self._last("", token, "stop", token.id)
+        text = self._stops.push(self._stream.push(token.id))
+        if self._stops.matched is not None:
+            return Chunk(text, token, "stop", self._stops.matched)
+        return Chunk(text, token, None) if self._left else self._last(text, token, "length")
+
+    def end(self) -> Chunk:
+        """The last chunk of a text that the context ends."""
+        return self._last("", None, "length")
+
+    def _last(self, text: str, token: Token | None, reason: FinishReason, stopped_by: int | None = None) -> Chunk:
+        text += self._stops.push(self._stream.finish())
+        if self._stops.matched is not None:
+            return Chunk(text, token, "stop", self._stops.matched)
+        return Chunk(text + self._stops.finish(), token, reason, stopped_by)
 
 
 def generate(
@@ -250,6 +248,7 @@ def generate(
     settings: GenerationSettings | None = None,
     *,
     sampler: Sampler | None = None,
+    processors: Sequence[Processor] = (),
     state: DecodeState | None = None,
     **changes: Any,
 ) -> Generation:
@@ -258,35 +257,47 @@ def generate(
     settings = _checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
-    encoded = _encoded(model, prompt, settings, state)
+    prompt_of_state = encoded(model, prompt, settings, state)
     before = state.noted()
     try:
-        return _collected(model, encoded, settings, sampler, state)
+        return _collected(model, prompt_of_state, settings, sampler, processors, state)
     except BaseException:
         state.restore(before)
         raise
 
 
 def _collected(
-    model: Model, prompt: _Prompt, settings: GenerationSettings, sampler: Sampler | None, state: DecodeState
+    model: Model,
+    prompt: Prompt,
+    settings: GenerationSettings,
+    sampler: Sampler | None,
+    processors: Sequence[Processor],
+    state: DecodeState,
 ) -> Generation:
-    text: list[str] = []
-    tokens: list[Token] = []
-    finish_reason: FinishReason = "length"
+    chunks: list[Chunk] = []
     times = [time.perf_counter()]
-    for chunk in _stream(model, prompt, settings, sampler, state):
-        text.append(chunk.text)
+    for chunk in _stream(model, prompt, settings, sampler, processors, state):
         if chunk.token is not None:
-            tokens.append(chunk.token)
             times.append(time.perf_counter())
-        finish_reason = chunk.finish_reason or finish_reason
-    gates = [token.gate_mean for token in tokens if token.gate_mean is not None]
+        chunks.append(without_logits(chunk))
+    return collected(chunks, len(prompt.ids), times)
+
+
+def without_logits(chunk: Chunk) -> Chunk:
+    """A chunk whose token does not keep a whole vocabulary's numbers in memory."""
+    return chunk if chunk.token is None else chunk._replace(token=chunk.token._replace(logits=None))
+
+
+def collected(chunks: Sequence[Chunk], prompt_tokens: int, times: Sequence[float]) -> Generation:
+    """The result of a text's chunks. times: as in `timings`."""
+    last = chunks[-1]
+    assert last.finish_reason is not None
     return Generation(
-        text="".join(text),
-        token_ids=[token.id for token in tokens],
-        finish_reason=finish_reason,
-        gate_means=gates if model.session.siamese else None,
-        timings=_timings(len(prompt.ids), times),
+        text="".join(chunk.text for chunk in chunks),
+        tokens=tuple(chunk.token for chunk in chunks if chunk.token is not None),
+        finish_reason=last.finish_reason,
+        stopped_by=last.stopped_by,
+        timings=timings(prompt_tokens, times),
     )
 
 
@@ -296,58 +307,3 @@ def _checked(model: Model, settings: GenerationSettings | None, changes: dict[st
     if settings is not None:
         instance("settings", settings, GenerationSettings)
     return replace(settings or GenerationSettings(), **changes)
-
-
-class _Prompt(NamedTuple):
-    """replaces_pending: whether the state's pending token is not to be read, because `ids` say how the turn ends."""
-
-    ids: list[int]
-    replaces_pending: bool = False
-
-
-def _encoded(
-    model: Model,
-    prompt: str | Sequence[Message] | Sequence[int],
-    settings: GenerationSettings,
-    state: DecodeState,
-) -> _Prompt:
-    """The prompt's tokens, after what the state holds."""
-    instance("state", state, DecodeState)
-    codec, raw = model.codec, settings.raw
-    goes_on = state.batch == 1 and (state.lengths[0] > 0 or state.pending[0] is not None)
-    messages: list[Message]
-    if isinstance(prompt, str):
-        if codec.is_raw(raw):
-            return _Prompt(codec.encode_raw(prompt, beginning=not goes_on))
-        messages = [{"role": "user", "content": prompt}]
-        if not prompt:
-            raise PromptError("the prompt is empty")
-    elif not _are_messages(prompt):
-        return _Prompt(model.session.token_ids(prompt))  # type: ignore[arg-type]
-    elif raw:
-        raise PromptError("messages go through the chat template; give text to send it as it is (raw)")
-    else:
-        messages = list(prompt)  # type: ignore[arg-type]
-    if not goes_on:
-        return _Prompt(codec.encode_chat(messages, settings.control_tokens))
-    ids, pending = codec.encode_continuation(messages, settings.control_tokens), state.pending[0]
-    ends = pending is not None and pending in model.session.manifest.eos_token_ids
-    if pending is not None and pending == ids[0] and (ends or codec.is_special(pending)):
-        return _Prompt(ids[1:])  # the reply ended as the template ends a turn
-    return _Prompt(ids, replaces_pending=ends)  # as another end token says, or it was cut off
-
-
-def _are_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and any(isinstance(item, Mapping | str) for item in prompt)
-
-
-def _timings(prompt_tokens: int, times: list[float]) -> Timings:
-    steps = np.diff(times) * 1e3
-    decode = steps[1:]
-    return Timings(
-        prompt_tokens=prompt_tokens,
-        new_tokens=len(steps),
-        ttft_ms=round(float(steps[0]), 3),
-        ms_per_token=round(float(np.median(decode)), 3) if len(decode) else 0.0,
-        tokens_per_s=round(float(len(decode) / (decode.sum() / 1e3)), 3) if len(decode) else 0.0,
-    )

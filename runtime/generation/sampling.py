@@ -1,23 +1,28 @@
 """Choosing the next token: callables from logits (B, vocab) float32 to token ids (B,) int64.
 
-Greedy and top-k choose from the likeliest tokens alone, which a provider with its own memory finds there.
+Greedy and top-k choose from the likeliest tokens alone, which a provider with its own memory finds there. No filter
+sorts a whole vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import typed
-from ..engine.likeliest import likeliest
+from ..checks import check_fields, typed
+from ..engine.likeliest import among_largest, likeliest
 from ..errors import ArtifactError, SettingsError
 
+Array = NDArray[Any]
 LEAST_TEMPERATURE = 1e-4
 """Below it logits that differ by anything at all differ by more than float64 holds."""
+FIRST_LOOK = 256
+"""Tokens that a filter by mass looks at first; most distributions need no more."""
 Sampler = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
@@ -26,65 +31,150 @@ def greedy(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.asarray(_table(logits).argmax(-1), np.int64)
 
 
-class RandomSampler:
-    """Draws from what the filters leave. top_k: how many of the likeliest tokens it draws from; 0: all."""
+@dataclass(frozen=True)
+class Filters:
+    """What is left to draw from, as `make_sampler` explains it."""
 
-    def __init__(self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+            rule = f"it must be 0 (greedy) or at least {LEAST_TEMPERATURE}"
+            raise SettingsError("temperature", self.temperature, rule)
+        if self.top_k < 0:
+            raise SettingsError("top_k", self.top_k, "it must be 0 (off) or above")
+        for name in ("top_p", "typical_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingsError(name, getattr(self, name), "it must be in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise SettingsError("min_p", self.min_p, "it must be in [0, 1)")
+        if not 0 <= self.top_n_sigma < math.inf:
+            raise SettingsError("top_n_sigma", self.top_n_sigma, "it must be 0 (off) or above")
+
+    def masked(self, logits: Array) -> Array:
+        """Logits (vocab,) of which those that `top_n_sigma` leaves out are -infinity."""
+        if not self.top_n_sigma:
+            return logits
+        deviation = float(logits[np.isfinite(logits)].std(dtype=np.float64))
+        return np.where(logits >= logits.max() - self.top_n_sigma * deviation, logits, -np.inf)
+
+    def kept(self, ids: Array | None, logits: Array) -> tuple[Array | None, Array]:
+        """Token ids that the filters by probability leave, and their weights (N,). ids: which tokens the logits (N,)
+        are of; None: all, in their order, as it also is in the result."""
+        values = logits.astype(np.float64) / self.temperature
+        weights = np.exp(values - values.max())
+        if self.top_p < 1:
+            order = _until_mass(-weights, weights, self.top_p * weights.sum())
+            ids, weights = _chosen(ids, weights, order)
+        if self.min_p > 0:
+            ids, weights = _chosen(ids, weights, weights >= self.min_p * weights.max())
+        if self.typical_p < 1:
+            ids, weights = _chosen(ids, weights, _typical(weights, self.typical_p))
+        return ids, weights
+
+
+class RandomSampler:
+    """Draws from what the filters leave."""
+
+    def __init__(self, filters: Filters, seed: int | None) -> None:
+        self.filters = filters
         self.generator = np.random.default_rng(seed)
+
+    def likeliest_needed(self, vocab: int) -> int | None:
+        """How many of the likeliest tokens it chooses from; None if it wants all logits."""
+        wanted = self.filters.top_k
+        return wanted if 0 < wanted < vocab and not self.filters.top_n_sigma else None
 
     def __call__(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
         """Token ids (B,) for logits (B, vocab)."""
-        logits = _table(logits)
-        if 0 < self.top_k < logits.shape[-1]:
-            return self.choose(*likeliest(logits, self.top_k))
-        return self.choose(np.broadcast_to(np.arange(logits.shape[-1]), logits.shape), logits)
+        return np.array([self._row(row) for row in _table(logits)], np.int64)
 
     def choose(self, ids: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Token ids (B,) from these alone, both (B, k)."""
-        return np.array([self._row(*row) for row in zip(ids, logits, strict=True)], np.int64)
+        """Token ids (B,) from the likeliest tokens alone, both (B, k): what is left after `top_k`."""
+        return np.array([self._draw(*self.filters.kept(*row)) for row in zip(ids, logits, strict=True)], np.int64)
 
-    def _row(self, kept: NDArray[Any], logits: NDArray[Any]) -> int:
-        scaled = logits.astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        if self.top_p < 1:
-            order = np.argsort(-probabilities, kind="stable")
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            order = order[before < self.top_p]  # the token that crosses p is kept, so at least one is
-            kept, probabilities = kept[order], probabilities[order]
-        if self.min_p > 0:
-            likely = probabilities >= self.min_p * probabilities.max()
-            kept, probabilities = kept[likely], probabilities[likely]
-        return int(self.generator.choice(kept, p=probabilities / probabilities.sum()))
+    def _row(self, logits: NDArray[np.float32]) -> int:
+        logits = self.filters.masked(logits)
+        if not 0 < self.filters.top_k < len(logits):
+            return self._draw(*self.filters.kept(None, logits))
+        ids, values = likeliest(logits[None], self.filters.top_k)
+        return self._draw(*self.filters.kept(ids[0], values[0]))
+
+    def _draw(self, ids: Array | None, weights: Array) -> int:
+        sums = np.cumsum(weights)
+        drawn = np.searchsorted(sums, self.generator.random() * sums[-1], side="right")
+        index = int(min(drawn, np.flatnonzero(weights)[-1]))  # rounding may reach the sum itself
+        return index if ids is None else int(ids[index])
 
 
 def make_sampler(
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    typical_p: float = 1.0,
+    top_n_sigma: float = 0.0,
 ) -> Sampler:
-    """A sampler. temperature 0 is greedy. The filters apply after the temperature, in this order:
+    """A sampler. temperature 0 is greedy. What the filters leave is drawn from; they apply in this order, the last
+    three to probabilities after the temperature, of what the ones before have left:
 
-    top_k: keep the k likeliest tokens (0: all). top_p: keep the likeliest tokens whose probabilities first add up to
-    p (1: all). min_p: keep tokens at least min_p times as likely as the likeliest (0: all). seed: None differs from
-    run to run. Raises SettingsError for a value of another type or outside its range. The sampler raises SettingsError
+    top_n_sigma: keep tokens whose logit is at most n standard deviations of all logits below the highest
+    (arXiv 2411.07641; 0: all). top_k: keep the k likeliest tokens (0: all). top_p: keep the likeliest tokens whose
+    probabilities first add up to p (1: all). min_p: keep tokens at least min_p times as likely as the likeliest (0:
+    all). typical_p: keep the tokens whose surprise is nearest to the entropy, until they add up to p (arXiv 2202.00666;
+    1: all). seed: None differs from run to run; with one, the same logits give the same tokens on any machine.
+
+    Raises SettingsError for a value of another type or outside its range. The sampler raises SettingsError
     for what are no logits (B, vocab), and ArtifactError for logits that are not finite (-inf masks a token).
     """
-    temperature = typed("temperature", temperature, float)
-    top_k = typed("top_k", top_k, int)
-    top_p = typed("top_p", top_p, float)
-    min_p = typed("min_p", min_p, float)
+    filters = Filters(temperature, top_k, top_p, min_p, typical_p, top_n_sigma)
     seed = typed("seed", seed, int | None)
-    _check_ranges(temperature, top_k, top_p, min_p, seed)
-    return greedy if temperature == 0 else RandomSampler(temperature, top_k, top_p, min_p, seed)
+    if seed is not None and seed < 0:
+        raise SettingsError("seed", seed, "it must be 0 or above")
+    return greedy if filters.temperature == 0 else RandomSampler(filters, seed)
 
 
 def likeliest_needed(sampler: Sampler, vocab: int) -> int | None:
     """How many of the likeliest tokens a sampler chooses from; None if it wants all logits."""
     if sampler is greedy:
         return 1
-    if isinstance(sampler, RandomSampler) and 0 < sampler.top_k < vocab:
-        return sampler.top_k
-    return None
+    return sampler.likeliest_needed(vocab) if isinstance(sampler, RandomSampler) else None
+
+
+def _until_mass(keys: Array, weights: Array, mass: float) -> Array:
+    """Indices by ascending key, equal ones in their order, up to the one with which their weights reach `mass`; at
+    least one, and all if they do not."""
+    count = FIRST_LOOK
+    while True:
+        found = among_largest(-keys, count)
+        found = found[np.argsort(keys[found], kind="stable")]
+        before = np.cumsum(weights[found]) - weights[found]
+        if len(found) == len(keys) or before[-1] >= mass:
+            return found[before < mass]
+        count *= 8
+
+
+def _typical(weights: Array, mass: float) -> Array:
+    """Indices of the tokens whose surprise is nearest to the entropy and whose probabilities add up to `mass`."""
+    probabilities = weights / weights.sum()
+    surprise = np.full(len(weights), np.inf)
+    np.negative(np.log(probabilities, where=probabilities > 0, out=surprise), where=probabilities > 0, out=surprise)
+    possible = probabilities > 0
+    entropy = float(probabilities[possible] @ surprise[possible])
+    return np.sort(_until_mass(np.abs(surprise - entropy), probabilities, mass))
+
+
+def _chosen(ids: Array | None, weights: Array, which: Array) -> tuple[Array, Array]:
+    """Some of the tokens: by a mask, or by their indices."""
+    indices = np.flatnonzero(which) if which.dtype == bool else which
+    return indices if ids is None else ids[indices], weights[indices]
 
 
 def _table(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -93,16 +183,3 @@ def _table(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(logits.max(-1)).all():  # NumPy takes "not a number" for the largest
         raise ArtifactError("the logits are not finite, so that no token can be chosen")
     return logits
-
-
-def _check_ranges(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> None:
-    if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
-        raise SettingsError("temperature", temperature, f"it must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
-    if top_k < 0:
-        raise SettingsError("top_k", top_k, "it must be 0 (off) or above")
-    if not 0 < top_p <= 1:
-        raise SettingsError("top_p", top_p, "it must be in (0, 1]")
-    if not 0 <= min_p < 1:
-        raise SettingsError("min_p", min_p, "it must be in [0, 1)")
-    if seed is not None and seed < 0:
-        raise SettingsError("seed", seed, "it must be 0 or above")

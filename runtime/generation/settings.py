@@ -1,58 +1,127 @@
-"""What a caller can set for generation: one dataclass for the library and the command line."""
+"""What a caller can set for generation: one dataclass for the library, the command line and the server."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..checks import check_fields
 from ..errors import SettingsError
 from .sampling import Sampler, make_sampler
 
+MOST_LIKELIEST = 1000
+"""Tokens that `logprobs` and `trace` tell of at each place."""
+CONSTRAINTS = ("json_object", "json_schema", "regex", "grammar")
+
+
+def _option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """max_new_tokens: generation stops here at the latest. raw: whether a prompt's text is sent as it is, without the
-    chat template; None: as the model was tuned. control_tokens: whether control tokens that a message's content spells
-    are such; else they are the text that they are (raw text may always spell them). memory_bias: added to the gate
-    before its sigmoid, in a new state; above 0 towards the base memory. temperature, top_k, top_p, min_p, seed: as in
-    `make_sampler`; the defaults are greedy.
+    """How text is generated; the defaults are greedy. Other values outside a field's type or range, and fields that
+    contradict each other, raise SettingsError.
 
-    Raises SettingsError for values of another type or outside their range.
+    max_new_tokens, min_new_tokens: no more and no fewer, as far as the context reaches. raw: whether a prompt's text is
+    sent as it is, without the chat template; None: as the model was tuned. control_tokens: whether control tokens that
+    a message's content spells are such; else they are the text that they are (raw text may always spell them).
+    memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
+    temperature, top_k, top_p, min_p, typical_p, top_n_sigma, seed: as in `make_sampler`.
+    repetition_penalty: of tokens in the prompt and after it, 1 is none. presence_penalty, frequency_penalty: of
+    generated tokens, 0 is none. no_repeat_ngram_size: no n-gram comes twice, 0 is off. logit_bias: by token id, what is
+    added to its logit; -infinity forbids it. In a conversation they go by the present turn and reply.
+    stop: text that ends generation and is left out. stop_token_ids: tokens that do, beside the model's end tokens.
+    logprobs: tell the log-probability of every token and of so many of the likeliest. trace: tell the likeliest tokens
+    of each memory alone. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
     """
 
-    max_new_tokens: int = field(default=256, metadata={"help": "stop after this many tokens", "metavar": "N"})
-    raw: bool | None = field(
-        default=None,
-        metadata={
-            "help": "send the text as it is, without the chat template, or not; unsaid: as the model was tuned",
-            "either": True,
-        },
+    max_new_tokens: int = _option(256, "stop after this many tokens", "N")
+    min_new_tokens: int = _option(0, "no end before this many tokens", "N")
+    raw: bool | None = _option(
+        None, "send the text as it is, without the chat template, or not; unsaid: as the model was tuned", either=True
     )
-    memory_bias: float = field(
-        default=0.0, metadata={"help": "above 0 towards the base memory, below 0 away", "metavar": "X"}
-    )
-    control_tokens: bool = field(
-        default=False, metadata={"help": "let what a message spells be control tokens, as transformers does"}
-    )
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy", "metavar": "T"})
-    top_k: int = field(default=0, metadata={"help": "sample from the K likeliest tokens; 0 is all", "metavar": "K"})
-    top_p: float = field(
-        default=1.0, metadata={"help": "sample from the likeliest tokens that add up to P", "metavar": "P"}
-    )
-    min_p: float = field(
-        default=0.0, metadata={"help": "sample from tokens P times as likely as the likeliest", "metavar": "P"}
-    )
-    seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable", "metavar": "N"})
+    memory_bias: float = _option(0.0, "above 0 towards the base memory, below 0 away", "X")
+    control_tokens: bool = _option(False, "let what a message spells be control tokens, as transformers does")
+    temperature: float = _option(0.0, "0 is greedy", "T", models=True)
+    top_k: int = _option(0, "sample from the K likeliest tokens; 0 is all", "K", models=True)
+    top_p: float = _option(1.0, "sample from the likeliest tokens that add up to P", "P", models=True)
+    min_p: float = _option(0.0, "sample from tokens P times as likely as the likeliest", "P", models=True)
+    typical_p: float = _option(1.0, "sample from tokens of typical surprise that add up to P", "P", models=True)
+    top_n_sigma: float = _option(0.0, "sample from logits within N deviations of the highest; 0 is all", "N")
+    seed: int | None = _option(None, "makes sampling repeatable", "N")
+    repetition_penalty: float = _option(1.0, "make tokens of the text so far less likely; 1 is off", "P", models=True)
+    presence_penalty: float = _option(0.0, "take P from the logit of every generated token", "P")
+    frequency_penalty: float = _option(0.0, "take P for each time that a token was generated", "P")
+    no_repeat_ngram_size: int = _option(0, "no N tokens in a row come twice; 0 is off", "N", models=True)
+    logit_bias: Mapping[int, float] | None = _option(None, "add to the logits of tokens", "ID=X")
+    stop: Sequence[str] = _option((), "end before any of these texts", "TEXT")
+    stop_token_ids: Sequence[int] = _option((), "end at any of these tokens, too", "ID")
+    logprobs: int | None = _option(None, "tell log-probabilities, and those of the N likeliest tokens", "N")
+    trace: int | None = _option(None, "tell what each memory alone would say: the N likeliest tokens", "N")
+    json_object: bool = _option(False, "the text must be a JSON object (needs the extra `grammar`)")
+    json_schema: str | None = _option(None, "it must be JSON of this schema, or of that in @FILE", "JSON")
+    regex: str | None = _option(None, "it must match this regular expression, or that in @FILE", "REGEX")
+    grammar: str | None = _option(None, "it must follow this grammar in Lark's form, or that in @FILE", "LARK")
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         check_fields(self)
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_ranges()
+        self._check_together()
+        self.sampler()
+
+    @classmethod
+    def of_model(cls, defaults: Mapping[str, Any], **said: Any) -> GenerationSettings:
+        """The settings that a model's own `defaults` make (`Manifest.generation`), with what is said in their place. A
+        model that samples by default does so at temperature 1 unless it has another."""
+        own = {name: value for name, value in defaults.items() if name != "do_sample"}
+        if not defaults.get("do_sample"):
+            own.pop("temperature", None)
+        else:
+            own.setdefault("temperature", 1.0)
+        return cls(**own | said)
+
+    def sampler(self) -> Sampler:
+        """A new sampler that these settings describe."""
+        return make_sampler(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.typical_p, self.top_n_sigma
+        )
+
+    def _check_ranges(self) -> None:
         if self.max_new_tokens < 1:
             raise SettingsError("max_new_tokens", self.max_new_tokens, "it must be at least 1")
         if math.isnan(self.memory_bias):
             raise SettingsError("memory_bias", self.memory_bias, "it must be a number")
-        self.sampler()
+        for name in ("min_new_tokens", "no_repeat_ngram_size"):
+            if getattr(self, name) < 0:
+                raise SettingsError(name, getattr(self, name), "it must be 0 (off) or above")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise SettingsError("repetition_penalty", self.repetition_penalty, "it must be above 0; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise SettingsError(name, getattr(self, name), "it must be a finite number; 0 is off")
+        for name in ("logprobs", "trace"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= MOST_LIKELIEST:
+                raise SettingsError(name, value, f"it must be 0 to {MOST_LIKELIEST}")
+        if self.trace == 0:
+            raise SettingsError("trace", 0, f"it must be 1 to {MOST_LIKELIEST}")
+        for token, bias in (self.logit_bias or {}).items():
+            if math.isnan(bias) or bias == math.inf:
+                raise SettingsError("logit_bias", f"{token}={bias}", "a bias must be a number or -infinity")
+        if "" in self.stop:
+            raise SettingsError("stop", "", "a stop string cannot be empty")
+        if negative := [token for token in self.stop_token_ids if token < 0]:
+            raise SettingsError("stop_token_ids", negative[0], "token ids are 0 or above")
 
-    def sampler(self) -> Sampler:
-        """A new sampler that these settings describe."""
-        return make_sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+    def _check_together(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise SettingsError("min_new_tokens", self.min_new_tokens, "it must not be above {max_new_tokens}")
+        said = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(said) > 1:
+            raise SettingsError(said[1], getattr(self, said[1]), f"{{{said[0]}}} is given too, and a text has one form")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
@@ -298,6 +298,12 @@ FIELD_KINDS: dict[Any, Callable[[Any], bool]] = {
     str: is_text,
     int | None: optional(is_whole),
     bool | None: optional(is_bool),
+    str | None: optional(is_text),
+    Sequence[str]: lambda value: (
+        is_text(value) or (isinstance(value, list | tuple | range) and all(map(is_text, value)))
+    ),
+    Sequence[int]: lambda value: isinstance(value, list | tuple | range) and all(map(is_whole, value)),
+    Mapping[int, float] | None: optional(lambda value: isinstance(value, dict) and all(map(is_whole, value))),
     tuple[int, ...]: lambda value: isinstance(value, list | tuple | range) and all(map(is_whole, value)),
     Execution: no,
 }
@@ -315,7 +321,7 @@ def test_a_field_of_settings_has_its_type_or_is_refused(settings: type[Any]) -> 
                     pytest.fail(f"{value!r}: {error}")
             else:
                 assert FIELD_KINDS[kinds[field.name]](value), f"{field.name}={value!r} was accepted"
-                assert type(getattr(made, field.name)) in (int, float, bool, str, tuple, type(None))
+                assert type(getattr(made, field.name)) in (int, float, bool, str, tuple, dict, type(None))
 
 
 def test_an_unknown_setting_is_a_type_error(model: Model) -> None:

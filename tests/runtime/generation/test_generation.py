@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime import Model, PromptError, SettingsError, generate, generate_step, load, make_sampler, stream_generate
+from runtime import (
+    History,
+    Model,
+    PromptError,
+    SettingsError,
+    generate,
+    generate_step,
+    load,
+    make_sampler,
+    stream_generate,
+)
 from runtime.engine.providers import ON_DEVICE
 from tests.exported import PROMPT, Exported, copied, edit_manifest
 
@@ -129,3 +139,76 @@ def test_a_sampler_of_ones_own_gets_all_logits_of_a_device(tiny: Exported, monke
     tokens = list(islice(generate_step(there.session, PROMPT, sampler=second_best), 3))
     assert seen == [(1, there.session.manifest.vocab_size)] * 3
     assert all(token.logits is not None and token.id == np.argsort(token.logits)[-2] for token in tokens)
+
+
+def test_stop_strings_end_a_text_before_them(model: Model) -> None:
+    whole = generate(model, "Hello", max_new_tokens=12)
+    for start, end in ((0, 1), (3, 5), (len(whole.text) - 2, len(whole.text))):
+        stop = whole.text[start:end]
+        found = generate(model, "Hello", max_new_tokens=12, stop=stop)
+        assert found.text == whole.text[: whole.text.index(stop)]
+        assert (found.finish_reason, found.stopped_by) == ("stop", stop)
+        assert found.token_ids == whole.token_ids[: len(found.token_ids)]
+    assert generate(model, "Hello", max_new_tokens=12, stop=["\0"]).text == whole.text
+
+
+def test_stop_tokens_are_not_part_of_the_text(model: Model) -> None:
+    whole = generate(model, "Hello", max_new_tokens=12)
+    stop = whole.token_ids[5]
+    first = whole.token_ids.index(stop)
+    found = generate(model, "Hello", max_new_tokens=12, stop_token_ids=[stop])
+    assert found.token_ids == whole.token_ids[: first + 1]
+    assert found.text == model.codec.decode(found.token_ids[:-1])
+    assert (found.finish_reason, found.stopped_by) == ("stop", stop)
+    longer = generate(model, "Hello", max_new_tokens=12, stop_token_ids=[stop], min_new_tokens=first + 3)
+    assert stop not in longer.token_ids[: first + 2]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_k": 3, "seed": 0}])
+def test_log_probabilities_are_those_of_the_models_logits(
+    model: Model, tiny: Exported, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "logprobs": 4, **sampling}
+    tokens = [chunk.token for chunk in stream_generate(model, "Hello", **settings) if chunk.token]
+    for token in tokens:
+        assert token.logits is not None
+        assert token.top_logprobs is not None
+        wide = token.logits.astype(np.float64)
+        expected = wide - np.log(np.exp(wide).sum())
+        order = np.argsort(-expected, kind="stable")[:4]
+        assert token.logprob == pytest.approx(expected[token.id], abs=1e-5)
+        assert [candidate.id for candidate in token.top_logprobs] == order.tolist()
+        assert [candidate.logprob for candidate in token.top_logprobs] == pytest.approx(expected[order], abs=1e-5)
+    monkeypatch.setitem(ON_DEVICE, "cpu", "cpu")
+    there = generate(load(tiny.artifact), "Hello", **settings)
+    assert there.token_ids == [token.id for token in tokens]
+    assert there.logprobs == pytest.approx([token.logprob for token in tokens], abs=1e-5)
+    assert [[candidate.id for candidate in token.top_logprobs or ()] for token in there.tokens] == [
+        [candidate.id for candidate in token.top_logprobs or ()] for token in tokens
+    ]
+
+
+def test_penalties_and_biases_change_what_is_chosen_and_not_what_is_told(model: Model) -> None:
+    plain = generate(model, "Hello", max_new_tokens=8, logprobs=1)
+    biased = generate(model, "Hello", max_new_tokens=8, logprobs=1, logit_bias={plain.token_ids[0]: -np.inf})
+    assert plain.token_ids[0] not in biased.token_ids
+    assert biased.tokens[0].top_logprobs == plain.tokens[0].top_logprobs
+    assert biased.tokens[0].logprob is not None
+    assert biased.tokens[0].logprob < plain.tokens[0].top_logprobs[0].logprob  # type: ignore[index]
+    once = generate(model, "Hello", max_new_tokens=40, no_repeat_ngram_size=1).token_ids
+    assert len(set(once)) == len(once)
+
+
+def test_processors_of_ones_own_come_last(model: Model) -> None:
+    def only_nine(history: History, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert np.isneginf(logits[7])
+        logits[:] = -np.inf
+        logits[9] = 0
+        return logits
+
+    found = generate(model, "Hello", max_new_tokens=3, processors=[only_nine], logit_bias={7: -np.inf})
+    assert found.token_ids == [9, 9, 9]
+    with pytest.raises(PromptError, match="after 0 new tokens no token is allowed"):
+        generate(model, "Hello", processors=[lambda history, logits: logits - np.inf])
+    with pytest.raises(SettingsError, match=r"processors is .* must return logits, \(\d+,\)"):
+        generate(model, "Hello", processors=[lambda history, logits: logits[:3]])

@@ -1,0 +1,98 @@
+"""What generation gives: tokens, text as it comes, and a whole result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .logprobs import Candidate, Trace
+
+FinishReason = Literal["stop", "length"]
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    logits: (vocab,) float32, the model's; None where greedy or top-k sampling chose it from the likeliest tokens alone,
+    with the logits in a device's memory, and in a `Generation`. gate_mean: the gate's mean over the hidden dimensions
+    where it was chosen, 1 is only the base memory; None in a base-only artifact. logprob, top_logprobs: its own and the
+    likeliest ones, if asked for. trace: if asked for.
+    """
+
+    id: int
+    logits: NDArray[np.float32] | None
+    gate_mean: float | None
+    logprob: float | None = None
+    top_logprobs: tuple[Candidate, ...] | None = None
+    trace: Trace | None = None
+
+
+class Chunk(NamedTuple):
+    """Text that one token completed (it may be empty), that token, and on the last chunk why generation ended, and the
+    stop string or the token that ended it, if one did."""
+
+    text: str
+    token: Token | None
+    finish_reason: FinishReason | None
+    stopped_by: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds and rates. ttft_ms: from the prompt's tokens to the first new one. ms_per_token: median over the
+    tokens after the first; 0 if there are none."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float
+    ms_per_token: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A result. tokens: as chosen, with those of a stop string and the end token, without their logits. stopped_by: the
+    stop string or the token that ended it; None at a length."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    stopped_by: str | int | None
+    timings: Timings
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of `tokens`."""
+        return [token.id for token in self.tokens]
+
+    @property
+    def gate_means(self) -> list[float] | None:
+        """One per token; None in a base-only artifact."""
+        return _all([token.gate_mean for token in self.tokens])
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """One per token, if asked for."""
+        return _all([token.logprob for token in self.tokens])
+
+
+def timings(prompt_tokens: int, times: Sequence[float]) -> Timings:
+    """Of a run whose prompt was there at times[0] and whose tokens came at the others, in seconds."""
+    steps = np.diff(times) * 1e3
+    decode = steps[1:]
+    return Timings(
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(steps),
+        ttft_ms=round(float(steps[0]), 3),
+        ms_per_token=round(float(np.median(decode)), 3) if len(decode) else 0.0,
+        tokens_per_s=round(float(len(decode) / (decode.sum() / 1e3)), 3) if len(decode) else 0.0,
+    )
+
+
+def _all(values: Sequence[float | None]) -> list[float] | None:
+    found = [value for value in values if value is not None]
+    return found if found else None
