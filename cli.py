@@ -17,10 +17,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import export.commands
 import imsm_core.commands
-import runtime.commands
+import runtime.cli.register
 from runtime.console import run_commands
 
-REGISTERS = (imsm_core.commands.register, export.commands.register, runtime.commands.register)
+REGISTERS = (imsm_core.commands.register, export.commands.register, runtime.cli.register.register)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,9 +68,9 @@ def test_the_drawn_tree_is_there() -> None:
 
 @pytest.mark.parametrize("package", ["imsm_core", "export", "runtime"])
 def test_every_module_is_drawn_or_in_a_folder_of_its_kind(package: str) -> None:
-    """Folders with a file per family, pass or operator are described as a whole."""
+    """Folders with a file per family, pass, operator or command are described as a whole."""
     drawn = drawn_files()
-    alike = ("export/adapters/", "export/passes/", "export/attention/families/", "runtime/kernels/")
+    alike = ("export/adapters/", "export/passes/", "export/attention/families/", "runtime/cli/", "runtime/kernels/")
     for path in (ROOT / package).rglob("*.py"):
         name = str(path.relative_to(ROOT))
         if path.name != "__init__.py" and not name.startswith(alike):

@@ -15,7 +15,8 @@ import pytest
 
 from export.settings import ExportSettings
 from runtime import IMSMRuntimeError, generate, load
-from runtime.commands import _inspect, _verify
+from runtime.cli.inspect import _inspect
+from runtime.cli.verify import _verify
 from runtime.console import Commands
 from tests.exported import PROMPT, Exported, export_tiny
 

@@ -231,7 +231,7 @@ def replace_graph(artifact: Path, proto: onnx.ModelProto) -> None:
 
 
 def command(*arguments: object) -> int:
-    from runtime.commands import register
+    from runtime.cli.register import register
 
     return run_commands("imsm", [register], [str(argument) for argument in arguments])
 

@@ -1,0 +1,1 @@
+"""The runtime's own commands, a file each. None of them needs PyTorch."""

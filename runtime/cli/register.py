@@ -1,0 +1,16 @@
+"""Which commands there are: generate, inspect, verify, bench, doctor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import bench, doctor, generate, inspect, verify
+
+if TYPE_CHECKING:
+    from ..console import Commands
+
+
+def register(commands: Commands) -> None:
+    """Add the commands, in the order in which `imsm --help` shows them."""
+    for command in (generate, inspect, verify, bench, doctor):
+        command.register(commands)
