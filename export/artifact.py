@@ -25,7 +25,7 @@ from .model_facts import ModelFacts
 from .step_reads import step_reads
 from .streams import StreamLayout
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 GRAPH, DATA, MANIFEST = "model.onnx", "model.onnx.data", "imsm_model.json"
 SECTIONS = "imsm.sections"
 """The graph's metadata of this name holds a sha256 of every section of its manifest."""

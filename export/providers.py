@@ -33,12 +33,7 @@ def open_graph(path: Path, provider: str = "cpu") -> onnxruntime.InferenceSessio
     return _open(str(path), provider)
 
 
-def open_part(model: bytes, folder: Path, provider: str = "cpu") -> onnxruntime.InferenceSession:
-    """The same for a part of a graph whose weights stay in the files of `folder`."""
-    return _open(model, provider, folder)
-
-
-def _open(source: str | bytes, provider: str, weights: Path | None = None) -> onnxruntime.InferenceSession:
+def _open(source: str | bytes, provider: str) -> onnxruntime.InferenceSession:
     wanted = _full_name(provider)
     if provider in ("cuda", "tensorrt"):
         onnxruntime.preload_dlls()
@@ -46,8 +41,6 @@ def _open(source: str | bytes, provider: str, weights: Path | None = None) -> on
     options.log_severity_level = 4  # what matters is raised
     options.intra_op_num_threads = torch.get_num_threads()  # one setting for both sides of a comparison
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch's turn follows
-    if weights is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     names = [wanted] if wanted == CPU else [wanted, CPU]
     try:
         session = onnxruntime.InferenceSession(

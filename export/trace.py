@@ -93,7 +93,7 @@ def _cache_names(direction: str, step: TwoStreamStep) -> list[str]:
 
 
 def _output_names(step: TwoStreamStep) -> list[str]:
-    gated = ["hidden_adapter", "gate", "gate_mean", "present_query_sum", "present_query_count"]
+    gated = ["hidden_adapter", "hidden_fused", "gate", "gate_mean", "present_query_sum", "present_query_count"]
     present = _cache_names("present", step)
     return ["hidden_base", *(gated if step.gate is not None else []), "logits", *present]
 
@@ -110,7 +110,8 @@ def _sample_inputs(step: TwoStreamStep) -> StepInputs:
         query_mask=torch.ones(_BATCH, _SEQUENCE),
         past_query_sum=torch.zeros(_BATCH, 2, width),
         past_query_count=torch.zeros(_BATCH),
-        memory_bias=torch.zeros(_BATCH),
+        memory_bias=torch.zeros(_BATCH, _WANTED),
+        memory=torch.zeros(_BATCH, _WANTED, dtype=torch.int64),
         past=_sample_caches(step),
     )
 
@@ -143,7 +144,8 @@ def _dynamic_shapes(sample: StepInputs) -> tuple[object, ...]:
         "query_mask": tokens,
         "past_query_sum": row,
         "past_query_count": row,
-        "memory_bias": row,
+        "memory_bias": tokens,
+        "memory": tokens,
         "past": [[(cache, cache) for _ in groups] for groups in sample.past],
     }
     return tuple(shapes[name] for name in StepInputs._fields)

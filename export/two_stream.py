@@ -22,6 +22,9 @@ from .attention.plan import AttentionPlan
 from .streams import StreamLayout, split_streams
 from .trunk import stacking_after_trunk
 
+BLEND, BASE, ADAPTER = MEMORIES = range(3)
+"""What a position's logits are of: the gate's blend, or one memory alone."""
+
 
 class StepInputs(NamedTuple):
     """One step's inputs, in the order in which the graph has them. S new tokens, N wanted positions, P cached tokens.
@@ -30,7 +33,7 @@ class StepInputs(NamedTuple):
     total_sequence_length: () int32, the largest of them, plus one. query_seqlens: (B,) int32, how many of the S tokens
     are the row's. These count the text alone, no virtual tokens. logit_positions: (B, N) int64, into S. query_mask:
     (B, S) float32, 1 at the prompt's tokens. past_query_sum: (B, 2, d) float32, (base, adapter); past_query_count: (B,)
-    float32. memory_bias: (B,) float32. past: the caches, by layer and group.
+    float32. memory_bias: (B, N) float32. memory: (B, N) int64, one of MEMORIES. past: the caches, by layer and group.
     """
 
     input_ids: Tensor
@@ -43,6 +46,7 @@ class StepInputs(NamedTuple):
     past_query_sum: Tensor
     past_query_count: Tensor
     memory_bias: Tensor
+    memory: Tensor
     past: list[LayerCaches]
 
 
@@ -144,13 +148,16 @@ class TwoStreamStep(nn.Module):
         query_count = inputs.past_query_count + inputs.query_mask.sum(-1)
         mean = query_sum / query_count[:, None, None]
         memories = Memories(wanted[0], wanted[1], mean[:, 0:1], mean[:, 1:2])
-        gated = self.gate(memories, inputs.memory_bias[:, None, None])
+        gated = self.gate(memories, inputs.memory_bias[..., None])
+        memory = inputs.memory[..., None]  # (B, N, 1)
+        fused = torch.where(memory == ADAPTER, wanted[1], gated.fused)
+        fused = torch.where(memory == BASE, wanted[0], fused)
         outputs["hidden_adapter"] = wanted[1]
+        outputs["hidden_fused"] = fused
         outputs["gate"] = gated.gate
         outputs["gate_mean"] = gated.gate.mean(-1)
         outputs["present_query_sum"] = query_sum
         outputs["present_query_count"] = query_count
-        fused: Tensor = gated.fused
         return fused
 
 

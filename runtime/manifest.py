@@ -103,6 +103,11 @@ class Manifest:
         return found
 
     @property
+    def by_memory(self) -> bool:
+        """Whether the graph gives logits of one memory alone, and takes a bias for each position."""
+        return any(signature.name == "memory" for signature in self.inputs)
+
+    @property
     def batched_chunks(self) -> bool:
         """Whether the graph continues the caches of several rows by more than one token at once."""
         return any(signature.name == "query_seqlens" for signature in self.inputs)
@@ -122,9 +127,9 @@ def read_manifest(folder: Path) -> Manifest:
         if type(version) is not int:
             version = FORMAT_VERSION  # its schema says what is wrong
         if version not in SCHEMAS:
+            *others, newest = map(str, SCHEMAS)
             raise ArtifactError(
-                f"{shown(path)} has format version {version}; this program reads "
-                f"{' and '.join(map(str, SCHEMAS))}; "
+                f"{shown(path)} has format version {version}; this program reads {', '.join(others)} and {newest}; "
                 + ("it is older than the artifact" if version > FORMAT_VERSION else "export it again")
             )
         SCHEMAS[version](document, "")

@@ -133,6 +133,12 @@ def _is_portable(document: Document) -> bool:
     return all(tensor["name"] != "query_seqlens" for tensor in document["graph"]["inputs"])
 
 
+def _by_position(document: Document) -> bool:
+    """Whether which memory speaks is said for each position: formats 5 and 6 have a bias for each row."""
+    version: int = document["format_version"]
+    return version > 6
+
+
 def _inputs(document: Document) -> Iterator[tuple[str, str, Shape, bool]]:
     """Name, dtype, shape, and whether every such graph has it."""
     yield "input_ids", "int64", (None, None), True
@@ -145,7 +151,11 @@ def _inputs(document: Document) -> Iterator[tuple[str, str, Shape, bool]]:
         yield "query_mask", "float32", (None, None), True
         yield "past_query_sum", "float32", (None, 2, document["model"]["hidden_size"]), True
         yield "past_query_count", "float32", (None,), True
-        yield "memory_bias", "float32", (None,), True
+        if _by_position(document):
+            yield "memory_bias", "float32", (None, None), True
+            yield "memory", "int64", (None, None), True
+        else:
+            yield "memory_bias", "float32", (None,), True
     yield from _caches("past_key_values", document)
 
 
@@ -155,6 +165,8 @@ def _outputs(document: Document) -> Iterator[tuple[str, str, Shape, bool]]:
     yield "hidden_base", "float32", (None, None, width), True
     if len(document["streams"]) == 2:
         yield "hidden_adapter", "float32", (None, None, width), True
+        if _by_position(document):
+            yield "hidden_fused", "float32", (None, None, width), True
         yield "gate", "float32", (None, None, width), True
         yield "gate_mean", "float32", (None, None), True
         yield "present_query_sum", "float32", (None, 2, width), True

@@ -21,7 +21,7 @@ from .json_checks import (
     whole,
 )
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """What `export` writes."""
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int32", "int64")
 GATE_KINDS = ("query_aware", "token", "residual", "query_mixed", "mean_logits")
@@ -164,6 +164,7 @@ _CURRENT = Record(
         "files": table(Record({"bytes": _bytes, "sha256": _sha256})),
     }
 )
+_FORMAT_6 = Record(_CURRENT.fields | {"format_version": whole(6, 6)})
 _FORMAT_5 = Record(
     _CURRENT.fields
     | {
@@ -173,6 +174,6 @@ _FORMAT_5 = Record(
     }
 )
 
-SCHEMAS = {5: _FORMAT_5, FORMAT_VERSION: _CURRENT}
-"""By format version, of those that are read. Format 5 has the quality of the blend alone, or of the only stream,
-and one width for all weights."""
+SCHEMAS = {5: _FORMAT_5, 6: _FORMAT_6, FORMAT_VERSION: _CURRENT}
+"""By format version, of those that are read. Format 6 has the graph without `memory`. Format 5 has also the quality of
+the blend alone, or of the only stream, and one width for all weights."""

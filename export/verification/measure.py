@@ -17,7 +17,6 @@ from imsm_core.siamese import SiameseModel
 
 from ..artifact import GRAPH
 from ..virtual_tokens import load_virtual_cache
-from .head import GraphHead
 from .plain_run import Array, CachedGraph
 from .quality import QualityReport, Rows, measure_quality
 
@@ -34,15 +33,12 @@ def evaluate(
     both memories alone, or the one stream that the graph has. Each side's backbone reads a text once. report: gets
     lines about the progress. Raises VerificationError."""
     graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
-    head = GraphHead(folder / GRAPH, provider) if len(streams) > 1 else None
+    names = ("blend", "base", "adapter") if len(streams) > 1 else ("base",)
 
     def found(text: Example) -> Mapping[str, Rows]:
-        outputs = graph.whole(text.token_ids, len(text.prompt_ids))
-        logits = outputs["logits"][0].__getitem__
-        if head is None:
-            return {"base": logits}
-        memories = {name: partial(_head_of, head, outputs[f"hidden_{name}"][0]) for name in ("base", "adapter")}
-        return {"blend": logits, **memories}
+        query = len(text.prompt_ids)
+        logits = graph.logits_of(range(len(names)), text.token_ids[:-1], query, first=query - 1)
+        return {name: rows.__getitem__ for name, rows in zip(names, logits, strict=True)}
 
     return measure_quality(partial(_reference, model), found, texts, report)
 
@@ -58,7 +54,3 @@ def _reference(model: SiameseModel, text: Example) -> Mapping[str, Rows]:
 def _logits(model: SiameseModel, states: Tensor, part: slice) -> Array:
     logits: Array = apply_head(model.causal_lm, states[part][None])[0].numpy()
     return logits
-
-
-def _head_of(head: GraphHead, states: Array, part: slice) -> Array:
-    return head(states[part])

@@ -1,7 +1,7 @@
 """Comparing an exported graph with PyTorch, by value, before anyone relies on it.
 
-Four ways of computing the same text are compared with two plain PyTorch passes over it: a whole prefill of a ragged
-batch, a chunked prefill, cached decode steps that take the graph's own greedy tokens, and every row's query state.
+Ways of computing the same text are compared with two plain PyTorch passes over it: a whole prefill of a ragged batch, a
+chunked prefill, cached decode steps that take the graph's own greedy tokens, and a prefill of each memory alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from imsm_core.siamese import SiameseModel, masked_mean
 
 from ..artifact import GRAPH
 from ..errors import VerificationError
+from ..two_stream import ADAPTER, BASE
 from ..virtual_tokens import load_virtual_cache
 from .plain_run import CachedGraph
 
 Array = NDArray[Any]
-COMPARED = ("hidden_base", "hidden_adapter", "gate", "logits")
+COMPARED = ("hidden_base", "hidden_adapter", "hidden_fused", "gate", "logits")
+ALONE = {"logits_base": BASE, "logits_adapter": ADAPTER}
+"""The logits of one memory alone, by the names that they have here, as the graph's input `memory` asks for them."""
 DECODE_STEPS = 32
 FP32_TOLERANCE, FP32_TOLERANCE_DEEP, DEEP_LAYERS = 1e-4, 1e-3, 16
 ROUNDING_FACTOR = 4  # of PyTorch's own distance from float64
@@ -162,12 +165,19 @@ def verify_graph(
     pieces = [prompts[0][: long // 2], prompts[0][long // 2 :]]
     chunked = CachedGraph(folder / GRAPH, virtual, cached.session).chunks(pieces)
 
-    # 3. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
+    # 3. The graph once more, for each memory alone.
+    alone: dict[str, Array] = {}
+    if len(streams) > 1:
+        apart = CachedGraph(folder / GRAPH, virtual, cached.session)
+        alone = dict(zip(ALONE, apart.logits_of([*ALONE.values()], prompts[0], lengths[0]), strict=True))
+
+    # 4. PyTorch: one plain pass per stream over each whole text. It is causal, so that every position is a step.
     expected = [expected_outputs(model, text, length, streams) for text, length in zip(texts, lengths, strict=True)]
 
-    # 4. Compare.
+    # 5. Compare.
+    shared = [name for name in expected[0] if name not in ALONE]
     for row, (length, wanted) in enumerate(zip(lengths, expected, strict=True)):
-        for name in wanted:
+        for name in shared:
             report.compare("prefill", name, prefill[name][row, :length], wanted[name][:length])
             for step, outputs in enumerate(stepped):
                 report.compare("decode", name, outputs[name][row, 0], wanted[name][length + step])
@@ -175,8 +185,10 @@ def verify_graph(
         report.greedy_tokens_equal += int((greedy == texts[row][length:]).sum())
         report.decode_steps += steps
     last = len(prompts[0]) - 1
-    for name in expected[0]:  # a chunk's gate sees the query so far: only the last chunk's last position sees it whole
+    for name in shared:  # a chunk's gate sees the query so far: only the last chunk's last position sees it whole
         report.compare("chunked prefill", name, chunked[name][0, -1], expected[0][name][last])
+    for name, logits in alone.items():
+        report.compare("one memory", name, logits, expected[0][name][: lengths[0]])
     report.judge_positions()
     if report.failures:
         _judge_failures(report, model, texts, lengths, streams, expected)
@@ -239,5 +251,6 @@ def expected_outputs(
     query_base, query_adapter = (masked_mean(state, query_mask)[:, None] for state in states)
     gated = model.gate(Memories(states.base, states.adapter, query_base, query_adapter))
     logits = apply_head(model.causal_lm, gated.fused)
-    found = (states.base, states.adapter, gated.gate, logits)
-    return {name: tensor[0].numpy() for name, tensor in zip(COMPARED, found, strict=True)}
+    alone = [apply_head(model.causal_lm, state) for state in states]
+    found = (states.base, states.adapter, gated.fused, gated.gate, logits, *alone)
+    return {name: tensor[0].numpy() for name, tensor in zip((*COMPARED, *ALONE), found, strict=True)}

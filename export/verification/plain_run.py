@@ -3,6 +3,7 @@ which NumPy has not, stay onnxruntime's own values from run to run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,21 @@ class CachedGraph:
         self.lengths = np.array([len(prompt) for prompt in prompts])
         return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)), self.lengths)
 
-    def whole(self, text: list[int], query: int) -> dict[str, Array]:
-        """One text at once, of which the first `query` tokens are the gate's query; outputs where the others are
-        predicted."""
+    def logits_of(self, memories: Sequence[int], text: list[int], query: int, first: int = 0) -> Array:
+        """Logits of each of `memories`, as the graph's input `memory` has them, (memories, len(text) - first, vocab),
+        at every position of one text from `first` on, which is read at once and begins with `query` tokens of the
+        gate's query."""
         self._reset(1)
         self.lengths = np.array([len(text)])
         mask = (np.arange(len(text)) < query)[None].astype(np.float32)
-        wanted = np.arange(query - 1, len(text) - 1)[None]
-        return self._run(np.array([text]), mask, np.arange(len(text))[None], self.lengths, wanted)
+        wanted = np.arange(first, len(text))
+        memory = np.repeat(memories, len(wanted))[None]
+        positions = np.arange(len(text))[None]
+        outputs = self._run(
+            np.array([text]), mask, positions, self.lengths, np.tile(wanted, len(memories))[None], memory
+        )
+        logits: Array = outputs["logits"]
+        return logits.reshape(len(memories), len(wanted), -1)
 
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""
@@ -115,10 +123,18 @@ class CachedGraph:
                 self.state[name] = _bfloat16_value(first) if bfloat16 else first
 
     def _run(
-        self, input_ids: Array, query_mask: Array, positions: Array, new: Array, wanted: Array | None = None
+        self,
+        input_ids: Array,
+        query_mask: Array,
+        positions: Array,
+        new: Array,
+        wanted: Array | None = None,
+        memory: Array | None = None,
     ) -> dict[str, Array]:
-        """wanted: (B, N), where outputs are; None: at every new token."""
+        """wanted: (B, N), where outputs are; None: at every new token. memory: (B, N), of which memory; None: the
+        blend."""
         rows, sequence = input_ids.shape
+        wanted = np.tile(np.arange(sequence), (rows, 1)) if wanted is None else wanted
         feed = {
             "input_ids": input_ids,
             "position_ids": positions.astype(np.int64),
@@ -126,9 +142,10 @@ class CachedGraph:
             # Room for the padding of every row, unless no row has any.
             "total_sequence_length": np.array((self.lengths - new).max() + sequence, np.int32),
             "query_seqlens": new.astype(np.int32),
-            "logit_positions": np.tile(np.arange(sequence), (rows, 1)) if wanted is None else wanted,
+            "logit_positions": wanted,
             "query_mask": query_mask,
-            "memory_bias": np.zeros(rows, np.float32),
+            "memory_bias": np.zeros(wanted.shape, np.float32),
+            "memory": np.zeros(wanted.shape, np.int64) if memory is None else memory,
             **self.state,
         }
         values = {

@@ -24,6 +24,7 @@ from .cache import KVCache
 from .device import Device
 from .execution import Execution
 from .marks import Marks
+from .picks import BLEND
 from .place import Host, Logits, Place
 from .providers import ON_DEVICE, PROVIDERS, open_session, run_bound
 from .signature import check_sections, check_signature
@@ -129,16 +130,24 @@ class LoadedGraph:
             self.on_run(time.perf_counter() - start)
 
     def run_tokens(
-        self, state: DecodeState, input_ids: Array, query_mask: Array, row: int | None, every: bool = False
+        self,
+        state: DecodeState,
+        input_ids: Array,
+        query_mask: Array,
+        row: int | None,
+        every: bool = False,
+        memories: tuple[int, ...] = BLEND,
     ) -> TokenOutputs:
         """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits at each row's
-        last new token, or at `every` one. query_mask: (B, S), 1 at the tokens, which belong to the query. The state's
-        caches are written; its lengths and sums are not."""
+        last new token, of each of `memories` in turn, or the blend's at `every` one. query_mask: (B, S), 1 at the
+        tokens, which belong to the query. The state's caches are written; its lengths and sums are not."""
         rows = slice(None) if row is None else slice(row, row + 1)
         batch, sequence = input_ids.shape
         lengths = state.lengths[rows]
         new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
-        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else np.maximum(new[:, None] - 1, 0)
+        last = np.maximum(new[:, None] - 1, 0)
+        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else last.repeat(len(memories), 1)
+        bias = state.memory_bias[rows]
         self.reserve(state, int(lengths.max()) + sequence)  # padding needs room too
         positions = lengths[:, None] + np.arange(sequence)[None]
         feed = {
@@ -151,7 +160,8 @@ class LoadedGraph:
             "query_mask": query_mask,
             "past_query_sum": state.query_sum[rows],
             "past_query_count": state.query_count[rows],
-            "memory_bias": state.memory_bias[rows],
+            "memory_bias": np.broadcast_to(bias[:, None], wanted.shape) if self.manifest.by_memory else bias,
+            "memory": np.broadcast_to(memories, wanted.shape),
         }
         binding = self.onnx.io_binding()
         for name in self.input_names & feed.keys():

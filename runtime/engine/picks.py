@@ -24,11 +24,19 @@ class Picked(NamedTuple):
     sound: Array
 
 
+BLEND = (0,)
+EACH = (0, 1, 2)
+"""What a step gives logits of, as the graph's input `memory` has it: the blend, the base memory, the adapter's."""
+
+
 class Picks(Protocol[Output_co]):
-    """One thing that can be wanted."""
+    """One thing that can be wanted. memories: whose logits it takes, of each row's token in turn."""
+
+    @property
+    def memories(self) -> tuple[int, ...]: ...
 
     def pick(self, logits: Logits) -> Picked:
-        """What is wanted of some rows' logits."""
+        """What is wanted of some rows' logits, (rows * len(memories), vocab)."""
         ...
 
     def output(self, columns: tuple[Array, ...], gates: Array | None) -> Output_co:
@@ -38,6 +46,8 @@ class Picks(Protocol[Output_co]):
 
 class Whole:
     """All logits."""
+
+    memories = BLEND
 
     def pick(self, logits: Logits) -> Picked:
         """See `Picks`."""
@@ -49,8 +59,26 @@ class Whole:
         return StepOutput(columns[0], gates)
 
 
+class EachMemory:
+    """All logits, of the blend and of each memory alone."""
+
+    memories = EACH
+
+    def pick(self, logits: Logits) -> Picked:
+        """See `Picks`."""
+        table = logits.whole()
+        table = table.reshape(-1, len(EACH), table.shape[-1])
+        return Picked((table[:, 0], table[:, 1:]), np.isfinite(table.max(-1)).all(-1))
+
+    def output(self, columns: tuple[Array, ...], gates: Array | None) -> StepOutput:
+        """See `Picks`."""
+        return StepOutput(columns[0], gates, columns[1])
+
+
 class Likeliest:
     """The k likeliest tokens, and with `probabilities` the normalizer."""
+
+    memories = BLEND
 
     def __init__(self, k: int, probabilities: bool) -> None:
         self.k = k
@@ -69,6 +97,8 @@ class Likeliest:
 
 class LogProbabilities:
     """Of one token of each row, (rows,) float64 in nats. ids: (rows,)."""
+
+    memories = BLEND
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = ids

@@ -58,7 +58,7 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks
     rows: list[tuple[Array, ...]] = [()] * state.batch
     gates: list[Array | None] = [None] * state.batch
     for piece in plan_prefill(texts, chunk, graph.manifest.padding, graph.manifest.batched_chunks, starts_empty):
-        outputs = _read_piece(graph, state, piece)
+        outputs = _read_piece(graph, state, piece, picks.memories)
         ended = np.flatnonzero(piece.ends)
         if not len(ended):
             continue
@@ -73,7 +73,7 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks
     return picks.output(columns, np.array(found) if found else None)
 
 
-def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> TokenOutputs:
+def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece, memories: tuple[int, ...]) -> TokenOutputs:
     """Run a piece and count it in. An empty text leaves its row as it is; its output means nothing."""
     first = 0 if piece.row is None else piece.row
     rows = slice(first, first + len(piece.texts))
@@ -83,7 +83,7 @@ def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece) -> TokenOu
     for index, text in enumerate(piece.texts):
         input_ids[index, : len(text)] = text
         query_mask[index, : len(text)] = 1
-    outputs = graph.run_tokens(state, input_ids, query_mask, piece.row)
+    outputs = graph.run_tokens(state, input_ids, query_mask, piece.row, memories=memories)
     state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
     sums, counts = outputs.query_sum, outputs.query_count
     if sums is None or counts is None:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import instance, is_sequence, typed, whole_number
-from ..errors import PromptError, shown
+from ..errors import PromptError, SettingsError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
-from .picks import Likeliest, LogProbabilities, Picks, Whole
+from .picks import BLEND, EachMemory, Likeliest, LogProbabilities, Picks, Whole
 from .prefill import read
 from .scoring import score_continuation
 from .state import DecodeState, LikeliestOutput, StepOutput
@@ -54,18 +54,22 @@ class Session(LoadedGraph):
         self.prefill_rows = CPU_PREFILL_ROWS if execution.provider == "cpu" else PREFILL_ROWS
         self._bindings: WeakKeyDictionary[DecodeState, DecodeBinding] = WeakKeyDictionary()
 
-    def prefill(self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None = None) -> StepOutput:
+    def prefill(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None = None, by_memory: bool = False
+    ) -> StepOutput:
         """Read one prompt per row, on top of what the state already holds, and return the logits that follow.
 
         prompts: B sequences of token ids, of any lengths. Generated tokens since the last prefill, and a pending one,
         join the query: a continued conversation equals a fresh run over the whole of it. chunk: the most tokens of a
         text that are read at once; None: what suits the provider (on the CPU 256 rows: 128 tokens of one text in two
-        streams). Raises PromptError for an empty or too long prompt, for what is no token id of the vocabulary, and
-        for a state of another artifact or in another thread's step; ArtifactError for logits that are not finite (-inf
-        is allowed where it masks some tokens); ProviderError where onnxruntime cannot run the graph; and SettingsError
-        for the chunk.
+        streams). by_memory: whether to give each memory's own logits beside the blend's; no `memory_bias` changes them.
+
+        Raises PromptError for an empty or too long prompt, for what is no token id of the vocabulary, and for a state
+        of another artifact or in another thread's step; ArtifactError for logits that are not finite (-inf is allowed
+        where it masks some tokens); ProviderError where onnxruntime cannot run the graph; and SettingsError for the
+        chunk, and where an artifact of one stream, or of format 5 or 6, is asked `by_memory`.
         """
-        return self._prefill(state, prompts, chunk, Whole())
+        return self._prefill(state, prompts, chunk, self._whole(by_memory))
 
     def prefill_likeliest(
         self,
@@ -80,10 +84,10 @@ class Session(LoadedGraph):
         for k too."""
         return self._prefill(state, prompts, chunk, self._likeliest(k, probabilities))
 
-    def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array) -> StepOutput:
+    def decode_step(self, state: DecodeState, tokens: Sequence[int] | Array, by_memory: bool = False) -> StepOutput:
         """Feed one chosen token per row, (B,) whole numbers; returns the logits that follow. Raises PromptError at the
         context's end, and for a row that has no prompt yet; otherwise as `prefill`."""
-        return self._decode(state, tokens, Whole())
+        return self._decode(state, tokens, self._whole(by_memory))
 
     def decode_likeliest(
         self, state: DecodeState, tokens: Sequence[int] | Array, k: int = 1, probabilities: bool = False
@@ -91,12 +95,13 @@ class Session(LoadedGraph):
         """`decode_step`, which returns what `prefill_likeliest` returns."""
         return self._decode(state, tokens, self._likeliest(k, probabilities))
 
-    def binding_of(self, state: DecodeState) -> DecodeBinding:
-        """The bound decode step of a state, rebuilt when its arrays or caches were replaced."""
+    def binding_of(self, state: DecodeState, memories: tuple[int, ...] = BLEND) -> DecodeBinding:
+        """The bound decode step of a state that gives these memories' logits, rebuilt when the state's arrays or caches
+        were replaced, or others are asked for."""
         binding = self._bindings.get(state)
-        if binding is None or not binding.fits(state):
+        if binding is None or not binding.fits(state, memories):
             make = DeviceDecodeBinding if self.on_device else DecodeBinding
-            binding = make(self, state)
+            binding = make(self, state, memories)
             self._bindings[state] = binding
         return binding
 
@@ -148,7 +153,7 @@ class Session(LoadedGraph):
         try:
             state.begin()
             self.reserve(state, longest)
-            output = self.binding_of(state).step(self, state, np.array(chosen), picks)
+            output = self.binding_of(state, picks.memories).step(self, state, np.array(chosen), picks)
             state.pending = [None] * state.batch
             state.note = None
             return output
@@ -170,6 +175,17 @@ class Session(LoadedGraph):
         texts = [[*before, *text] for before, text in zip(pending, texts, strict=True)]
         self.check_lengths(state, texts)
         return texts
+
+    def _whole(self, by_memory: bool) -> Whole | EachMemory:
+        if not typed("by_memory", by_memory, bool):
+            return Whole()
+        if not self.siamese:
+            raise SettingsError("by_memory", by_memory, "this artifact has the base memory alone")
+        if not self.manifest.by_memory:
+            version = self.manifest.raw["format_version"]
+            rule = f"this artifact is of format {version}, which gives the logits of the blend alone; export it again"
+            raise SettingsError("by_memory", by_memory, rule)
+        return EachMemory()
 
     def _likeliest(self, k: int, probabilities: bool) -> Likeliest:
         number = whole_number("k", k, 1, self.manifest.vocab_size)

@@ -20,10 +20,12 @@ Array = NDArray[Any]
 
 class StepOutput(NamedTuple):
     """logits: (B, vocab) float32 for each row's next token. gate_mean: (B,) float32, 1 is only the base memory; None
-    in a base-only artifact."""
+    in a base-only artifact. memory_logits: (B, 2, vocab) float32, those of the base memory alone and of the adapter's;
+    None unless asked for."""
 
     logits: Array
     gate_mean: Array | None
+    memory_logits: Array | None = None
 
 
 class LikeliestOutput(NamedTuple):

@@ -26,12 +26,15 @@ class DecodeBinding:
     """One decode step, bound once: small inputs and outputs are written in place, nothing is allocated per step.
 
     It refers to the state's arrays and caches and neither to the state nor to the graph, so that both are freed as soon
-    as nobody else refers to them. layout: the state's when it was bound; with another one the binding is stale.
+    as nobody else refers to them. memories: whose logits the step gives, see `picks.Picks`. layout: the state's when it
+    was bound; with another one the binding is stale.
     """
 
-    def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
+    def __init__(self, graph: LoadedGraph, state: DecodeState, memories: tuple[int, ...]) -> None:
         self.layout = state.layout
+        self.memories = memories
         batch, width = state.batch, graph.manifest.hidden_size
+        wanted = batch, len(memories)
         self.binding = graph.onnx.io_binding()
         self.inputs: dict[str, Array] = {
             "input_ids": np.zeros((batch, 1), np.int64),
@@ -39,19 +42,20 @@ class DecodeBinding:
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
             "query_seqlens": np.ones(batch, np.int32),
-            "logit_positions": np.zeros((batch, 1), np.int64),
+            "logit_positions": np.zeros(wanted, np.int64),
             "query_mask": np.zeros((batch, 1), np.float32),
             "past_query_sum": state.query_sum,
             "past_query_count": state.query_count,
-            "memory_bias": state.memory_bias,
+            "memory_bias": np.zeros(wanted if graph.manifest.by_memory else batch, np.float32),
+            "memory": np.tile(memories, (batch, 1)),
         }
         self.outputs: dict[str, Array] = {}
         if graph.siamese:
-            self.outputs["gate_mean"] = np.zeros((batch, 1), np.float32)
-            self.outputs["hidden_base"] = np.zeros((batch, 1, width), np.float32)
-            self.outputs["hidden_adapter"] = np.zeros((batch, 1, width), np.float32)
+            self.outputs["gate_mean"] = np.zeros(wanted, np.float32)
+            self.outputs["hidden_base"] = np.zeros((*wanted, width), np.float32)
+            self.outputs["hidden_adapter"] = np.zeros((*wanted, width), np.float32)
         self.options: onnxruntime.RunOptions | None = None
-        self.logits = self._bind_arrays(graph, (batch, 1, graph.manifest.vocab_size))
+        self.logits = self._bind_arrays(graph, (*wanted, graph.manifest.vocab_size))
         graph.bind_caches(self.binding, state)
 
     def _bind_arrays(self, graph: LoadedGraph, shape: tuple[int, ...]) -> Logits:
@@ -62,7 +66,7 @@ class DecodeBinding:
                 self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in (*self.outputs.items(), ("logits", logits)):
             self.binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        return HostLogits(logits[:, 0])
+        return HostLogits(logits.reshape(-1, shape[-1]))
 
     def step(self, graph: LoadedGraph, state: DecodeState, tokens: Array, picks: Picks[Output]) -> Output:
         """Feed one token (B,) int64 per row, and count it in. Returns what is picked from the logits that follow, with
@@ -72,6 +76,7 @@ class DecodeBinding:
         inputs["position_ids"][:, 0] = state.lengths
         inputs["seqlens_k"][:] = state.lengths
         inputs["total_sequence_length"][...] = state.lengths.max() + 1
+        inputs["memory_bias"].T[:] = state.memory_bias
         self.run(graph)
         columns, sound = picks.pick(self.logits)
         check_sound(sound, state.lengths + 1)
@@ -91,12 +96,14 @@ class DecodeBinding:
         if state.gate_reads_query:
             _mark(state)
 
-    def fits(self, state: DecodeState) -> bool:
-        """Whether this is still the step of a state: its caches and the arrays that the graph reads are the same."""
-        names = ("past_query_sum", "past_query_count", "memory_bias")
-        arrays = (state.query_sum, state.query_count, state.memory_bias)
-        return self.layout is state.layout and all(
-            self.inputs[name] is array for name, array in zip(names, arrays, strict=True)
+    def fits(self, state: DecodeState, memories: tuple[int, ...]) -> bool:
+        """Whether this is still the step of a state that gives these memories' logits: its caches and the arrays that
+        the graph reads are the same."""
+        return (
+            self.layout is state.layout
+            and self.memories == memories
+            and self.inputs["past_query_sum"] is state.query_sum
+            and self.inputs["past_query_count"] is state.query_count
         )
 
     def run(self, graph: LoadedGraph) -> None:
@@ -117,8 +124,8 @@ class DeviceDecodeBinding(DecodeBinding):
 
     CHANGING = ("input_ids", "position_ids", "seqlens_k")
 
-    def __init__(self, graph: LoadedGraph, state: DecodeState) -> None:
-        super().__init__(graph, state)
+    def __init__(self, graph: LoadedGraph, state: DecodeState, memories: tuple[int, ...]) -> None:
+        super().__init__(graph, state, memories)
         self.room = min(cache.capacity - cache.virtual_tokens for cache in state.caches.values())
 
     def _bind_arrays(self, graph: LoadedGraph, shape: tuple[int, ...]) -> Logits:
@@ -137,7 +144,7 @@ class DeviceDecodeBinding(DecodeBinding):
         for pack in (self.changing, self.lasting):
             for name in pack.arrays:
                 self.binding.bind_input(name, *pack.place(name))
-        self.results = Pack(device, self.outputs | StepLogits.joining(shape[0]))
+        self.results = Pack(device, self.outputs | StepLogits.joining(shape[0] * shape[1]))
         for name in self.outputs:
             self.binding.bind_output(name, *self.results.place(name))
             self.outputs[name] = self.results.arrays[name]
