@@ -103,6 +103,11 @@ class Manifest:
         return found
 
     @property
+    def generation(self) -> dict[str, Any]:
+        """How the model generates by default, by transformers' names; empty where it does not say."""
+        return dict(self.raw.get("generation") or {})
+
+    @property
     def by_memory(self) -> bool:
         """Whether the graph gives logits of one memory alone, and takes a bias for each position."""
         return any(signature.name == "memory" for signature in self.inputs)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..engine.execution import Execution
 from ..generation.settings import GenerationSettings
 from ..interrupts import loading
-from ..options import read_options
+from ..options import read_options, said_options
 from ..streams import read_prompt
 from .common import NEEDS, add_artifact
+from .token_lines import heading, token_line
 
 if TYPE_CHECKING:
     from ..console import Commands
+    from ..generation.generation import Model
+    from ..generation.logprobs import Candidate
+    from ..generation.results import Chunk, Generation
 
 
 def register(commands: Commands) -> None:
@@ -28,25 +33,57 @@ def register(commands: Commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    settings, execution = read_options(GenerationSettings, args), read_options(Execution, args)
+    said, execution = said_options(GenerationSettings, args), read_options(Execution, args)
+    GenerationSettings(**said)  # what is wrong in them is told before the model is loaded
     prompt = read_prompt(args.prompt)
     with loading():
         from ..generation.generation import generate, load, stream_generate
 
     model = load(args.artifact, execution)
+    settings = GenerationSettings.of_model(model.session.manifest.generation, **said)
     if args.json:
-        result = generate(model, prompt, settings)
-        document = {
-            "text": result.text,
-            "token_ids": result.token_ids,
-            "finish_reason": result.finish_reason,
-            "gate_mean": result.gate_means,
-            "timings": vars(result.timings),
-            "providers": model.session.providers,
-        }
-        print(json.dumps(document))
+        print(json.dumps(_document(model, generate(model, prompt, settings))))
+        return 0
+    if settings.logprobs is not None or settings.trace is not None:
+        _print_tokens(model, stream_generate(model, prompt, settings))
         return 0
     for chunk in stream_generate(model, prompt, settings):
         print(chunk.text, end="", flush=True)
     print()
     return 0
+
+
+def _print_tokens(model: Model, chunks: Iterator[Chunk]) -> None:
+    headed = False
+    for chunk in chunks:
+        if chunk.token is not None:
+            if not headed:
+                print(heading(chunk.token))
+                headed = True
+            print(token_line(chunk.token, model.codec.token_text), flush=True)
+
+
+def _document(model: Model, result: Generation) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "stopped_by": result.stopped_by,
+        "gate_mean": result.gate_means,
+        "timings": vars(result.timings),
+        "providers": model.session.providers,
+    }
+    if result.logprobs is not None:
+        document["logprobs"] = result.logprobs
+        document["top_logprobs"] = [_listed(model, token.top_logprobs or ()) for token in result.tokens]
+    if result.tokens[0].trace is not None:
+        document["trace"] = [
+            {name: _listed(model, memory) for name, memory in token.trace._asdict().items()}
+            for token in result.tokens
+            if token.trace is not None
+        ]
+    return document
+
+
+def _listed(model: Model, found: Sequence[Candidate]) -> list[dict[str, Any]]:
+    return [{"id": each.id, "text": model.codec.token_text(each.id), "logprob": each.logprob} for each in found]

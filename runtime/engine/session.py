@@ -176,15 +176,20 @@ class Session(LoadedGraph):
         self.check_lengths(state, texts)
         return texts
 
-    def _whole(self, by_memory: bool) -> Whole | EachMemory:
-        if not typed("by_memory", by_memory, bool):
-            return Whole()
+    def check_by_memory(self, name: str, value: object) -> None:
+        """Raise SettingsError, with the name and the value of a setting that asks for it, where the artifact cannot
+        give each memory's own logits."""
         if not self.siamese:
-            raise SettingsError("by_memory", by_memory, "this artifact has the base memory alone")
+            raise SettingsError(name, value, "this artifact has the base memory alone")
         if not self.manifest.by_memory:
             version = self.manifest.raw["format_version"]
             rule = f"this artifact is of format {version}, which gives the logits of the blend alone; export it again"
-            raise SettingsError("by_memory", by_memory, rule)
+            raise SettingsError(name, value, rule)
+
+    def _whole(self, by_memory: bool) -> Whole | EachMemory:
+        if not typed("by_memory", by_memory, bool):
+            return Whole()
+        self.check_by_memory("by_memory", by_memory)
         return EachMemory()
 
     def _likeliest(self, k: int, probabilities: bool) -> Likeliest:

@@ -124,14 +124,16 @@ class _Steps:
         self.session, self.state = session, state
         self.chooser = Chooser(session.manifest.vocab_size, sampler, processors, logprobs, trace)
         self.k = self.chooser.likeliest_needed if session.on_device else None
-        self.asked = {"by_memory": True} if trace is not None else {}
+        self.by_memory = trace is not None
+        if self.by_memory:
+            session.check_by_memory("trace", trace)
 
     def first(self, prompt_ids: Sequence[int]) -> Token:
         if self.k is not None:
             told = self.chooser.logprobs is not None
             output = self.session.prefill_likeliest(self.state, [prompt_ids], self.k, probabilities=told)
             return self.chooser.choose_likeliest(output)
-        whole = self.session.prefill(self.state, [prompt_ids], **self.asked)
+        whole = self.session.prefill(self.state, [prompt_ids], by_memory=self.by_memory)
         self.chooser.begin(self.session.token_ids(prompt_ids))
         return self._chosen(whole)
 
@@ -139,11 +141,11 @@ class _Steps:
         if self.k is not None:
             told = self.chooser.logprobs is not None
             return self.chooser.choose_likeliest(self.session.decode_likeliest(self.state, [token], self.k, told))
-        return self._chosen(self.session.decode_step(self.state, [token], **self.asked))
+        return self._chosen(self.session.decode_step(self.state, [token], by_memory=self.by_memory))
 
     def _chosen(self, output: StepOutput) -> Token:
         gate = None if output.gate_mean is None else float(output.gate_mean[0])
-        memories = None if not self.asked else output.memory_logits[0]
+        memories = None if output.memory_logits is None else output.memory_logits[0]
         return self.chooser.choose(output.logits[0], gate, memories)
 
 

@@ -128,6 +128,13 @@ class TextCodec:
         with border(ArtifactError, "tokenizer.json cannot decode these tokens"):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def token_text(self, token: int) -> str:
+        """One token's text as it is within a text, special tokens as they are spelt; U+FFFD for parts of characters.
+        Raises as `decode`."""
+        if self.is_special(token):
+            return str(self.tokenizer.id_to_token(token))
+        return self.decode([token, token])[len(self.decode([token])) :]  # at a beginning some leave out a space
+
     def stream(self) -> TextStream:
         """A decoder that takes one token at a time."""
         return TextStream(self)
