@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ProviderError,
         SettingsError,
     )
+    from .generation.batching import Batch, Event, generate_batch, stream_batch
     from .generation.generation import Model, generate, generate_step, load, stream_generate
     from .generation.history import History
     from .generation.logprobs import Candidate, Trace
@@ -50,6 +51,7 @@ _HOMES = {
         "ProviderError",
         "SettingsError",
     ),
+    "generation.batching": ("Batch", "Event", "generate_batch", "stream_batch"),
     "generation.generation": ("Model", "generate", "generate_step", "load", "stream_generate"),
     "generation.history": ("History",),
     "generation.logprobs": ("Candidate", "Trace"),
@@ -61,9 +63,11 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "Batch",
     "Candidate",
     "Chunk",
     "DecodeState",
+    "Event",
     "Execution",
     "Generation",
     "GenerationSettings",
@@ -83,10 +87,12 @@ __all__ = [
     "Trace",
     "__version__",
     "generate",
+    "generate_batch",
     "generate_step",
     "greedy",
     "load",
     "make_sampler",
+    "stream_batch",
     "stream_generate",
 ]
 

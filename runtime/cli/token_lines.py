@@ -26,7 +26,7 @@ def heading(token: Token) -> str:
     if token.top_logprobs:
         columns.append("likeliest")
     if token.trace is not None:
-        width = (WIDTH + 5) * len(token.trace.blend)
+        width = (WIDTH + 7) * len(token.trace.blend) - 2
         columns += [f"{name:{width}}" for name in ("blend", "base", "adapter")]
     return "  ".join(columns).rstrip()
 
@@ -46,7 +46,7 @@ def token_line(token: Token, text: Callable[[int], str]) -> str:
 
 
 def _list(found: Sequence[Candidate], text: Callable[[int], str]) -> str:
-    return "".join(f"{_cell(text(each.id))} {each.probability:4.0%}" for each in found)
+    return "  ".join(f"{_cell(text(each.id))} {each.probability:4.0%}" for each in found)
 
 
 def _cell(text: str) -> str:

@@ -93,6 +93,18 @@ class KVCache:
             raise PromptError("states of different artifacts, or on different devices, cannot be joined")
         return self._copied(length, [(self, range(self.batch)), (other, range(other.batch))])
 
+    def replace(self, text: int, other: KVCache, length: int) -> bool:
+        """Copy the one text of another cache, `length` tokens of it, over one of this one's; returns whether buffers
+        moved (bindings are then stale). There must be room for it."""
+        rows = text + self.batch * np.arange(self.streams)
+        buffers = {
+            name: self.place.replaced(self._buffers[name], rows, other._buffers[name], length + self.virtual_tokens)
+            for name, _ in self._named_layers()
+        }
+        moved = any(buffers[name] is not buffer for name, buffer in self._buffers.items())
+        self._buffers = buffers
+        return moved
+
     def bindings(self, row: int | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """(layer.part, shape, address) of every buffer, or of one row of it, for binding as input and as output."""
         for name, layer in self._named_layers():

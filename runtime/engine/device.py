@@ -55,6 +55,15 @@ class Device:
             made = self._joined(made, part, order if number == len(parts) else None)
         return made
 
+    def replaced(
+        self, buffer: onnxruntime.OrtValue, rows: Array, source: onnxruntime.OrtValue, used: int
+    ) -> onnxruntime.OrtValue:
+        """See `Place`; a new buffer: all of it is copied."""
+        count, _, capacity, _ = buffer.shape()
+        wanted = np.arange(count)
+        wanted[rows] = count + np.arange(len(rows))
+        return self.copied([buffer, source], wanted, capacity, capacity)
+
     def logits(self, value: onnxruntime.OrtValue, vocab: int) -> DeviceLogits:
         """See `Place`."""
         return DeviceLogits(self, value, vocab)

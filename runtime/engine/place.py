@@ -58,6 +58,13 @@ class Place(Protocol):
         cut to its first `used` tokens and followed by zeros."""
         ...
 
+    def replaced(
+        self, buffer: onnxruntime.OrtValue, rows: Array, source: onnxruntime.OrtValue, used: int
+    ) -> onnxruntime.OrtValue:
+        """A buffer, the same one where its memory can be written, in which the first `used` tokens of `rows` are those
+        of the source's rows, one after the other."""
+        ...
+
     def logits(self, value: onnxruntime.OrtValue, vocab: int) -> Logits:
         """The logits in `value`, (..., vocab) float32."""
         ...
@@ -81,11 +88,20 @@ class Host:
         made = np.zeros((len(rows), heads, capacity, words), np.int64)
         first = 0
         for array in arrays:
-            here = (rows >= first) & (rows < first + len(array))
             length = min(used, array.shape[2])
-            made[here, :, :length] = array[rows[here] - first, :, :length]
+            for index in np.flatnonzero((rows >= first) & (rows < first + len(array))):  # at once copies twice
+                made[index, :, :length] = array[rows[index] - first, :, :length]
             first += len(array)
         return self.put(made)
+
+    def replaced(
+        self, buffer: onnxruntime.OrtValue, rows: Array, source: onnxruntime.OrtValue, used: int
+    ) -> onnxruntime.OrtValue:
+        """See `Place`."""
+        array, new = buffer.numpy(), source.numpy()
+        for index, row in enumerate(rows):
+            array[row, :, :used] = new[index, :, :used]
+        return buffer
 
     def logits(self, value: onnxruntime.OrtValue, vocab: int) -> HostLogits:
         """See `Place`."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..checks import instance, integers
 from ..errors import PromptError, shown
 from .journal import ARRAYS, Journal
-from .marks import Mark
+from .marks import Mark, Marks
 
 Array = NDArray[Any]
 
@@ -103,6 +103,37 @@ class DecodeState(Journal):
         )
         self._turn_into(made)
 
+    def replace(self, row: int, other: DecodeState) -> None:
+        """Put a copy of the other state's one row in the place of this one's `row`, whose text is lost: cheaper than to
+        drop and to join, since the other rows stay where they are. Raises PromptError for a row that does not exist,
+        for a state of another artifact or of several rows, and for an empty one. After an exception in the middle
+        of it the row is empty, and the others are as they were."""
+        instance("other", other, DecodeState)
+        if self.artifact != other.artifact:
+            raise PromptError("a row cannot be replaced by one of another artifact's state")
+        self.settle()
+        other.settle()
+        (row,) = self._checked([row])
+        if other.batch != 1 or not other.lengths[0]:
+            raise PromptError(f"a row is replaced by one with tokens; this state has rows of {other.lengths.tolist()}")
+        length = int(other.lengths[0])
+        self._empty(row)
+        try:
+            self.begin()
+            for group, cache in self.caches.items():
+                if cache.is_short_of(length):
+                    self.layout = object()  # before it moves: the next may not get its memory
+                    cache.reserve(length)
+                if cache.replace(row, other.caches[group], length):
+                    self.layout = object()
+            for name in ARRAYS:
+                getattr(self, name)[row] = getattr(other, name)[0]
+            self.pending[row], self.marks[row] = other.pending[0], other.marks[0].copy()
+            self.note = None
+        except BaseException:
+            self.undo()
+            raise
+
     def drop(self, rows: Sequence[int]) -> None:
         """Remove these rows; the others move up, and the caches become as small as the longest of them allows. Raises
         PromptError for a row that does not exist."""
@@ -155,6 +186,18 @@ class DecodeState(Journal):
         try:
             self.begin()
             self._become(made)
+            self.note = None
+        except BaseException:
+            self.undo()
+            raise
+
+    def _empty(self, row: int) -> None:
+        try:
+            self.begin()
+            for name in ARRAYS:
+                if name != "memory_bias":
+                    getattr(self, name)[row] = 0
+            self.pending[row], self.marks[row] = None, Marks()
             self.note = None
         except BaseException:
             self.undo()

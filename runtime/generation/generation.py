@@ -168,7 +168,7 @@ def stream_generate(
     Ends at an end token or a stop string ("stop"), at max_new_tokens or at the context's end ("length"). As in
     `generate_step`, the state holds the prompt and the tokens of the chunks that were yielded, and errors are raised.
     """
-    settings = _checked(model, settings, changes)
+    settings = checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
     yield from _stream(model, encoded(model, prompt, settings, state), settings, sampler, processors, state)
@@ -256,7 +256,7 @@ def generate(
 ) -> Generation:
     """Run `stream_generate` to its end and collect it; arguments and errors are the same. After an exception, Ctrl-C
     too, the state is as it was before."""
-    settings = _checked(model, settings, changes)
+    settings = checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
     prompt_of_state = encoded(model, prompt, settings, state)
@@ -303,7 +303,7 @@ def collected(chunks: Sequence[Chunk], prompt_tokens: int, times: Sequence[float
     )
 
 
-def _checked(model: Model, settings: GenerationSettings | None, changes: dict[str, Any]) -> GenerationSettings:
+def checked(model: Model, settings: GenerationSettings | None, changes: dict[str, Any]) -> GenerationSettings:
     """The settings with their changes."""
     instance("model", model, Model)
     if settings is not None:

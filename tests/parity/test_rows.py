@@ -190,6 +190,21 @@ def test_rows_join_a_state_that_has_read_nothing(opened: Opened) -> None:
     opened._assert_close(output.logits[0], expected.logits[0])
 
 
+@pytest.mark.parametrize("prompt", [SHORT, LONG[::-1] * 2], ids=["shorter", "longer"])
+def test_a_replaced_row_and_the_others_go_on_as_if_alone(opened: Opened, prompt: list[int]) -> None:
+    state = ragged(opened)
+    newcomer = opened.alone(prompt, REPLY[:1], bias=0.7)
+    state.replace(1, newcomer)
+    assert list(state.lengths) == [27, len(prompt) + 1, 5]
+    expected = [
+        opened.alone(LONG, REPLY),
+        opened.alone(prompt, REPLY[:1], bias=0.7),
+        opened.alone(SHORT, REPLY, bias=-0.3),
+    ]
+    opened.assert_goes_on_alike(state, expected)
+    opened.assert_goes_on_alike(newcomer, [opened.alone(prompt, REPLY[:1], bias=0.7)])  # which was copied
+
+
 def test_when_a_row_is_dropped_the_others_go_on_as_if_alone(opened: Opened) -> None:
     state = ragged(opened)
     before = state.cache_bytes

@@ -1,0 +1,164 @@
+"""Continuous batching: every text is what it would be alone, whenever it joins and whoever leaves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import (
+    Batch,
+    GenerationSettings,
+    Model,
+    PromptError,
+    SettingsError,
+    generate,
+    generate_batch,
+    load,
+    stream_batch,
+)
+from tests.exported import Exported
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Exported) -> Model:
+    return load(tiny.artifact)
+
+
+GENERATOR = random.Random(1)
+PROMPTS = [[GENERATOR.randrange(4, 60) for _ in range(GENERATOR.randrange(1, 70))] for _ in range(9)]
+SETTINGS = [
+    GenerationSettings(max_new_tokens=1 + 7 * number % 23, memory_bias=float(number - 4)) for number in range(9)
+]
+
+
+def test_texts_are_those_of_solo_runs_while_rows_join_and_leave(model: Model) -> None:
+    together = generate_batch(model, PROMPTS, SETTINGS, most_rows=3)
+    for prompt, settings, found in zip(PROMPTS, SETTINGS, together, strict=True):
+        alone = generate(model, prompt, settings)
+        assert (found.token_ids, found.text, found.finish_reason) == (alone.token_ids, alone.text, alone.finish_reason)
+        assert (found.timings.prompt_tokens, found.timings.new_tokens) == (len(prompt), len(alone.tokens))
+        np.testing.assert_allclose(found.gate_means or [], alone.gate_means or [], atol=1e-5)
+
+
+def test_a_seed_draws_the_same_tokens_in_any_batch(model: Model) -> None:
+    settings: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": 12}
+    several = [GenerationSettings(seed=number, **settings) for number in range(5)]
+    alone = [generate(model, PROMPTS[0], each).token_ids for each in several]
+    assert len(set(map(tuple, alone))) > 1
+    for rows in (1, 2, 5):
+        together = generate_batch(model, [PROMPTS[0]] * 5, several, most_rows=rows)
+        assert [found.token_ids for found in together] == alone
+
+
+def test_rows_leave_as_soon_as_they_end(model: Model) -> None:
+    batch = Batch(model, most_rows=4)
+    for number in range(4):
+        batch.add(number, PROMPTS[number], max_new_tokens=2 + 3 * number)
+    active = []
+    while batch.active or batch.waiting:
+        batch.step()
+        active.append(batch.active)
+    assert max(active) == 4 - 1  # the first has ended when the last is read
+    assert active[-1] == 0
+    assert [size for size, after in itertools.pairwise(active) if after < size] == [3, 2, 1]
+
+
+def test_a_long_prompt_is_read_in_pieces_and_the_others_go_on(model: Model) -> None:
+    long, short = [5] * 100, [6, 7]
+    batch = Batch(model, most_rows=2, piece_ms=1e-6)  # a token at a time
+    batch.add("short", short, max_new_tokens=200)
+    batch.step()
+    batch.add("long", long, max_new_tokens=3)
+    before: list[int] = []
+    long_ids: list[int] = []
+    while len(long_ids) < 3:
+        events = batch.step()
+        for event in events:
+            assert event.chunk is not None
+            assert event.chunk.token is not None
+            (long_ids if event.key == "long" else before).append(event.chunk.token.id)
+        assert any(event.key == "short" for event in events)
+    assert len(before) >= 85
+    assert long_ids == generate(model, long, max_new_tokens=3).token_ids
+    assert before == generate(model, short, max_new_tokens=200).token_ids[1 : 1 + len(before)]
+
+
+@pytest.mark.parametrize("when", [0, 3, 8])
+def test_who_is_cancelled_leaves_and_the_others_do_not_notice(model: Model, when: int) -> None:
+    batch = Batch(model, most_rows=2)
+    for number in range(4):
+        batch.add(number, PROMPTS[number], max_new_tokens=10)
+    found: dict[int, list[int]] = {number: [] for number in range(4)}
+    steps = 0
+    while batch.active or batch.waiting:
+        if steps == when:
+            assert batch.cancel(1)
+            assert not batch.cancel(1)
+        for event in batch.step():
+            assert event.chunk is not None
+            assert event.chunk.token is not None
+            found[event.key].append(event.chunk.token.id)
+        steps += 1
+    for number in (0, 2, 3):
+        assert found[number] == generate(model, PROMPTS[number], max_new_tokens=10).token_ids
+    assert len(found[1]) < 10
+
+
+def test_an_error_of_one_text_ends_it_alone(model: Model) -> None:
+    batch = Batch(model)
+    batch.add("good", PROMPTS[0], max_new_tokens=5)
+    everything = {token: -np.inf for token in range(model.session.manifest.vocab_size)}
+    batch.add("bad", PROMPTS[1], max_new_tokens=5, logit_bias=everything)
+    errors, tokens = {}, []
+    while batch.active or batch.waiting:
+        for event in batch.step():
+            if event.error is not None:
+                errors[event.key] = str(event.error)
+            elif event.chunk is not None and event.chunk.token is not None:
+                tokens.append(event.chunk.token.id)
+    assert list(errors) == ["bad"]
+    assert "no token is allowed" in errors["bad"]
+    assert tokens == generate(model, PROMPTS[0], max_new_tokens=5).token_ids
+
+
+def test_what_is_wrong_with_a_text_is_told_when_it_is_added(model: Model) -> None:
+    batch = Batch(model)
+    with pytest.raises(PromptError, match="the prompt has 129 tokens"):
+        batch.add(0, [5] * 129)
+    with pytest.raises(SettingsError, match="max_new_tokens is 0"):
+        batch.add(0, [5], max_new_tokens=0)
+    with pytest.raises(SettingsError, match="most_rows is 0"):
+        Batch(model, most_rows=0)
+    assert (batch.active, batch.waiting, batch.step()) == (0, 0, [])
+
+
+def test_a_text_ends_at_the_contexts_end_and_the_others_go_on(model: Model) -> None:
+    prompts = [[5] * 120, [6, 7, 8]]
+    together = generate_batch(model, prompts, max_new_tokens=30)
+    for prompt, found in zip(prompts, together, strict=True):
+        alone = generate(model, prompt, max_new_tokens=30)
+        assert (found.token_ids, found.text, found.finish_reason) == (alone.token_ids, alone.text, alone.finish_reason)
+    assert len(together[0].tokens) == 9
+
+
+def test_a_trace_of_one_text_is_no_other_ones(model: Model) -> None:
+    settings = [GenerationSettings(max_new_tokens=4, trace=2), GenerationSettings(max_new_tokens=4)]
+    traced, plain = generate_batch(model, PROMPTS[:2], settings)
+    assert all(token.trace is None for token in plain.tokens)
+    alone = generate(model, PROMPTS[0], settings[0])
+    for found, expected in zip(traced.tokens, alone.tokens, strict=True):
+        assert found.trace is not None
+        assert expected.trace is not None
+        for ours, theirs in zip(found.trace, expected.trace, strict=True):
+            assert [each.id for each in ours] == [each.id for each in theirs]
+
+
+def test_chunks_of_a_stream_make_the_texts(model: Model) -> None:
+    texts = ["", ""]
+    for number, chunk in stream_batch(model, PROMPTS[:2], max_new_tokens=6):
+        texts[number] += chunk.text
+    assert texts == [generate(model, prompt, max_new_tokens=6).text for prompt in PROMPTS[:2]]
