@@ -65,7 +65,7 @@ CHANGES: dict[str, Callable[[KVCache, KVCache], KVCache]] = {
     "take into more room": lambda one, other: one.take([0, 1], 9),
     "join": lambda one, other: one.join(other, 5),
     "join a new one": lambda one, other: one.join(KVCache(LAYERS, 2, 2, one.dtype, one.place), 5),
-    "replace": lambda one, other: (one.replace(2, other.take([1], 4), 4), one)[1],
+    "replace": lambda one, other: (one.replace(2, other.take([1], 5), 5), one.take([0, 1, 2], 5))[1],
     "join into an empty one": lambda one, other: one.take([], 5).join(other, 5),
 }
 
