@@ -53,15 +53,15 @@ class MissingPackageError(IMSMRuntimeError):
 
 class SettingsError(IMSMRuntimeError):
     """A setting outside its range. name: the setting's; value: what it was; rule: what it must be, in which {other}
-    stands for another setting's name."""
+    stands for another setting's name; detail: what a library says of it, which follows as it is."""
 
-    def __init__(self, name: str, value: object, rule: str) -> None:
-        super().__init__(name, value, rule)
-        self.name, self.value, self.rule = name, value, rule
+    def __init__(self, name: str, value: object, rule: str, detail: str = "") -> None:
+        super().__init__(name, value, rule, detail)
+        self.name, self.value, self.rule, self.detail = name, value, rule, detail
 
     def told(self, spell: Callable[[str], str]) -> str:
         rule = re.sub(r"\{(\w+)\}", lambda match: spell(match[1]), self.rule)
-        return f"{spell(self.name)} is {shown(self.value)}; {rule}"
+        return f"{spell(self.name)} is {shown(self.value)}; {rule}{self.detail and ': '}{self.detail}"
 
 
 def shown(value: object) -> str:

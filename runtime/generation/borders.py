@@ -26,7 +26,13 @@ def border(kind: type[IMSMRuntimeError], what: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """An exception in one line of printable characters."""
-    text = " ".join("".join(char if char.isprintable() else " " for char in str(error)).split())
+    text = told(str(error))
     name = "" if isinstance(error, jinja2.TemplateError) and text else type(error).__name__
     line = ": ".join(part for part in (name, text) if part)
+    return told(line)
+
+
+def told(text: str) -> str:
+    """What a library says in one line of printable characters."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"

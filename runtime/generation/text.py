@@ -57,7 +57,7 @@ class TextCodec:
             self.tokenizer.no_padding()
             added = self.tokenizer.get_added_tokens_decoder()
         self._unseen = {token.content for token in added.values() if token.special}
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self.special_tokens = special_tokens
         self.raw = raw
         template = folder / "chat_template.jinja"
@@ -144,6 +144,11 @@ class TextCodec:
         piece = self.tokenizer.id_to_token(token) if 0 <= token < 2**32 else None
         return None if piece in self._unseen else piece
 
+    def drops_first_space(self) -> bool:
+        """Whether a text is shown without the space that its first token begins with, as SentencePiece has it."""
+        with border(ArtifactError, "tokenizer.json cannot decode"):
+            return self.tokenizer.decoder is not None and bool(self.tokenizer.decoder.decode(["▁a"]) == "a")
+
     def decoder_stages(self) -> list[Stage] | None:
         """The decoder, for one text: see `text_stream.final_pieces`."""
         return final_pieces(self.tokenizer)
@@ -216,7 +221,7 @@ class TextCodec:
                 found |= {number for number in written if number in added and not added[number].content.isspace()}
         with contextlib.suppress(PromptError):
             found -= set(self._encode(FILLER, special_tokens=False))  # what stands for unknown characters
-        return frozenset(found | self._eos_token_ids)
+        return frozenset(found | self.eos_token_ids)
 
     def _plain(self) -> Tokenizer:
         return self._plain_tokenizer
