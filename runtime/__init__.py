@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.execution import Execution
+    from .engine.picks import TokenScores
     from .engine.session import Session
     from .engine.state import DecodeState, LikeliestOutput, StepOutput
     from .errors import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .generation.logprobs import Candidate, Trace
     from .generation.results import Chunk, Generation, Timings, Token
     from .generation.sampling import greedy, make_sampler
+    from .generation.score_settings import ScoreSettings
+    from .generation.scoring import Score, score_texts
     from .generation.settings import GenerationSettings
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -40,6 +43,7 @@ Microsoft."""
 
 _HOMES = {
     "engine.execution": ("Execution",),
+    "engine.picks": ("TokenScores",),
     "engine.session": ("Session",),
     "engine.state": ("DecodeState", "LikeliestOutput", "StepOutput"),
     "errors": (
@@ -57,6 +61,8 @@ _HOMES = {
     "generation.logprobs": ("Candidate", "Trace"),
     "generation.results": ("Chunk", "Generation", "Timings", "Token"),
     "generation.sampling": ("greedy", "make_sampler"),
+    "generation.score_settings": ("ScoreSettings",),
+    "generation.scoring": ("Score", "score_texts"),
     "generation.settings": ("GenerationSettings",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
@@ -79,11 +85,14 @@ __all__ = [
     "Model",
     "PromptError",
     "ProviderError",
+    "Score",
+    "ScoreSettings",
     "Session",
     "SettingsError",
     "StepOutput",
     "Timings",
     "Token",
+    "TokenScores",
     "Trace",
     "__version__",
     "generate",
@@ -92,6 +101,7 @@ __all__ = [
     "greedy",
     "load",
     "make_sampler",
+    "score_texts",
     "stream_batch",
     "stream_generate",
 ]

@@ -10,7 +10,7 @@ import cli
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported
 
-COMMANDS = ("train", "export", "verify", "inspect", "generate", "bench", "doctor")
+COMMANDS = ("train", "export", "verify", "inspect", "generate", "score", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

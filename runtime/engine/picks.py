@@ -95,8 +95,16 @@ class Likeliest:
         return LikeliestOutput(ids, logits, normalizer[0] if normalizer else None, gates)
 
 
+class TokenScores(NamedTuple):
+    """logprobs: (N,) float64 in nats, of each token after those before it. greedy: (N,) bool, whether it is the
+    likeliest one there."""
+
+    logprobs: Array
+    greedy: Array
+
+
 class LogProbabilities:
-    """Of one token of each row, (rows,) float64 in nats. ids: (rows,)."""
+    """Of one token of each row. ids: (rows,)."""
 
     memories = BLEND
 
@@ -108,11 +116,11 @@ class LogProbabilities:
         normalizer = logits.log_normalizer().astype(np.float64)
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             found = logits.of_tokens(np.asarray(self.ids, np.int64)).astype(np.float64) - normalizer
-        return Picked((found,), np.isfinite(normalizer))
+        return Picked((found, logits.likeliest(1)[0][:, 0] == self.ids), np.isfinite(normalizer))
 
-    def output(self, columns: tuple[Array, ...], gates: Array | None) -> Array:
+    def output(self, columns: tuple[Array, ...], gates: Array | None) -> TokenScores:
         """See `Picks`."""
-        return columns[0]
+        return TokenScores(*columns)
 
 
 def check_sound(sound: Array, lengths: Array) -> None:

@@ -15,7 +15,8 @@ from ..checks import instance, is_sequence, typed, whole_number
 from ..errors import PromptError, SettingsError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
-from .picks import BLEND, EachMemory, Likeliest, LogProbabilities, Picks, Whole
+from .picks import BLEND, EACH, EachMemory, Likeliest, LogProbabilities, Picks, TokenScores, Whole
+from .place import HostLogits
 from .prefill import read
 from .scoring import score_continuation
 from .state import DecodeState, LikeliestOutput, StepOutput
@@ -116,7 +117,33 @@ class Session(LoadedGraph):
             self.prefill_likeliest(state, [begin])
             return np.zeros(0)
         first = self._prefill(state, [begin], None, LogProbabilities(rest[:1]))
-        return score_continuation(self, state, first, rest, self._chunk(1))
+        return score_continuation(self, state, first, rest, self._chunk(1)).logprobs
+
+    def score_each(
+        self,
+        prompt: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        memory_bias: float = 0.0,
+        memory: int = 0,
+    ) -> list[TokenScores]:
+        """How likely each of several `continuations` of one prompt is, which is read once. memory: whose logits are
+        judged: 0 the blend's, 1 the base memory's, 2 the adapter's. Raises PromptError for an empty continuation, and
+        otherwise as `prefill`, with `by_memory` for a memory alone."""
+        begin, rests = self.token_ids(prompt), [self.token_ids(rest) for rest in continuations]
+        whole = self._whole(whole_number("memory", memory, 0, len(EACH) - 1) > 0)
+        state = self.new_state(1, memory_bias)
+        for rest in rests:
+            if not rest:
+                raise PromptError("a continuation has no tokens")
+            self.check_lengths(state, [[*begin, *rest]])
+        output = self._prefill(state, [begin], None, whole)
+        logits = output.logits if output.memory_logits is None else output.memory_logits[:, memory - 1]
+        found = []
+        for rest in rests:
+            first, _ = LogProbabilities(rest[:1]).pick(HostLogits(logits))
+            rows = state.take([0])
+            found.append(score_continuation(self, rows, TokenScores(*first), rest, self._chunk(1), memory))
+        return found
 
     def _prefill(
         self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, picks: Picks[Output]

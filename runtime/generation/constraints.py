@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from ..errors import ArtifactError, MissingPackageError, SettingsError, setting
 from ..json_checks import parse_json
 from .borders import border, told
+from .history import History
+from .settings import GenerationSettings
 from .text import TextCodec
 
 if TYPE_CHECKING:
@@ -47,13 +49,6 @@ _STRICT: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
 """Options of the schema compiler: what it cannot hold a text to is an error, whatever the schema asks for."""
 
 
-class Generated(Protocol):
-    """What a processor knows of a text. new: (N,) int64, the tokens that were generated."""
-
-    @property
-    def new(self) -> NDArray[np.int64]: ...
-
-
 class Constraint:
     """A processor for one text: `constraint(history, logits)`. The history may have become shorter since the last call:
     what it no longer holds is taken back."""
@@ -64,7 +59,7 @@ class Constraint:
         self._start, self._matcher = matcher, matcher.deep_copy()
         self._read: list[int] = []
 
-    def __call__(self, history: Generated, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, history: History, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits (vocab,), in place, with -infinity for what the text after `history` cannot go on with. Raises
         SettingsError where it cannot go on at all, and where the history is no text of the grammar."""
         self._read_up_to(history.new.tolist())
@@ -158,6 +153,17 @@ def make_constraint(codec: TextCodec, kind: Kind, text: str = "") -> Constraint:
         _vocabularies[codec] = _Vocabulary(codec)
     vocabulary = _vocabularies[codec]
     return Constraint(kind, text, vocabulary, vocabulary.matcher(kind, text))
+
+
+def constraints_of(settings: GenerationSettings, codec: TextCodec) -> list[Constraint]:
+    """The constraint that settings describe, for one text, if any. Raises as `make_constraint`."""
+    kinds: tuple[Kind, ...] = ("json_object", "json_schema", "regex", "grammar")
+    said = {kind: getattr(settings, kind) for kind in kinds}
+    return [
+        make_constraint(codec, kind, "" if value is True else value)
+        for kind, value in said.items()
+        if value is not None and value is not False
+    ]
 
 
 def schema_text(schema: Mapping[str, Any] | str) -> str:

@@ -21,6 +21,7 @@ from ..engine.state import DecodeState, StepOutput
 from ..errors import PromptError
 from .chat_template import Message
 from .choice import Chooser
+from .constraints import constraints_of
 from .processors import Processor, make_processors
 from .prompts import Prompt, encoded
 from .results import Chunk, FinishReason, Generation, Token, timings
@@ -211,7 +212,8 @@ def _stream(
 def own_processors(model: Model, settings: GenerationSettings) -> list[Processor]:
     """The processors that settings describe for a model."""
     manifest = model.session.manifest
-    return make_processors(settings, (*manifest.eos_token_ids, *settings.stop_token_ids), manifest.vocab_size)
+    ends = (*manifest.eos_token_ids, *settings.stop_token_ids)
+    return [*make_processors(settings, ends, manifest.vocab_size), *constraints_of(settings, model.codec)]
 
 
 class TextOfTokens:

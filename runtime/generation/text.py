@@ -92,6 +92,32 @@ class TextCodec:
             raise PromptError("the prompt is empty")
         return self._encode(text, special_tokens=beginning)
 
+    def encode_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Text as it is and a text that follows it, each as tokens. Both are encoded together, and the continuation
+        begins where the tokens of the prompt end; whitespace at the prompt's end belongs to the continuation, as
+        tokenizers put it into the word that follows (what lm-evaluation-harness does). Where a token would span the
+        border, the continuation is encoded apart. An empty prompt is the special tokens that the tokenizer begins with.
+        Raises PromptError if one of the two has no tokens, or cannot be encoded."""
+        begin = prompt.rstrip()
+        rest = prompt[len(begin) :] + continuation
+        ids = self._encode(begin, special_tokens=True)
+        whole = self._encode(begin + rest, special_tokens=True)
+        return ids, _after(ids, whole) or self._encode(rest, special_tokens=False)
+
+    def encode_chat_pair(
+        self, messages: Sequence[Message], continuation: str, control_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """`encode_chat`, and the tokens of a reply to it, encoded together as in `encode_pair`; the prompt keeps its
+        whitespace, which is the template's. control_tokens: of the reply too."""
+        check_messages(messages)
+        rendered = self._render(messages)
+        spans = () if control_tokens else self._content_spans(messages, rendered)
+        own = () if control_tokens else [(0, len(continuation))]
+        after = [(len(rendered) + begin, len(rendered) + end) for begin, end in own]
+        ids = self._encode_rendered(rendered, spans)
+        whole = self._encode_rendered(rendered + continuation, [*spans, *after])
+        return ids, _after(ids, whole) or self._encode_rendered(continuation, own)
+
     def encode_continuation(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
         """What follows the text of a reply when a conversation goes on with `messages`: the end of the reply's turn,
         the messages, and the beginning of the next reply. control_tokens: as in `encode_chat`. Raises PromptError as
@@ -245,6 +271,11 @@ def _some(ids: list[int]) -> list[int]:
     if not ids:
         raise PromptError("the prompt has no tokens")
     return ids
+
+
+def _after(ids: list[int], whole: list[int]) -> list[int]:
+    """What follows `ids` in `whole`; nothing where that begins otherwise."""
+    return whole[len(ids) :] if whole[: len(ids)] == ids else []
 
 
 class TextStream:

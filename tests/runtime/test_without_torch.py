@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import write_jsonl
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,7 @@ def test_the_check_against_a_checkpoint_says_how_to_get_pytorch(tiny: Exported, 
     "arguments",
     [
         ["generate", "ARTIFACT", "--prompt", "Hello", "--max-new-tokens", "4", "--json"],
+        ["score", "ARTIFACT", "--input", "ROWS"],
         ["inspect", "ARTIFACT", "--json"],
         ["verify", "ARTIFACT"],
         ["bench", "ARTIFACT", "--prompt-lengths", "4", "--new-tokens", "3", "--repeats", "1"],
@@ -64,7 +66,9 @@ def test_the_check_against_a_checkpoint_says_how_to_get_pytorch(tiny: Exported, 
     ids=lambda arguments: arguments[0],
 )
 def test_command_runs_without_pytorch(tiny: Exported, tmp_path: Path, arguments: list[str]) -> None:
-    done = run_blocked(tmp_path, *(str(tiny.artifact) if word == "ARTIFACT" else word for word in arguments))
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Hello", "continuation": "x"}])
+    files = {"ARTIFACT": str(tiny.artifact), "ROWS": str(rows)}
+    done = run_blocked(tmp_path, *(files.get(word, word) for word in arguments))
     assert done.returncode == 0, done.stderr
     if arguments[0] == "generate":
         assert len(json.loads(done.stdout)["token_ids"]) == 4

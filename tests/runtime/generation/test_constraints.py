@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from runtime import generate, load
 from runtime.errors import ArtifactError, MissingPackageError, SettingsError
 from runtime.generation import constraints
 from runtime.generation.constraints import Constraint, Kind, make_constraint, schema_text
+from runtime.generation.history import History
 from runtime.generation.text import TextCodec
+from tests.exported import Exported
 
 END = 1
 PIECES = ['{"', '":', '", "', '"}', "ab", "abc", "true", " 12", "é", "</end>"]
@@ -33,11 +34,11 @@ SCHEMA = {
 }
 
 
-@dataclass
-class Text:
-    """A history as processors see it."""
-
-    new: NDArray[np.int64]
+def history(tokens: Sequence[int]) -> History:
+    found = History([7, 8])
+    for one in tokens:
+        found.append(one)
+    return found
 
 
 def saved(tokenizer: Tokenizer, folder: Path, ends: tuple[int, ...] = (END,)) -> TextCodec:
@@ -106,7 +107,7 @@ def written(codec: TextCodec, constraint: Constraint, seed: int, most: int = 300
     for _ in range(most):
         logits = random.normal(size=vocabulary_of(codec)).astype(np.float32)
         logits[[END, *(codec.tokenizer.encode('"}1').ids)]] += 2  # so that strings and numbers end
-        tokens.append(int(constraint(Text(np.array(tokens, np.int64)), logits).argmax()))
+        tokens.append(int(constraint(history(tokens), logits).argmax()))
         if tokens[-1] in codec.eos_token_ids:
             return codec.decode(tokens)
     return None
@@ -145,7 +146,7 @@ def test_any_object_is_an_object(codec: TextCodec) -> None:
 
 
 def allowed(constraint: Constraint, tokens: list[int], vocab: int) -> set[int]:
-    logits = constraint(Text(np.array(tokens, np.int64)), np.zeros(vocab, np.float32))
+    logits = constraint(history(tokens), np.zeros(vocab, np.float32))
     return set(np.flatnonzero(np.isfinite(logits)).tolist())
 
 
@@ -169,8 +170,8 @@ def test_a_history_may_become_shorter_and_another(codec: TextCodec) -> None:
     histories = [[], [6], [6, 7], [6], [6, 6, 7], [7], []]
     letters = [token(codec, letter) for letter in "ab"]
     begin = [token(codec, "▁")] if codec.drops_first_space() else []
-    for history in histories:
-        tokens = [*begin, *(letters[token - 6] for token in history)]
+    for text in histories:
+        tokens = [*begin, *(letters[one - 6] for one in text)]
         fresh = make_constraint(codec, "regex", "(?:[ab]|[bc]c)*x" if not begin else "[abc]*x")
         assert allowed(constraint, tokens, vocab) == allowed(fresh, tokens, vocab)
 
@@ -260,3 +261,19 @@ def test_a_tokenizer_is_prepared_once_and_a_grammar_compiled_once(tmp_path: Path
     vocab = vocabulary_of(codec)
     (a,) = codec.tokenizer.encode("a").ids
     assert allowed(first, [a], vocab) != allowed(second, [], vocab)  # and each has a text of its own
+
+
+def test_generation_writes_what_its_settings_demand(tiny: Exported) -> None:
+    model = load(tiny.artifact)
+    result = generate(model, "Hello", regex=r"[a-c]{3,5}", max_new_tokens=10)
+    assert re.fullmatch("[a-c]{3,5}", result.text)
+    assert result.finish_reason == "stop"
+    drawn = [
+        generate(model, "Hello", json_schema=json.dumps(SCHEMA), temperature=1.0, seed=seed, max_new_tokens=100)
+        for seed in range(3)
+    ]
+    for result in drawn:
+        assert result.finish_reason != "stop" or set(json.loads(result.text)) == {"name", "age"}
+    assert any(result.finish_reason == "stop" for result in drawn)
+    with pytest.raises(SettingsError, match="grammar is start: B; it must be a Lark grammar"):
+        generate(model, "Hello", grammar="start: B")

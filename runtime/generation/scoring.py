@@ -1,0 +1,149 @@
+"""How likely given continuations of a prompt are.
+
+A continuation is tokenized together with its prompt, and begins where the prompt's own tokens end: see
+`TextCodec.encode_pair`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ..checks import instance, is_sequence
+from ..errors import PromptError, shown
+from .chat_template import Message
+from .generation import Model
+from .score_settings import MEMORIES, ScoreSettings
+
+_KEYS = ("prompt", "continuation")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One continuation. logprobs: of each token, in nats; it has at least one. greedy: whether each token is the
+    likeliest one at its place, which greedy generation would choose. characters, bytes: of its text (UTF-8)."""
+
+    logprobs: tuple[float, ...]
+    greedy: bool
+    characters: int
+    bytes: int
+
+    @property
+    def logprob(self) -> float:
+        """The continuation's log-likelihood in nats, the sum over its tokens."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return self.logprob / len(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean)."""
+        return perplexity(self.mean)
+
+
+class Prepared(NamedTuple):
+    """A row as tokens."""
+
+    prompt: list[int]
+    continuations: list[list[int]]
+    texts: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """How many are read for it."""
+        return len(self.prompt) + sum(map(len, self.continuations))
+
+
+def perplexity(mean: float) -> float:
+    """exp(-mean), infinity where no float holds it."""
+    return math.exp(-mean) if mean > -700 else math.inf
+
+
+def score_texts(
+    model: Model, rows: Sequence[Mapping[str, Any]], settings: ScoreSettings | None = None, **changes: Any
+) -> Iterator[list[Score]]:
+    """The scores of each row's continuations, row by row. A row is {"prompt": text, messages or token ids,
+    "continuation": text, or a list of texts}; a prompt, and the same prompt in rows that follow each other, is read
+    once. A text is a user's turn, or goes as it is with `raw`. settings: `changes` override its fields.
+
+    Raises, before anything is computed, PromptError for a row that is none or does not fit into the context, with its
+    number from 1, and SettingsError; then what `Session.prefill` raises.
+    """
+    instance("model", model, Model)
+    if settings is not None:
+        instance("settings", settings, ScoreSettings)
+    settings = replace(settings or ScoreSettings(), **changes)
+    if not is_sequence(rows):
+        raise PromptError(f"rows are {shown(rows)}, not a sequence of rows")
+    prepared = []
+    for number, row in enumerate(rows, 1):
+        try:
+            prepared.append(prepare(model, row, settings))
+        except PromptError as error:
+            raise PromptError(f"row {number}: {error}") from error
+    return score_prepared(model, prepared, settings)
+
+
+def score_prepared(model: Model, rows: Sequence[Prepared], settings: ScoreSettings) -> Iterator[list[Score]]:
+    """What `score_texts` gives for rows that `prepare` made."""
+    memory = MEMORIES.index(settings.memory)
+    for prompt, group in itertools.groupby(rows, lambda row: row.prompt):
+        same = list(group)
+        ids = [continuation for row in same for continuation in row.continuations]
+        found = iter(model.session.score_each(prompt, ids, settings.memory_bias, memory))
+        for row in same:
+            yield [
+                Score(tuple(one.logprobs.tolist()), bool(one.greedy.all()), len(text), len(text.encode()))
+                for text, one in zip(row.texts, found, strict=False)
+            ]
+
+
+def check_row(row: Any) -> None:
+    """Raise PromptError for what is no row of `score_texts`."""
+    if not isinstance(row, Mapping):
+        raise PromptError(f"it is {shown(row)}, not an object with the keys prompt and continuation")
+    if missing := [key for key in _KEYS if key not in row]:
+        raise PromptError(f"it has no {missing[0]}; a row has the keys prompt and continuation")
+    texts = _texts(row)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise PromptError(f"the continuation is {shown(row['continuation'])}; it must be text, or a list of texts")
+    if not all(texts):
+        raise PromptError("the continuation is empty")
+    if not isinstance(row["prompt"], str) and not is_sequence(row["prompt"]):
+        raise PromptError(f"the prompt is {shown(row['prompt'])}; it must be text, messages or token ids")
+
+
+def prepare(model: Model, row: Mapping[str, Any], settings: ScoreSettings) -> Prepared:
+    """A row as tokens. Raises PromptError if it is none, cannot be encoded or does not fit into the context."""
+    check_row(row)
+    texts = _texts(row)
+    pairs = [_pair(model, row["prompt"], text, settings) for text in texts]
+    most = model.session.manifest.context_length
+    if (longest := max(len(prompt) + len(rest) for prompt, rest in pairs)) > most:
+        raise PromptError(f"prompt and continuation have {longest} tokens; the model's context is {most}")
+    return Prepared(pairs[0][0], [rest for _, rest in pairs], texts)
+
+
+def _texts(row: Mapping[str, Any]) -> list[Any]:
+    value = row["continuation"]
+    return list(value) if is_sequence(value) else [value]
+
+
+def _pair(model: Model, prompt: Any, text: str, settings: ScoreSettings) -> tuple[list[int], list[int]]:
+    codec = model.codec
+    if isinstance(prompt, str) and codec.is_raw(settings.raw):
+        return codec.encode_pair(prompt, text)
+    if isinstance(prompt, str) and not prompt:
+        raise PromptError("the prompt is empty")
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if messages and all(isinstance(item, int) for item in messages):
+        return model.session.token_ids(messages), codec.encode_raw(text, beginning=False)  # type: ignore[arg-type]
+    if settings.raw:
+        raise PromptError("messages go through the chat template; give text to read it as it is (raw)")
+    return codec.encode_chat_pair(messages, text, settings.control_tokens)
