@@ -63,7 +63,7 @@ class Constraint:
         """The logits (vocab,), in place, with -infinity for what the text after `history` cannot go on with. Raises
         SettingsError where it cannot go on at all, and where the history is no text of the grammar."""
         self._read_up_to(history.new.tolist())
-        logits[~self._allowed(len(logits))] = -np.inf
+        np.putmask(logits, ~self._allowed(len(logits)), -np.inf)
         return logits
 
     def _read_up_to(self, tokens: list[int]) -> None:

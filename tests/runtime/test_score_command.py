@@ -114,7 +114,7 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
             return True
 
     times = iter([0.0, 10.0, 11.0])
-    monkeypatch.setattr(rows.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     with Progress(2, 100) as progress:
         progress.advance(10)

@@ -116,7 +116,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         ({"memory": "base", "memory_bias": 1.0}, "memory_bias is 1.0; it is of the blend, and memory is one alone"),
     ):
         with pytest.raises(SettingsError, match=message):
-            ScoreSettings(**changes)  # type: ignore[arg-type]
+            ScoreSettings(**changes)
 
 
 def codec_of_words(folder: Path, template: str | None = None) -> TextCodec:
