@@ -15,7 +15,8 @@ from ..checks import instance, is_sequence, typed, whole_number
 from ..errors import PromptError, SettingsError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
-from .picks import BLEND, EACH, EachMemory, Likeliest, LogProbabilities, Picks, TokenScores, Whole
+from .memories import MEMORIES
+from .picks import BLEND, EachMemory, Likeliest, LogProbabilities, Picks, TokenScores, Whole
 from .place import HostLogits
 from .prefill import read
 from .scoring import score_continuation
@@ -124,26 +125,33 @@ class Session(LoadedGraph):
         prompt: Sequence[int],
         continuations: Sequence[Sequence[int]],
         memory_bias: float = 0.0,
-        memory: int = 0,
+        memory: str = "blend",
     ) -> list[TokenScores]:
         """How likely each of several `continuations` of one prompt is, which is read once. memory: whose logits are
-        judged: 0 the blend's, 1 the base memory's, 2 the adapter's. Raises PromptError for an empty continuation, and
-        otherwise as `prefill`, with `by_memory` for a memory alone."""
+        judged, one of `MEMORIES`. Raises PromptError for an empty continuation, and otherwise as `prefill` and
+        `check_memory`."""
         begin, rests = self.token_ids(prompt), [self.token_ids(rest) for rest in continuations]
-        whole = self._whole(whole_number("memory", memory, 0, len(EACH) - 1) > 0)
+        self.check_memory(memory)
         state = self.new_state(1, memory_bias)
         for rest in rests:
             if not rest:
                 raise PromptError("a continuation has no tokens")
             self.check_lengths(state, [[*begin, *rest]])
-        output = self._prefill(state, [begin], None, whole)
-        logits = output.logits if output.memory_logits is None else output.memory_logits[:, memory - 1]
-        found = []
+        index, found = MEMORIES.index(memory), []
+        output = self._prefill(state, [begin], None, EachMemory() if index else Whole())
+        logits = output.logits if output.memory_logits is None else output.memory_logits[:, index - 1]
         for rest in rests:
             first, _ = LogProbabilities(rest[:1]).pick(HostLogits(logits))
             rows = state.take([0])
-            found.append(score_continuation(self, rows, TokenScores(*first), rest, self._chunk(1), memory))
+            found.append(score_continuation(self, rows, TokenScores(*first), rest, self._chunk(1), index))
         return found
+
+    def check_memory(self, memory: str) -> None:
+        """Raise SettingsError for what is none of `MEMORIES`, and for a memory alone where `by_memory` is refused."""
+        if memory not in MEMORIES:
+            raise SettingsError("memory", memory, f"it must be one of {', '.join(MEMORIES)}")
+        if memory != "blend":
+            self._check_by_memory("memory", memory)
 
     def _prefill(
         self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, picks: Picks[Output]
@@ -216,8 +224,17 @@ class Session(LoadedGraph):
     def _whole(self, by_memory: bool) -> Whole | EachMemory:
         if not typed("by_memory", by_memory, bool):
             return Whole()
-        self.check_by_memory("by_memory", by_memory)
+        self._check_by_memory("by_memory", by_memory)
         return EachMemory()
+
+    def _check_by_memory(self, name: str, value: object) -> None:
+        """Raise SettingsError where a graph cannot give each memory's own logits. name, value: of what asks for it."""
+        if not self.siamese:
+            raise SettingsError(name, value, "this artifact has the base memory alone")
+        if not self.manifest.by_memory:
+            version = self.manifest.raw["format_version"]
+            rule = f"this artifact is of format {version}, which gives the logits of the blend alone; export it again"
+            raise SettingsError(name, value, rule)
 
     def _likeliest(self, k: int, probabilities: bool) -> Likeliest:
         number = whole_number("k", k, 1, self.manifest.vocab_size)

@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ..checks import check_fields
+from ..engine.memories import MEMORIES
 from ..errors import SettingsError
-
-MEMORIES = ("blend", "base", "adapter")
-"""Whose logits are judged, in the order of the engine's numbers."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..checks import instance, is_sequence
 from ..errors import PromptError, shown
 from .chat_template import Message
 from .generation import Model
-from .score_settings import MEMORIES, ScoreSettings
+from .score_settings import ScoreSettings
 
 _KEYS = ("prompt", "continuation")
 
@@ -92,11 +92,10 @@ def score_texts(
 
 def score_prepared(model: Model, rows: Sequence[Prepared], settings: ScoreSettings) -> Iterator[list[Score]]:
     """What `score_texts` gives for rows that `prepare` made."""
-    memory = MEMORIES.index(settings.memory)
     for prompt, group in itertools.groupby(rows, lambda row: row.prompt):
         same = list(group)
         ids = [continuation for row in same for continuation in row.continuations]
-        found = iter(model.session.score_each(prompt, ids, settings.memory_bias, memory))
+        found = iter(model.session.score_each(prompt, ids, settings.memory_bias, settings.memory))
         for row in same:
             yield [
                 Score(tuple(one.logprobs.tolist()), bool(one.greedy.all()), len(text), len(text.encode()))
@@ -120,7 +119,9 @@ def check_row(row: Any) -> None:
 
 
 def prepare(model: Model, row: Mapping[str, Any], settings: ScoreSettings) -> Prepared:
-    """A row as tokens. Raises PromptError if it is none, cannot be encoded or does not fit into the context."""
+    """A row as tokens. Raises PromptError if it is none, cannot be encoded or does not fit into the context, and
+    SettingsError for a memory that the artifact cannot judge by."""
+    model.session.check_memory(settings.memory)
     check_row(row)
     texts = _texts(row)
     pairs = [_pair(model, row["prompt"], text, settings) for text in texts]
