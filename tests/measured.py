@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from export.verification.head import GraphHead
 from export.verification.measure import evaluate
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
 from imsm_core.evaluate import Stream
 from imsm_core.evaluate import evaluate as loss_of
+from imsm_core.reference import reference_generate
 from runtime import Session
 from tests.builders import VOCABULARY
-from tests.exported import Exported
+from tests.exported import PROMPT, Exported
 
 STREAMS: dict[str, Stream] = {"blend": "fused", "base": "base", "adapter": "adapter"}
 FORCED = {"base": 1e4, "adapter": -1e4}
@@ -27,7 +27,7 @@ PAD = 2
 
 def check_memories_apart(exported: Exported) -> None:
     """The report's reference is the loss of each stream in PyTorch. What it compares is the runtime's, with the dial at
-    an end for each memory; and the graph's head gives one memory's logits where no dial does, too."""
+    an end for each memory where a dial brings it there."""
     exact = exported.manifest["precision"] == "fp32"
     longest = min(90, exported.manifest["model"]["context_length"])
     generator = np.random.default_rng(3)
@@ -50,10 +50,17 @@ def check_memories_apart(exported: Exported) -> None:
             bias = forced.get(name, 0.0)
             scores = [session.score(text.prompt_ids, text.answer_ids, memory_bias=bias) for text in texts]
             assert math.log(found.perplexity) == pytest.approx(-np.concatenate(scores).mean(), abs=1e-3)
-    if len(streams) > 1:
-        states = torch.randn((5, exported.manifest["model"]["hidden_size"]), generator=torch.Generator().manual_seed(1))
+
+
+def check_each_memory(exported: Exported) -> None:
+    """The logits of each memory alone, of a few steps: PyTorch's lm_head of each stream's state."""
+    session = Session(exported.artifact, threads=1)
+    state = session.new_state(1)
+    output = session.prefill(state, [PROMPT], by_memory=True)
+    for step in reference_generate(exported.model, PROMPT, 4):
         with torch.no_grad():
-            logits = apply_head(exported.model.causal_lm, states[None])[0].numpy()
-        head = GraphHead(exported.artifact / "model.onnx")
-        difference = np.abs(head(states.numpy()) - logits).max()
-        assert difference < (1e-5 if exact else 0.2) * np.abs(logits).max()
+            states = torch.stack([step.hidden_base, step.hidden_adapter])
+            expected = apply_head(exported.model.causal_lm, states[None])[0].numpy()
+        assert output.memory_logits is not None
+        np.testing.assert_allclose(output.memory_logits[0], expected, atol=1e-4)
+        output = session.decode_step(state, [step.token], by_memory=True)

@@ -161,6 +161,6 @@ def test_the_tokenizer_is_the_base_models(tiny: Exported) -> None:
 
 def test_the_manifest_is_json_with_a_format_version(tiny: Exported) -> None:
     document = json.loads((tiny.artifact / "imsm_model.json").read_text())
-    assert document["format_version"] == FORMAT_VERSION == 6
+    assert document["format_version"] == FORMAT_VERSION == 7
     assert document["producers"]["torch"]
     assert document["tokens"]["eos_token_ids"] == [1]

@@ -11,7 +11,7 @@ from imsm_core.gates import GATES
 from imsm_core.reference import reference_generate
 from runtime import Session
 from tests.exported import PROMPT, Exported, export_tiny
-from tests.measured import check_memories_apart
+from tests.measured import check_each_memory, check_memories_apart
 
 
 @pytest.mark.parametrize("kind", [kind for kind in GATES if kind != "query_aware"])
@@ -27,7 +27,9 @@ def test_exported_gate_equals_the_oracle_at_several_biases_and_is_measured_by_me
             np.testing.assert_allclose(output.gate_mean[0], step.gate.mean(), atol=1e-4)
             output = session.decode_step(state, [step.token])
     check_memories_apart(exported)
+    check_each_memory(exported)
 
 
 def test_the_quality_of_each_memory_of_the_default_gate_is_its_own(tiny: Exported) -> None:
     check_memories_apart(tiny)
+    check_each_memory(tiny)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from export.settings import ExportSettings
-from runtime import DecodeState, PromptError, Session
+from runtime import DecodeState, PromptError, Session, SettingsError
 from runtime.engine.marks import RECENT
 from runtime.engine.providers import ON_DEVICE
 from tests.adapters import make_siamese_with
@@ -180,6 +180,29 @@ def test_joined_rows_go_on_as_if_alone(opened: Opened) -> None:
         ],
     )
     opened.assert_goes_on_alike(newcomer, [opened.alone(LONG[::-1], bias=0.7)])  # which was copied
+
+
+def test_each_memory_of_ragged_rows_is_what_a_forced_gate_gives(opened: Opened) -> None:
+    session, prompts, tokens = opened.session, [LONG, MIDDLE, SHORT], [41, 42, 43]
+    state = session.new_state(3, (0.0, 0.3, -0.3))
+    if not session.siamese:
+        with pytest.raises(SettingsError, match="by_memory is True; this artifact has the base memory alone"):
+            session.prefill(state, prompts, by_memory=True)
+        return
+    found = session.prefill(state, prompts, by_memory=True), session.decode_step(state, tokens, by_memory=True)
+    plain = session.decode_step(state, tokens)
+    assert plain.memory_logits is None
+    for memory, bias in enumerate((1e4, -1e4)):
+        forced = session.new_state(3, bias)
+        for output in (*found, plain):
+            expected = session.decode_step(forced, tokens) if forced.lengths.any() else session.prefill(forced, prompts)
+            if output.memory_logits is not None:
+                opened._assert_close(output.memory_logits[:, memory], expected.logits)
+    state = session.new_state(3, (0.0, 0.3, -0.3))
+    session.prefill(state, prompts)
+    blends = session.decode_step(state, tokens), session.decode_step(state, tokens)
+    opened._assert_close(found[1].logits, blends[0].logits)
+    opened._assert_close(plain.logits, blends[1].logits)
 
 
 def test_rows_join_a_state_that_has_read_nothing(opened: Opened) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from typing import Any
 import onnx
 import pytest
 
-from export.artifact import SECTIONS, seal
 from runtime import ArtifactError, generate, load
 from runtime.console import run_commands
 from runtime.folder import check_files, unlisted_files
@@ -23,6 +21,7 @@ from runtime.manifest import StepReads, read_manifest
 from runtime.printable import printable, shortened
 from runtime.quality import read_quality
 from tests.exported import PROMPT, Exported, copied, edit_manifest
+from tests.older_formats import as_format
 
 ROOT = Path(__file__).resolve().parents[2]
 DIFFERENCE = {
@@ -40,19 +39,6 @@ def quality(**changes: Any) -> dict[str, Any]:
         name: DIFFERENCE | {"mean_kl": kl} for name, kl in (("blend", 0.0312), ("base", 0.022), ("adapter", 0.03))
     }
     return {"file": "gsm.jsonl", "texts": 40, "tokens": 5047, **memories, **changes}
-
-
-def as_format_5(artifact: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest as format 5 has it, without a hash of the number."""
-    seal(artifact, manifest | {"format_version": 5})
-    proto = onnx.load(str(artifact / "model.onnx"), load_external_data=False)
-    (hashes,) = [entry for entry in proto.metadata_props if entry.key == SECTIONS]
-    kept = {name: value for name, value in json.loads(hashes.value).items() if name != "format_version"}
-    hashes.value = json.dumps(kept)
-    onnx.save(proto, str(artifact / "model.onnx"))
-    content = (artifact / "model.onnx").read_bytes()
-    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    edit_manifest(artifact, files=read_manifest(artifact).raw["files"] | {"model.onnx": entry})
 
 
 def test_a_table_costs_a_row_per_token_up_to_all_of_them() -> None:
@@ -107,7 +93,7 @@ def test_a_file_that_is_no_manifest_is_one_error(tiny: Exported, tmp_path: Path,
         ("shared_layers", 3, "shared_layers is 3; it must be 0 to 2 here"),
         ("precision", "fp16", 'activations is "float32"; it must be float16, as precision is fp16'),
         ("precision", "fp8", 'precision is "fp8"; it must be one of fp32, fp16, bf16, int8, int4'),
-        ("kv_cache", "int8", r"graph.inputs\[10\] \(past_key_values.both.0.key\) is .*it must be int8"),
+        ("kv_cache", "int8", r"graph.inputs\[11\] \(past_key_values.both.0.key\) is .*it must be int8"),
         ("streams", ["adapter", "base"], 'streams is "adapter, base"; it must be base, or base and adapter'),
         ("streams", [], "streams is a list of 0; it must be a list of at least 1"),
         ("gate", None, "gate is null; it must be an object with two streams"),
@@ -179,7 +165,7 @@ def test_an_artifact_of_format_5_runs_and_verifies(
     tiny: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact = copied(tiny.artifact, tmp_path / "artifact")
-    as_format_5(artifact, tiny.manifest | {"quality": {"texts": 4, "tokens": 99, **DIFFERENCE}})
+    as_format(5, artifact, tiny.manifest | {"quality": {"texts": 4, "tokens": 99, **DIFFERENCE}})
     assert json.loads((artifact / "imsm_model.json").read_text())["format_version"] == 5
     assert (
         generate(load(artifact), PROMPT, max_new_tokens=4).token_ids
@@ -376,6 +362,6 @@ def test_widths_and_their_mean_agree(tiny: Exported, tmp_path: Path, change: dic
 
 def test_format_5_has_one_width(tiny: Exported, tmp_path: Path) -> None:
     artifact = copied(tiny.artifact, tmp_path / "artifact")
-    edit_manifest(artifact, format_version=5, precision="int4", quantization=FORMAT_5)
+    as_format(5, artifact, tiny.manifest | {"precision": "int4", "quantization": FORMAT_5})
     assert summarize(artifact)["mean_bits"] is None
     assert format_summary(summarize(artifact)).splitlines()[0].endswith("MB, int4")

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from export.errors import VerificationError
 from export.report import report_parity
-from export.verification.parity import Failure, ParityReport, _in_float64, _judge_failures, expected_outputs
-from tests.exported import PROMPT, Exported
+from export.verification.parity import (
+    Failure,
+    ParityReport,
+    _in_float64,
+    _judge_failures,
+    expected_outputs,
+    verify_graph,
+)
+from tests.builders import CONTEXT
+from tests.exported import PROMPT, Exported, copied
 
 
 def judge(tiny: Exported, difference: float) -> ParityReport:
@@ -103,3 +115,23 @@ def test_rounded_arithmetic_that_is_not_a_number_fails() -> None:
     report.compare("prefill", "logits", found, expected)
     report.judge_positions()
     assert len(report.failures) == 1
+
+
+@pytest.mark.parametrize("wrong", [{1: 2, 2: 1}, {2: 3}])
+def test_a_graph_that_takes_another_memory_is_refused(tiny: Exported, tmp_path: Path, wrong: dict[int, int]) -> None:
+    """Its `memory` is compared with other numbers than it is said to be."""
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    proto = onnx.load(str(artifact / "model.onnx"), load_external_data=False)
+    made = {output: node for node in proto.graph.node for output in node.output}
+    compared = [node for node in proto.graph.node if node.op_type == "Equal"]
+    assert len(compared) == 2
+    for node in compared:
+        assert made[node.input[0]].input[0] == "memory"
+        (number,) = [tensor for tensor in proto.graph.initializer if tensor.name == node.input[1]]
+        value = int(numpy_helper.to_array(number))
+        other = numpy_helper.from_array(np.array(wrong.get(value, value)), f"{number.name}_{value}")
+        proto.graph.initializer.append(other)
+        node.input[1] = other.name
+    onnx.save(proto, str(artifact / "model.onnx"))
+    with pytest.raises(VerificationError, match=r"logits_(base|adapter) in one memory is off"):
+        verify_graph(artifact, tiny.model, ("base", "adapter"), CONTEXT)

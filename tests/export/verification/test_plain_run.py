@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 import cli
 from export.errors import ExportError, VerificationError
 from export.pipeline import export_checkpoint
-from export.providers import OPTIONS, check_provider, open_graph, open_part
+from export.providers import OPTIONS, check_provider, open_graph
 from export.settings import ExportSettings
 from export.verification.against_checkpoint import verify_against_checkpoint
 from export.verification.plain_run import CachedGraph
@@ -124,18 +124,13 @@ def test_the_asked_provider_verifies_and_measures(
         asked.append(provider)
         return open_graph(path)
 
-    def play_part(model: bytes, folder: Path, provider: str = "cpu") -> onnxruntime.InferenceSession:
-        asked.append(f"part {provider}")
-        return open_part(model, folder)
-
     monkeypatch.setattr("export.prepare.check_provider", lambda provider: asked.append(f"check {provider}"))
     monkeypatch.setattr("export.verification.plain_run.open_graph", play)
-    monkeypatch.setattr("export.verification.head.open_part", play_part)
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "once upon a time"}\n')
     settings = ExportSettings(precision="fp16", verify_on="cuda", eval_data=texts)
     manifest = export_checkpoint(tiny.checkpoint, tmp_path / "a", settings, report=lambda line: None)
-    assert asked == ["check cuda", "cuda", "cuda", "part cuda"]
+    assert asked == ["check cuda", "cuda", "cuda"]
     assert manifest["parity"]["provider"] == "cuda"
     assert tiny.manifest["parity"]["provider"] == "cpu"
 

@@ -149,7 +149,7 @@ def test_a_decode_step_binds_everything_on_the_device_in_the_graphs_types(sessio
         assert (place, dtype) == ("cuda", outputs[name].dtype), name
         assert sizes(outputs[name], shape), name
     unbound = set(outputs) - set(recorded.outputs)
-    assert unbound <= {"gate", "hidden_base", "present_query_sum", "present_query_count"}
+    assert unbound <= {"gate", "hidden_base", "hidden_fused", "present_query_sum", "present_query_count"}
     for name, given in recorded.inputs.items():  # one buffer for past and present
         if name.startswith("past_key_values."):
             assert recorded.outputs[name.replace("past_key_values", "present")] == given
