@@ -1,8 +1,13 @@
-"""The files of an artifact's folder: their names, and reading them without waiting for what is no file."""
+"""The files of an artifact's folder: their names, reading them without waiting for what is no file, and writing a file
+whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ArtifactError
@@ -38,6 +43,23 @@ def read_file(path: Path, most: int) -> bytes:
             return file.read(most)
     except OSError as error:
         raise ArtifactError(f"{shown(path)} cannot be read: {reason(error)}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside `path`, which takes its name when the block ends without an exception, and is removed
+    otherwise. Raises OSError."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def shown(path: Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ..errors import PromptError
+from ..errors import ArtifactError, PromptError
 from ..manifest import LayerCache
 from .place import WORD, Host, Place
 
@@ -105,6 +105,35 @@ class KVCache:
         self._buffers = buffers
         return moved
 
+    def content(self, length: int) -> dict[str, Array]:
+        """layer.part -> (rows, kv_heads, places, bytes of a head) uint8, on the host: what `length` tokens of text and
+        the virtual tokens take of each buffer."""
+        places = length + self.virtual_tokens
+        return {
+            name: np.ascontiguousarray(self._buffers[name].numpy()[:, :, :places]).view(np.uint8)
+            for name, _ in self._named_layers()
+        }
+
+    def content_shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `content` gives."""
+        places = length + self.virtual_tokens
+        return {
+            name: (self.rows, layer.kv_heads, places, layer.head_size * self.itemsize)
+            for name, layer in self._named_layers()
+        }
+
+    def fill(self, content: Mapping[str, Array], length: int) -> None:
+        """Take what `content` gave of `length` tokens, instead of what is here. Raises ArtifactError for values that
+        are not finite."""
+        capacity, buffers = _in_blocks(length + self.virtual_tokens), {}
+        for name, layer in self._named_layers():
+            if not self._finite(content[name]):
+                raise ArtifactError(f"the cache {name} has values that are not finite")
+            words = self._first_words(name, layer, capacity)
+            words[:, :, : length + self.virtual_tokens] = content[name].view(np.int64)
+            buffers[name] = self.place.put(words)
+        self._buffers, self.capacity = buffers, capacity
+
     def bindings(self, row: int | None = None) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """(layer.part, shape, address) of every buffer, or of one row of it, for binding as input and as output."""
         for name, layer in self._named_layers():
@@ -157,6 +186,11 @@ class KVCache:
             first = self.virtual[name]
             values[-self.batch :, :, : self.virtual_tokens] = _bfloat16(first) if self.dtype == "bfloat16" else first
         return words
+
+    def _finite(self, content: Array) -> bool:
+        if self.dtype == "bfloat16":
+            return bool((content.view(np.uint16) & 0x7F80 != 0x7F80).all())
+        return self.dtype == "int8" or bool(np.isfinite(content.view(self.dtype)).all())
 
     def _named_layers(self) -> Iterator[tuple[str, LayerCache]]:
         for index, layer in self.layers.items():

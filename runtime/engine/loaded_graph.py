@@ -36,17 +36,28 @@ NO_GRAPH = -1
 """The `gpu_graph_id` of runs that are not captured as a CUDA graph."""
 MOST_ROWS = 65536
 """More than any machine steps at once: so that a mistyped number takes no memory."""
+OF_TWO_STREAMS = ("gate_mean", "hidden_base", "hidden_adapter", "present_query_sum", "present_query_count")
+"""Outputs in the order of `TokenOutputs`, after the logits."""
 QUERY_GATES = ("query_aware", "query_mixed")
 
 
 class TokenOutputs(NamedTuple):
-    """What a run over tokens gives. logits: (B * N, vocab), until the next run. gate_mean: (B, N); query_sum (B, 2, d)
-    and query_count (B,): the query's state after it; None in a base-only graph."""
+    """What a run over tokens gives, N positions of each row, each as often as there are memories. logits: (B * N, vocab), until the next run. gate_mean: (B,
+    N); hidden_base and hidden_adapter: (B, N, d), the last hidden states; query_sum (B, 2, d) and query_count (B,): the
+    query's state after it; None in a base-only graph."""
 
     logits: Logits
     gate_mean: Array | None
+    hidden_base: Array | None
+    hidden_adapter: Array | None
     query_sum: Array | None
     query_count: Array | None
+
+    def hidden(self) -> Array | None:
+        """(B, N, 2, d): of base and adapter, as the sums have them."""
+        if self.hidden_base is None or self.hidden_adapter is None:
+            return None
+        return np.stack([self.hidden_base, self.hidden_adapter], axis=2)
 
 
 class LoadedGraph:
@@ -139,14 +150,14 @@ class LoadedGraph:
         memories: tuple[int, ...] = BLEND,
     ) -> TokenOutputs:
         """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits at each row's
-        last new token, of each of `memories` in turn, or the blend's at `every` one. query_mask: (B, S), 1 at the
-        tokens, which belong to the query. The state's caches are written; its lengths and sums are not."""
+        last new token, or at `every` one, of each of `memories` in turn. query_mask: (B, S), 1 at the tokens that
+        belong to the query. The state's caches are written; its lengths and sums are not."""
         rows = slice(None) if row is None else slice(row, row + 1)
         batch, sequence = input_ids.shape
         lengths = state.lengths[rows]
         new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
-        last = np.maximum(new[:, None] - 1, 0)
-        wanted = np.tile(np.arange(sequence), (batch, 1)) if every else last.repeat(len(memories), 1)
+        asked = np.tile(np.arange(sequence), (batch, 1)) if every else np.maximum(new[:, None] - 1, 0)
+        wanted = asked.repeat(len(memories), 1)
         bias = state.memory_bias[rows]
         self.reserve(state, int(lengths.max()) + sequence)  # padding needs room too
         positions = lengths[:, None] + np.arange(sequence)[None]
@@ -161,14 +172,14 @@ class LoadedGraph:
             "past_query_sum": state.query_sum[rows],
             "past_query_count": state.query_count[rows],
             "memory_bias": np.broadcast_to(bias[:, None], wanted.shape) if self.manifest.by_memory else bias,
-            "memory": np.broadcast_to(memories, wanted.shape),
+            "memory": np.tile(np.array(memories), asked.shape),
         }
         binding = self.onnx.io_binding()
         for name in self.input_names & feed.keys():
             binding.bind_cpu_input(name, np.asarray(feed[name], order="C"))
         self.bind_caches(binding, state, row)
         binding.bind_output("logits", self.place.name)
-        names = ["gate_mean", "present_query_sum", "present_query_count"] if self.siamese else []
+        names = OF_TWO_STREAMS if self.siamese else ()
         for name in names:
             binding.bind_output(name, "cpu")
         options = onnxruntime.RunOptions()
@@ -176,7 +187,7 @@ class LoadedGraph:
             options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
         self.run(binding, options)
         logits, *numbers = binding.get_outputs()[-1 - len(names) :]  # in the order in which they were bound
-        found = [np.asarray(value.numpy()) for value in numbers] if self.siamese else [None] * 3
+        found = [np.asarray(value.numpy()) for value in numbers] if self.siamese else [None] * 5
         return TokenOutputs(self.place.logits(logits, self.manifest.vocab_size), *found)
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Where a row can be cut back to: what the gate's query was at some of its earlier lengths.
 
 The query is a sum over the prompt's tokens, so it cannot be taken apart again: it is recorded at the end of each
-prefill chunk and at the last decoded tokens.
+prefill chunk, before a prompt's last token, at the end of each reply and at the last decoded tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Marks:
     """The marks of one row, ascending by length."""
 
     def __init__(self) -> None:
-        self.read: list[Mark] = []  # at the ends of prefill chunks
+        self.read: list[Mark] = []  # in prompts, and at the ends of replies
         self.decoded: deque[Mark] = deque(maxlen=RECENT)
 
     @property
@@ -43,6 +43,16 @@ class Marks:
     def at(self, length: int) -> Mark | None:
         """The mark of a length."""
         return next((mark for mark in (*self.read, *self.decoded) if mark.length == length), None)
+
+    def add_read(self, mark: Mark) -> None:
+        """Add a mark, unless there is one of its length."""
+        if not any(known.length == mark.length for known in self.read):
+            self.read.append(mark)
+
+    def add_decoded(self, length: int, reply_sum: Sums, reply_count: Any) -> None:
+        """Add the mark of a token of the reply, whose query is the last one that was read."""
+        query = self.read[-1]
+        self.decoded.append(Mark(length, query.query_sum, query.query_count, reply_sum, reply_count))
 
     def cut(self, length: int) -> None:
         """Forget what is beyond `length`."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .loaded_graph import LoadedGraph, TokenOutputs
 from .marks import Mark
-from .picks import Picks, check_sound
+from .picks import BLEND, Picks, check_sound
 from .state import DecodeState
 
 Array = NDArray[Any]
@@ -58,7 +58,7 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks
     rows: list[tuple[Array, ...]] = [()] * state.batch
     gates: list[Array | None] = [None] * state.batch
     for piece in plan_prefill(texts, chunk, graph.manifest.padding, graph.manifest.batched_chunks, starts_empty):
-        outputs = _read_piece(graph, state, piece, picks.memories)
+        outputs = read_piece(graph, state, piece, memories=picks.memories)
         ended = np.flatnonzero(piece.ends)
         if not len(ended):
             continue
@@ -73,8 +73,11 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks
     return picks.output(columns, np.array(found) if found else None)
 
 
-def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece, memories: tuple[int, ...]) -> TokenOutputs:
-    """Run a piece and count it in. An empty text leaves its row as it is; its output means nothing."""
+def read_piece(
+    graph: LoadedGraph, state: DecodeState, piece: Piece, every: bool = False, memories: tuple[int, ...] = BLEND
+) -> TokenOutputs:
+    """Run a piece and count it in. An empty text leaves its row as it is; its output means nothing. every: whether a
+    piece of one row gives the outputs of every token. memories: as in `LoadedGraph.run_tokens`."""
     first = 0 if piece.row is None else piece.row
     rows = slice(first, first + len(piece.texts))
     longest = max(map(len, piece.texts))
@@ -83,16 +86,19 @@ def _read_piece(graph: LoadedGraph, state: DecodeState, piece: Piece, memories: 
     for index, text in enumerate(piece.texts):
         input_ids[index, : len(text)] = text
         query_mask[index, : len(text)] = 1
-    outputs = graph.run_tokens(state, input_ids, query_mask, piece.row, memories=memories)
+    outputs = graph.run_tokens(state, input_ids, query_mask, piece.row, every, memories)
     state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
-    sums, counts = outputs.query_sum, outputs.query_count
-    if sums is None or counts is None:
+    sums, counts, hidden = outputs.query_sum, outputs.query_count, outputs.hidden()
+    if sums is None or counts is None or hidden is None:
         return outputs
     state.query_sum[rows] = sums
     state.query_count[rows] = counts
     if state.gate_reads_query:
         for index, text in enumerate(piece.texts):
-            if len(text):
-                length = int(state.lengths[first + index])
-                state.marks[first + index].read.append(Mark(length, sums[index], counts[index], ZERO, ZERO))
+            if not len(text):
+                continue
+            marks, length = state.marks[first + index], int(state.lengths[first + index])
+            if piece.ends[index]:  # a text that was read once is read again but for one token
+                marks.add_read(Mark(length - 1, sums[index] - hidden[index, -1], counts[index] - 1, ZERO, ZERO))
+            marks.read.append(Mark(length, sums[index], counts[index], ZERO, ZERO))
     return outputs

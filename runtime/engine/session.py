@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,11 @@ from .memories import MEMORIES
 from .picks import BLEND, EachMemory, Likeliest, LogProbabilities, Picks, TokenScores, Whole
 from .place import HostLogits
 from .prefill import read
+from .prompt_logprobs import PromptLogprobs, read_with_logprobs
 from .scoring import score_continuation
-from .state import DecodeState, LikeliestOutput, StepOutput
+from .state import DecodeState, LikeliestOutput, StepOutput, StepsOutput
 from .step import DecodeBinding, DeviceDecodeBinding
+from .steps import MOST_TOKENS, feed
 
 Array = NDArray[Any]
 Output = TypeVar("Output")
@@ -97,6 +99,21 @@ class Session(LoadedGraph):
         """`decode_step`, which returns what `prefill_likeliest` returns."""
         return self._decode(state, tokens, self._likeliest(k, probabilities))
 
+    def continue_step(
+        self, state: DecodeState, tokens: Sequence[int] | Array, by_memory: bool = False
+    ) -> StepsOutput:
+        """Feed several chosen tokens of the reply of a state of one row, (S,), in one run: equal to S decode steps up
+        to rounding. `state.trim` takes back any of them. Raises PromptError for no token, for more than
+        `steps.MOST_TOKENS`, and for another number of rows; otherwise as `decode_step`."""
+        self.check_state(state)
+        chosen = self.token_ids(tokens)
+        if state.batch != 1:
+            raise PromptError(f"several tokens continue a state of one row; this one has {state.batch}")
+        if not 1 <= len(chosen) <= MOST_TOKENS:
+            raise PromptError(f"{len(chosen)} tokens are fed at once; it must be 1 to {MOST_TOKENS}")
+        picks = self._whole(by_memory)
+        return self._fed(state, len(chosen), lambda: feed(self, state, chosen, picks))
+
     def binding_of(self, state: DecodeState, memories: tuple[int, ...] = BLEND) -> DecodeBinding:
         """The bound decode step of a state that gives these memories' logits, rebuilt when the state's arrays or caches
         were replaced, or others are asked for."""
@@ -153,6 +170,17 @@ class Session(LoadedGraph):
         if memory != "blend":
             self._check_by_memory("memory", memory)
 
+    def prompt_logprobs(self, prompt: Sequence[int], memory_bias: float = 0.0, k: int = 0) -> PromptLogprobs:
+        """Log-probabilities of the tokens of a prompt, given those before them, and with k > 0 the k likeliest tokens
+        in their places: what "echo" shows. The gate's query is the whole prompt, as it is when the answer is generated,
+        so that a prompt of more than one chunk is read twice where the gate reads the query, and once otherwise.
+        Generation goes on from the result's state and logits. Raises as `prefill`, and SettingsError for k."""
+        k = whole_number("k", k, 0, self.manifest.vocab_size)
+        state = self.new_state(1, memory_bias)
+        (text,) = self._texts(state, [prompt])
+        self.reserve(state, len(text))
+        return read_with_logprobs(self, state, text, self._chunk(1), k)
+
     def _prefill(
         self, state: DecodeState, prompts: Sequence[Sequence[int]], chunk: int | None, picks: Picks[Output]
     ) -> Output:
@@ -161,10 +189,7 @@ class Session(LoadedGraph):
         chunk = self._chunk(state.batch) if chunk is None else whole_number("chunk", chunk, 1)
         try:
             state.begin()
-            state.query_sum += state.reply_sum
-            state.query_count += state.reply_count
-            state.reply_sum[:] = 0
-            state.reply_count[:] = 0
+            state.ask()
             # Once for all chunks: growing copies the caches.
             self.reserve(state, max(int(length) + len(text) for length, text in zip(state.lengths, texts, strict=True)))
             output = read(self, state, texts, chunk, picks)
@@ -180,15 +205,19 @@ class Session(LoadedGraph):
         chosen = self.token_ids(tokens)
         if len(chosen) != state.batch:
             raise PromptError(f"{len(chosen)} tokens for {state.batch} rows")
+        return self._fed(state, 1, lambda: self.binding_of(state, picks.memories).step(self, state, np.array(chosen), picks))
+
+    def _fed(self, state: DecodeState, count: int, step: Callable[[], Output]) -> Output:
+        """What a step returns that feeds `count` tokens to every row."""
         if not state.lengths.all():
             raise PromptError("a row has no prompt yet; read one by prefill before decoding")
-        longest = int(state.lengths.max()) + 1
+        longest = int(state.lengths.max()) + count
         if longest > self.manifest.context_length:
             raise PromptError(f"the text has reached the model's context of {self.manifest.context_length} tokens")
         try:
             state.begin()
             self.reserve(state, longest)
-            output = self.binding_of(state, picks.memories).step(self, state, np.array(chosen), picks)
+            output = step()
             state.pending = [None] * state.batch
             state.note = None
             return output

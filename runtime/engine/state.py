@@ -28,6 +28,15 @@ class StepOutput(NamedTuple):
     memory_logits: Array | None = None
 
 
+class StepsOutput(NamedTuple):
+    """Of S tokens that were fed at once: logits (S, vocab) float32 after each of them, for the next one. gate_mean (S,)
+    and memory_logits (S, 2, vocab) float32: as in `StepOutput`."""
+
+    logits: Array
+    gate_mean: Array | None
+    memory_logits: Array | None = None
+
+
 class LikeliestOutput(NamedTuple):
     """ids: (B, k) int64, the k likeliest next tokens of each row, the likeliest first. logits: (B, k) float32, theirs.
     log_normalizer: (B,), the logarithm of the sum of exp(logits) over the vocabulary: `logits` minus it are
@@ -68,12 +77,24 @@ class DecodeState(Journal):
         """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.caches.values())
 
-    def take(self, rows: Sequence[int]) -> DecodeState:
-        """A separate state with copies of these rows, in this order; a row may come twice. Raises PromptError for a row
-        that does not exist."""
+    def take(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> DecodeState:
+        """A separate state with copies of these rows, in this order; a row may come twice. lengths: cut back to these,
+        one for each of `rows`, as `trim` would; what is cut is not copied. Raises PromptError for a row that does not
+        exist and as `trim`."""
         self.settle()
         chosen = self._checked(rows)
-        length = int(self.lengths[chosen].max(initial=0))
+        wanted = self.lengths[chosen].tolist() if lengths is None else integers(lengths, "length")
+        if len(wanted) != len(chosen):
+            raise PromptError(f"{len(wanted)} lengths for {len(chosen)} rows")
+        found = [self._mark(row, length) for row, length in zip(chosen, wanted, strict=True)]
+        made = self._copied(chosen, max(wanted, default=0))
+        for row, (length, mark) in enumerate(zip(wanted, found, strict=True)):
+            if length != made.lengths[row]:
+                made._cut(row, length, mark)
+        return made
+
+    def _copied(self, chosen: Sequence[int], length: int) -> DecodeState:
+        """Copies of rows, of whose caches the first `length` tokens are copied."""
         arrays: dict[str, Any] = {name: getattr(self, name)[chosen] for name in ARRAYS}
         return DecodeState(
             caches={group: cache.take(chosen, length) for group, cache in self.caches.items()},
@@ -145,10 +166,10 @@ class DecodeState(Journal):
     def trim(self, lengths: Sequence[int]) -> None:
         """Cut every row back to its first `lengths[row]` tokens: what follows equals a run that stopped there.
 
-        The gate's query is a sum over the prompt, which is known where a prefill's chunk ended and at the last
-        `marks.RECENT` tokens that were decoded: `cut_lengths` says where. Where the gate does not read the query, any
-        length works. Raises PromptError for a length that is longer than the row or not known; the state is then
-        unchanged.
+        The gate's query is a sum over the prompt, which is known where a prefill's chunk ended, before a prompt's last
+        token, where a reply ended, and at the last `marks.RECENT` tokens that were decoded: `cut_lengths` says where.
+        Where the gate does not read the query, any length works. Raises PromptError for a length that is longer than
+        the row or not known; the state is then unchanged.
         """
         self.settle()
         wanted = integers(lengths, "length")
@@ -164,6 +185,16 @@ class DecodeState(Journal):
         except BaseException:
             self.undo()
             raise
+
+    def ask(self) -> None:
+        """Let every row's reply join the query, as the first act of reading a prompt."""
+        for row in np.flatnonzero(self.reply_count) if self.gate_reads_query else ():
+            arrays = (self.query_sum, self.query_count, self.reply_sum, self.reply_count)
+            self.marks[row].add_read(Mark(int(self.lengths[row]), *(array[row].copy() for array in arrays)))
+        self.query_sum += self.reply_sum
+        self.query_count += self.reply_count
+        self.reply_sum[:] = 0
+        self.reply_count[:] = 0
 
     def cut_lengths(self, row: int) -> list[int]:
         """The lengths that `trim` takes for a row, ascending. Raises PromptError for a row that does not exist."""

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from .device import Device, Pack, StepLogits
 from .loaded_graph import LoadedGraph
-from .marks import Mark
 from .picks import Picks, check_sound
 from .place import HostLogits, Logits
 from .state import DecodeState
@@ -185,6 +184,4 @@ def _mark(state: DecodeState) -> None:
     """Record the sums of every row, so that the state can be cut back to here."""
     sums, counts = state.reply_sum.copy(), state.reply_count.copy()
     for row, marks in enumerate(state.marks):
-        query = marks.read[-1]
-        length = int(state.lengths[row])
-        marks.decoded.append(Mark(length, query.query_sum, query.query_count, sums[row], counts[row]))
+        marks.add_decoded(int(state.lengths[row]), sums[row], counts[row])

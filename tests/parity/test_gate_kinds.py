@@ -26,6 +26,12 @@ def test_exported_gate_equals_the_oracle_at_several_biases_and_is_measured_by_me
             assert output.gate_mean is not None
             np.testing.assert_allclose(output.gate_mean[0], step.gate.mean(), atol=1e-4)
             output = session.decode_step(state, [step.token])
+    steps = reference_generate(exported.model, PROMPT, 6)
+    state = session.new_state()
+    session.prefill(state, [PROMPT])
+    outputs = session.continue_step(state, [step.token for step in steps[:-1]])
+    for index, step in enumerate(steps[1:]):
+        np.testing.assert_allclose(outputs.logits[index], step.logits.numpy(), atol=1e-4, rtol=1e-4)
     check_memories_apart(exported)
     check_each_memory(exported)
 

@@ -15,6 +15,7 @@ import pytest
 from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session, SettingsError
 from runtime.engine.marks import RECENT
+from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.providers import ON_DEVICE
 from tests.adapters import make_siamese_with
 from tests.builders import make_base_folder, save_tiny_checkpoint
@@ -167,6 +168,43 @@ def test_taken_rows_go_on_as_if_alone_and_leave_the_state_as_it_was(opened: Open
     )
 
 
+def test_several_tokens_at_once_equal_one_after_the_other(opened: Opened) -> None:
+    state, steps = opened.alone(MIDDLE, [29], bias=0.3), opened.alone(MIDDLE, [29], bias=0.3)
+    together = opened.session.continue_step(state, REPLY)
+    assert together.logits.shape == (len(REPLY), opened.session.manifest.vocab_size)
+    for index, token in enumerate(REPLY):
+        single = opened.session.decode_step(steps, [token])
+        opened._assert_close(together.logits[index], single.logits[0])
+        if opened.tolerance == FLOAT:
+            assert together.logits[index].argmax() == single.logits[0].argmax()
+        if together.gate_mean is not None and single.gate_mean is not None:
+            np.testing.assert_allclose(together.gate_mean[index], single.gate_mean[0], atol=opened.tolerance)
+    assert state.cut_lengths(0) == steps.cut_lengths(0)
+    for name in ("lengths", "query_count", "reply_count"):
+        np.testing.assert_array_equal(getattr(state, name), getattr(steps, name))
+    opened._assert_close(state.reply_sum, steps.reply_sum)
+    taken_back = state.take([0])
+    taken_back.trim([len(MIDDLE) + 3])
+    opened.assert_goes_on_alike(taken_back, [opened.alone(MIDDLE, [29, *REPLY[:2]], bias=0.3)])
+    opened.assert_goes_on_alike(state, [steps])
+
+
+def test_a_kept_text_goes_on_as_a_fresh_run_from_any_token_of_its_reply(opened: Opened, tmp_path: Path) -> None:
+    kept = PrefixCache(opened.session, 10**8)
+    assert kept.put([*LONG, *REPLY], opened.alone(LONG, REPLY, bias=1.0))
+    kept.save(tmp_path / "kept")
+    loaded = PrefixCache.load(opened.session, tmp_path / "kept", kept.nbytes)
+    for cache in (kept, loaded):
+        for reply in (0, 2, 4):
+            text = [*LONG, *REPLY[:reply], 70, 71]
+            state, length = cache.take(text, memory_bias=0.3)
+            assert (length, list(state.lengths)) == (len(LONG) + reply, [len(LONG) + reply])
+            output = opened.session.prefill(state, [text[length:]])
+            fresh = opened.session.new_state(1, 0.3)
+            opened._assert_close(output.logits[0], opened.session.prefill(fresh, [text]).logits[0])
+            opened.assert_goes_on_alike(state, [fresh])
+
+
 def test_joined_rows_go_on_as_if_alone(opened: Opened) -> None:
     state, newcomer = ragged(opened), opened.session.new_state(1, 0.7)
     opened.session.prefill(newcomer, [LONG[::-1]])
@@ -279,6 +317,23 @@ def test_a_row_is_cut_back_to_nothing_and_reads_another_prompt(opened: Opened) -
         opened._assert_close(output.logits[row], opened.session.prefill(opened.session.new_state(1), [text]).logits[0])
 
 
+def test_rows_are_taken_as_if_they_were_cut_back_then(opened: Opened) -> None:
+    state = ragged(opened)
+    taken = state.take([2, 0, 0], [1, 25, 27])
+    assert list(taken.lengths) == [1, 25, 27]
+    alone = [opened.alone(SHORT, bias=-0.3), opened.alone(LONG, REPLY[:2]), opened.alone(LONG, REPLY)]
+    opened.assert_goes_on_alike(taken, alone)
+
+
+@pytest.mark.parametrize("length", [len(MIDDLE) - 1, len(MIDDLE) + len(REPLY)])
+def test_a_prompt_but_for_its_last_token_and_an_earlier_reply_are_cut_back_to(opened: Opened, length: int) -> None:
+    state = opened.alone(MIDDLE, REPLY, [50, 51, 52])
+    for _ in range(RECENT):  # the tokens of the first reply are not among the recent ones any more
+        opened.session.decode_step(state, [5])
+    state.trim([length])
+    opened.assert_goes_on_alike(state, [opened.alone(MIDDLE[:length], REPLY[: max(0, length - len(MIDDLE))])])
+
+
 def test_an_earlier_turn_is_cut_back_to(opened: Opened) -> None:
     state = opened.alone(MIDDLE, REPLY, [50, 51], [52])
     state.trim([len(MIDDLE) + 2])  # into the first reply, which is the query's by now
@@ -294,7 +349,7 @@ def test_a_length_whose_query_is_not_known_is_refused_and_the_nearest_is_told(op
         state.trim([13, 3])
         assert list(state.lengths) == [13, 3]
         return
-    assert state.cut_lengths(0) == [0, 10, 20, 23]
+    assert state.cut_lengths(0) == [0, 10, 20, 22, 23]
     with pytest.raises(PromptError, match=r"row 0 cannot be cut back to 13 tokens: .* length below is 10"):
         state.trim([13, 0])
     assert list(state.lengths) == lengths
@@ -337,4 +392,4 @@ def test_only_the_last_decoded_tokens_are_kept_to_be_cut_back_to(artifact_of: Ca
     session.prefill(state, [MIDDLE])
     for _ in range(RECENT + 6):
         session.decode_step(state, [5])
-    assert state.cut_lengths(0) == [0, 6, *range(13, 13 + RECENT)]
+    assert state.cut_lengths(0) == [0, 5, 6, *range(13, 13 + RECENT)]

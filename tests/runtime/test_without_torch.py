@@ -14,7 +14,7 @@ from tests.builders import write_jsonl
 from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[2]
-BANNED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "accelerate")
+BANNED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "optimum", "accelerate")
 BLOCKER = f"""
 import sys
 class Blocker:
