@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.execution import Execution
     from .engine.picks import TokenScores
+    from .engine.prefix_cache import PrefixCache
+    from .engine.prompt_logprobs import PromptLogprobs
     from .engine.session import Session
-    from .engine.state import DecodeState, LikeliestOutput, StepOutput
+    from .engine.state import DecodeState, LikeliestOutput, StepOutput, StepsOutput
     from .errors import (
         ArtifactError,
         IMSMRuntimeError,
@@ -44,8 +46,10 @@ Microsoft."""
 _HOMES = {
     "engine.execution": ("Execution",),
     "engine.picks": ("TokenScores",),
+    "engine.prefix_cache": ("PrefixCache",),
+    "engine.prompt_logprobs": ("PromptLogprobs",),
     "engine.session": ("Session",),
-    "engine.state": ("DecodeState", "LikeliestOutput", "StepOutput"),
+    "engine.state": ("DecodeState", "LikeliestOutput", "StepOutput", "StepsOutput"),
     "errors": (
         "ArtifactError",
         "IMSMRuntimeError",
@@ -83,13 +87,16 @@ __all__ = [
     "LikeliestOutput",
     "MissingPackageError",
     "Model",
+    "PrefixCache",
     "PromptError",
+    "PromptLogprobs",
     "ProviderError",
     "Score",
     "ScoreSettings",
     "Session",
     "SettingsError",
     "StepOutput",
+    "StepsOutput",
     "Timings",
     "Token",
     "TokenScores",

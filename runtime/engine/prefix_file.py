@@ -23,7 +23,6 @@ from .state import DecodeState
 
 Array = NDArray[Any]
 FORMAT = "imsm prefix cache 1"
-TYPES = {"I64": np.int64, "F32": np.float32, "U8": np.uint8}
 ZERO = np.float32(0)
 
 

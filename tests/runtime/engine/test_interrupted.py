@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime import DecodeState, Model, PromptError, generate, generate_step, load, stream_generate
+from runtime import DecodeState, Model, PrefixCache, PromptError, generate, generate_step, load, stream_generate
 from runtime.engine import cache
 from runtime.engine.journal import Journal
 from runtime.engine.providers import ON_DEVICE
@@ -115,6 +115,7 @@ CHANGES: dict[str, tuple[list[int], Callable[[Model, DecodeState], Any]]] = {
     ),
     "decode_step": ([0, 1], lambda model, state: model.session.decode_step(state, [50, 51]).logits.tolist()),
     "decode_likeliest": ([1], lambda model, state: likeliest(model.session.decode_likeliest(state, [3], 1, True))),
+    "continue_step": ([1], lambda model, state: model.session.continue_step(state, [50, 3, 4]).logits.tolist()),
     "join": ([0], lambda model, state: state.join(state.take([0]))),
     "drop": ([0, 1], lambda model, state: state.drop([0])),
     "trim": ([0, 1], lambda model, state: state.trim([len(PROMPT) + 2, 5])),
@@ -233,6 +234,8 @@ def test_another_thread_is_refused_in_the_middle_of_a_step(
         "prefill": lambda: session.prefill(state, [[5]]),
         "decode_step": lambda: session.decode_step(state, [5]),
         "generate": lambda: generate(model, [5], state=state, max_new_tokens=1),
+        "continue_step": lambda: session.continue_step(state, [5]),
+        "put": lambda: PrefixCache(session, 10**8).put(range(len(PROMPT) + 5), state),
         "take": lambda: state.take([0]),
         "join": lambda: state.join(other),
         "be joined": lambda: other.take([0]).join(state),

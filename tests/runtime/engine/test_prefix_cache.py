@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 from runtime import ArtifactError, DecodeState, PrefixCache, PromptError, Session
 from runtime.engine import cache
 from runtime.engine.cache import KVCache
-from runtime.engine.prefix_file import TYPES
 from runtime.manifest import LayerCache
 from tests.exported import PROMPT, Exported
 
@@ -42,7 +41,7 @@ def read(session: Session, prompt: list[int], reply: list[int] | None = None, ch
 
 
 def assert_fresh(session: Session, state: DecodeState, held: int, text: list[int]) -> None:
-    """A state that holds the first tokens of a text goes on as a fresh run over it, and so does what is decoded then."""
+    """A state that holds the first tokens of a text goes on as a fresh run over it, and so does what is decoded."""
     assert state.lengths[0] == held
     fresh = session.new_state(1, state.memory_bias.tolist())
     found = session.prefill(state, [text[held:]])
@@ -51,8 +50,8 @@ def assert_fresh(session: Session, state: DecodeState, held: int, text: list[int
     assert state.query_count[0] == len(text)
     assert state.reply_count[0] == 0
     for token in (9, 7):
-        outputs = [session.decode_step(each, [token]).logits for each in (state, fresh)]
-        np.testing.assert_allclose(*outputs, atol=1e-4)
+        expected = session.decode_step(fresh, [token]).logits
+        np.testing.assert_allclose(session.decode_step(state, [token]).logits, expected, atol=1e-4)
 
 
 def test_the_longest_beginning_of_all_texts_is_found(session: Session) -> None:
@@ -161,9 +160,11 @@ def test_the_beginning_of_a_kept_text_is_not_kept_beside_it(session: Session) ->
 def test_a_short_beginning_of_a_long_text_takes_little_room(session: Session) -> None:
     kept = PrefixCache(session, LARGE)
     kept.put([5] * 100, read(session, [5] * 100, chunk=10))
-    state, held = kept.take([5] * 11)
-    assert held == 10
-    assert state.caches["both"].capacity == 16
+    state, held = kept.take([5] * 31)
+    assert held == 30
+    assert state.caches["both"].capacity == 32
+    assert kept.take([5] * 29)[1] == 0  # of every 32 tokens the last mark is kept, but for the end
+    assert kept.take([5] * 42)[1] == 40
 
 
 def test_what_does_not_fit_is_refused(session: Session, tiny: Exported) -> None:
@@ -339,7 +340,7 @@ def test_a_file_that_is_not_of_this_artifact_is_one_line(
     message, change = DAMAGES[damage]
     with safe_open(saved, framework="numpy") as file:
         metadata = dict(file.metadata())
-        tensors = {name: file.get_tensor(name).copy() for name in file.keys()}
+        tensors = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
     change(tensors, metadata)
     save_file(tensors, tmp_path / "kept", metadata)
     with pytest.raises(ArtifactError, match=message) as raised:
@@ -364,7 +365,7 @@ def test_bytes_changed_anywhere_are_refused_or_do_no_harm(session: Session, save
     content, path = saved.read_bytes(), tmp_path / "kept"
     generator = np.random.default_rng(0)
     refused = 0
-    for place in generator.integers(0, min(len(content), 6000), 60):
+    for place in generator.integers(0, 2000, 60):
         damaged = bytearray(content)
         damaged[place] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)

@@ -49,8 +49,8 @@ def test_they_are_those_of_pytorch_with_the_whole_prompt_as_the_query(
     np.testing.assert_allclose(found.output.gate_mean, output.gate_mean, atol=1e-5)
     np.testing.assert_allclose(found.state.query_sum, plain.query_sum, atol=1e-4)
     for token in (9, 8):
-        steps = [session.decode_step(state, [token]).logits for state in (found.state, plain)]
-        np.testing.assert_allclose(*steps, atol=1e-4)
+        following = session.decode_step(plain, [token]).logits
+        np.testing.assert_allclose(session.decode_step(found.state, [token]).logits, following, atol=1e-4)
 
 
 def test_another_query_would_be_noticed(tiny: Exported, session: Session) -> None:
@@ -61,9 +61,7 @@ def test_another_query_would_be_noticed(tiny: Exported, session: Session) -> Non
 def test_a_prompt_of_one_token_has_none_and_goes_on(session: Session) -> None:
     found = session.prompt_logprobs([5], k=2)
     assert (found.logprobs.shape, found.ids.shape, found.id_logprobs.shape) == ((0,), (0, 2), (0, 2))
-    np.testing.assert_allclose(
-        found.output.logits, session.prefill(session.new_state(), [[5]]).logits, atol=1e-5
-    )
+    np.testing.assert_allclose(found.output.logits, session.prefill(session.new_state(), [[5]]).logits, atol=1e-5)
 
 
 def test_what_is_no_prompt_and_no_number_of_tokens_is_refused(session: Session) -> None:

@@ -15,6 +15,7 @@ from runtime import ArtifactError, DecodeState, Execution, PromptError, Provider
 from runtime.engine import cache
 from runtime.engine.place import Host
 from runtime.engine.session import CPU_PREFILL_ROWS
+from runtime.engine.steps import MOST_TOKENS
 from runtime.folder import check_files
 from runtime.manifest import read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
@@ -305,6 +306,32 @@ def test_decoding_before_a_prompt_is_refused(session: Session) -> None:
         session.decode_step(session.new_state(1), [5])
     with pytest.raises(SettingsError, match="batch is 0; it must be 1 to 65536"):
         session.new_state(0)
+
+
+def test_several_tokens_at_once_that_do_not_fit_are_refused(session: Session) -> None:
+    state = session.new_state(1)
+    with pytest.raises(PromptError, match="no prompt yet"):
+        session.continue_step(state, [5])
+    session.prefill(state, [[5] * 60])
+    for tokens, message in (
+        ([], "0 tokens are fed at once; it must be 1 to 63"),
+        ([5] * 64, "64 tokens are fed at once"),
+        ([5, 259], "token id 259 is outside"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            session.continue_step(state, tokens)
+    session.decode_step(state, [6])
+    session.continue_step(state, [5] * MOST_TOKENS)
+    with pytest.raises(PromptError, match="reached the model's context of 128"):
+        session.continue_step(state, [5] * 5)
+    assert state.lengths[0] == 61 + MOST_TOKENS
+    state.trim([61])  # before the first of them
+    session.continue_step(state, [5] * 4)
+    assert state.lengths[0] == 65
+    two = session.new_state(2)
+    session.prefill(two, [[1], [2]])
+    with pytest.raises(PromptError, match="a state of one row; this one has 2"):
+        session.continue_step(two, [5])
 
 
 def test_settings_that_execution_does_not_have_are_errors(tiny: Exported) -> None:
