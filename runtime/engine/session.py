@@ -147,6 +147,8 @@ class Session(LoadedGraph):
         """How likely each of several `continuations` of one prompt is, which is read once. memory: whose logits are
         judged, one of `MEMORIES`. Raises PromptError for an empty continuation, and otherwise as `prefill` and
         `check_memory`."""
+        if not (is_sequence(continuations) or (isinstance(continuations, np.ndarray) and continuations.ndim)):
+            raise PromptError(f"continuations are {shown(continuations)}, not a sequence of continuations")
         begin, rests = self.token_ids(prompt), [self.token_ids(rest) for rest in continuations]
         self.check_memory(memory)
         state = self.new_state(1, memory_bias)
@@ -165,7 +167,7 @@ class Session(LoadedGraph):
 
     def check_memory(self, memory: str) -> None:
         """Raise SettingsError for what is none of `MEMORIES`, and for a memory alone where `by_memory` is refused."""
-        if memory not in MEMORIES:
+        if typed("memory", memory, str) not in MEMORIES:
             raise SettingsError("memory", memory, f"it must be one of {', '.join(MEMORIES)}")
         if memory != "blend":
             self._check_by_memory("memory", memory)

@@ -23,6 +23,7 @@ from runtime import (
     IMSMRuntimeError,
     Model,
     PromptError,
+    ScoreSettings,
     Session,
     SettingsError,
     generate,
@@ -30,6 +31,7 @@ from runtime import (
     greedy,
     load,
     make_sampler,
+    score_texts,
     stream_generate,
 )
 from runtime.bench.settings import BenchSettings
@@ -173,6 +175,18 @@ def call(model: Model, tiny: Exported) -> dict[str, Callable[[Any], Any]]:
         "score prompt": lambda value: session.score(value, [5]),
         "score continuation": lambda value: session.score([5], value),
         "score memory_bias": lambda value: session.score([5], [5], value),
+        "score_each prompt": lambda value: session.score_each(value, [[5]]),
+        "score_each continuations": lambda value: session.score_each([5], value),
+        "score_each continuation": lambda value: session.score_each([5], [[5], value]),
+        "score_each memory_bias": lambda value: session.score_each([5], [[5]], value),
+        "score_each memory": lambda value: session.score_each([5], [[5]], memory=value),
+        "check_memory memory": lambda value: session.check_memory(value),
+        "score_texts model": lambda value: score_texts(value, []),
+        "score_texts rows": lambda value: list(score_texts(model, value)),
+        "score_texts row": lambda value: list(score_texts(model, [value])),
+        "score_texts prompt": lambda value: list(score_texts(model, [{"prompt": value, "continuation": "a"}])),
+        "score_texts continuation": lambda value: list(score_texts(model, [{"prompt": "a", "continuation": value}])),
+        "score_texts settings": lambda value: score_texts(model, [], value),
         "take rows": lambda value: state(2).take(value),
         "take row": lambda value: state(6).take([value]),
         "drop rows": lambda value: state(2).drop(value),
@@ -231,6 +245,18 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "score prompt": is_tokens,
     "score continuation": is_tokens,
     "score memory_bias": is_numbers,
+    "score_each prompt": is_tokens,
+    "score_each continuations": lambda value: is_rows_tokens(value) or not len(value),
+    "score_each continuation": is_tokens,
+    "score_each memory_bias": is_numbers,
+    "score_each memory": no,
+    "check_memory memory": no,
+    "score_texts model": no,
+    "score_texts rows": lambda value: isinstance(value, list | tuple | range) and not len(value),
+    "score_texts row": no,
+    "score_texts prompt": lambda value: is_text(value) or is_tokens(value),
+    "score_texts continuation": lambda value: is_text(value) or (isinstance(value, list) and all(map(is_text, value))),
+    "score_texts settings": optional(no),
     "take rows": is_tokens,
     "take row": is_whole,
     "drop rows": is_tokens,
@@ -294,7 +320,12 @@ def fresh_odd() -> list[Any]:
     return [iter([5]) if type(value) is type(iter([])) else value for value in ODD]
 
 
-SETTINGS: dict[type[Any], dict[str, Any]] = {Execution: {}, GenerationSettings: {"temperature": 1.0}, BenchSettings: {}}
+SETTINGS: dict[type[Any], dict[str, Any]] = {
+    Execution: {},
+    GenerationSettings: {"temperature": 1.0},
+    BenchSettings: {},
+    ScoreSettings: {},
+}
 FIELD_KINDS: dict[Any, Callable[[Any], bool]] = {
     int: is_whole,
     float: is_number,
@@ -424,7 +455,7 @@ def test_generators_that_share_a_state_notice(model: Model) -> None:
 
 
 def test_what_is_public_is_covered() -> None:
-    covered = {name.split()[0] for name in ACCEPTED} | {"GenerationSettings", "Execution"}
+    covered = {name.split()[0] for name in ACCEPTED} | {"GenerationSettings", "Execution", "ScoreSettings"}
     functions = {name for name in runtime.__all__ if callable(getattr(runtime, name)) and name[0].islower()}
     assert functions <= covered
     methods = {name for name in vars(Session) if not name.startswith("_") and name != "binding_of"}
