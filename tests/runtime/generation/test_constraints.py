@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from runtime import generate, load
+from runtime import GenerationSettings, generate, generate_batch, load
 from runtime.errors import ArtifactError, MissingPackageError, SettingsError
 from runtime.generation import constraints
 from runtime.generation.constraints import Constraint, Kind, make_constraint, schema_text
@@ -277,3 +277,13 @@ def test_generation_writes_what_its_settings_demand(tiny: Exported) -> None:
     assert any(result.finish_reason == "stop" for result in drawn)
     with pytest.raises(SettingsError, match="grammar is start: B; it must be a Lark grammar"):
         generate(model, "Hello", grammar="start: B")
+
+
+def test_texts_of_a_batch_have_a_form_each(tiny: Exported) -> None:
+    model = load(tiny.artifact)
+    expressions = ["[ab]{2}", "[0-9]{3,4}", "x|yy"]
+    settings = [GenerationSettings(regex=expression, max_new_tokens=8) for expression in expressions]
+    together = generate_batch(model, ["Hello", "Hello", "y"], settings)
+    for expression, prompt, found in zip(expressions, ("Hello", "Hello", "y"), together, strict=True):
+        assert re.fullmatch(expression, found.text)
+        assert found.text == generate(model, prompt, regex=expression, max_new_tokens=8).text
