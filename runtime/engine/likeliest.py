@@ -26,17 +26,21 @@ def among_largest(values: Array, k: int) -> Array:
     """Indices, ascending, of all values (N,) that are at least as large as some value that has k - 1 others as large:
     k or somewhat more. All of them if there are no more, or if one is "not a number"."""
     blocks = len(values) // BLOCK
+    if k >= len(values):
+        return np.arange(len(values))
     if k >= blocks:
-        if k >= len(values):
-            return np.arange(len(values))
-        least = np.partition(values, -k)[-k]
+        heads = np.partition(values, -k)[-k:]  # "not a number" is at its end
+        least = heads[0]
     else:
         heads = values[: blocks * BLOCK].reshape(blocks, BLOCK).max(-1)
         least = np.partition(heads, -k)[-k]  # k blocks have a value that large
-    found = np.flatnonzero(values >= least)
-    return found if len(found) >= k else np.arange(len(values))
+    if np.isnan(heads).any() or np.isnan(values[blocks * BLOCK :]).any():
+        return np.arange(len(values))
+    return np.flatnonzero(values >= least)
 
 
 def _largest_of(row: Array, k: int) -> Array:
     ids = among_largest(row, k)
-    return ids[np.argsort(-row[ids], kind="stable")][:k]
+    values = row[ids]
+    values = np.where(np.isnan(values), np.inf, values)  # it comes first, so that whoever checks the values sees it
+    return ids[np.argsort(-values, kind="stable")][:k]
