@@ -99,9 +99,7 @@ class Session(LoadedGraph):
         """`decode_step`, which returns what `prefill_likeliest` returns."""
         return self._decode(state, tokens, self._likeliest(k, probabilities))
 
-    def continue_step(
-        self, state: DecodeState, tokens: Sequence[int] | Array, by_memory: bool = False
-    ) -> StepsOutput:
+    def continue_step(self, state: DecodeState, tokens: Sequence[int] | Array, by_memory: bool = False) -> StepsOutput:
         """Feed several chosen tokens of the reply of a state of one row, (S,), in one run: equal to S decode steps up
         to rounding. `state.trim` takes back any of them. Raises PromptError for no token, for more than
         `steps.MOST_TOKENS`, and for another number of rows; otherwise as `decode_step`."""
@@ -207,7 +205,9 @@ class Session(LoadedGraph):
         chosen = self.token_ids(tokens)
         if len(chosen) != state.batch:
             raise PromptError(f"{len(chosen)} tokens for {state.batch} rows")
-        return self._fed(state, 1, lambda: self.binding_of(state, picks.memories).step(self, state, np.array(chosen), picks))
+        return self._fed(
+            state, 1, lambda: self.binding_of(state, picks.memories).step(self, state, np.array(chosen), picks)
+        )
 
     def _fed(self, state: DecodeState, count: int, step: Callable[[], Output]) -> Output:
         """What a step returns that feeds `count` tokens to every row."""

@@ -29,7 +29,9 @@ def feed(graph: LoadedGraph, state: DecodeState, tokens: Sequence[int], picks: W
     state.lengths[0] += count
     if hidden is None:
         return StepsOutput(*found)
-    sums = np.cumsum(np.concatenate([state.reply_sum, hidden[0, ::each]]), axis=0)  # one after the other, as steps add them
+    sums = np.cumsum(
+        np.concatenate([state.reply_sum, hidden[0, ::each]]), axis=0
+    )  # one after the other, as steps add them
     counts = state.reply_count[0] + np.arange(count + 1, dtype=np.float32)
     state.reply_sum[0], state.reply_count[0] = sums[-1], counts[-1]
     if state.gate_reads_query:

@@ -119,7 +119,10 @@ CHANGES: dict[str, tuple[list[int], Callable[[Model, DecodeState], Any]]] = {
     "join": ([0], lambda model, state: state.join(state.take([0]))),
     "drop": ([0, 1], lambda model, state: state.drop([0])),
     "trim": ([0, 1], lambda model, state: state.trim([len(PROMPT) + 2, 5])),
-    "generate": ([0], lambda model, state: generate(model, [9], max_new_tokens=2, state=state).token_ids),
+    "generate": (
+        [0],
+        lambda model, state: [token.id for token in generate(model, [9], max_new_tokens=2, state=state).tokens],
+    ),
 }
 
 
