@@ -15,8 +15,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 import pytest
 import torch
 
+from export.trace import trace
 from tests.builders import CHAT_TEMPLATE, make_base_folder
 from tests.exported import Exported, export_tiny
+from tests.traced import kept
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background starts us with Ctrl-C ignored
@@ -34,6 +36,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("real"):
                 item.add_marker(pytest.mark.skip(reason="runs on a real model; scripts/test --real runs it"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[None]:
+    """Exports of this session, in whichever process, trace the same module once."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.pipeline.trace", kept(trace, folder))
+        yield
 
 
 @pytest.fixture(scope="session")
