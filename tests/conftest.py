@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +30,10 @@ REAL_MODELS = Path.home() / ".cache" / "imsm-models"  # where examples/real_mode
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--real", action="store_true", help="run the tests on real models too, where those are made")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every collection would walk through all of PyTorch's and transformers' objects
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
