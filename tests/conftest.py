@@ -24,8 +24,31 @@ from tests.traced import kept
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background starts us with Ctrl-C ignored
 
+ROOT = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL_MODELS = Path.home() / ".cache" / "imsm-models"  # where examples/real_model.py makes SmolLM2
+
+
+LONGEST = [
+    "benchmarks/test_coverage.py",
+    "parity/test_rows.py",
+    "export/test_quantized_export.py",
+    "export/test_added_tokens.py",
+    "contract/test_mutations.py",
+    "export/test_cuda_kernels.py",
+    "imsm_core/test_text_part.py",
+    "parity/test_chunks_of_batches.py",
+    "parity/test_half_precision.py",
+    "parity/test_architectures.py",
+    "export/passes/test_quantize_experts.py",
+    "runtime/kernels/test_fuzz.py",
+    "parity/test_gate_kinds.py",
+    "runtime/engine/test_interrupted.py",
+    "parity/test_real_model.py",
+    "test_wheel.py",
+]
+"""The files that take longest, the longest first. Workers take whole files: one that starts last keeps the others
+waiting."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +60,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {ROOT / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.getoption("--real"):
         for item in items:
             if item.get_closest_marker("real"):
