@@ -21,6 +21,7 @@ from imsm_core.siamese import SiameseModel
 
 from .artifact import GRAPH, MANIFEST, end_tokens, write_graph, write_manifest, write_tokenizer
 from .cuda_kernels import CudaKernels, cuda_kernels
+from .generation_defaults import generation_defaults
 from .passes import finish_quantized, run_passes
 from .passes.quantization import Quantized
 from .passes.rewrite import Outcome
@@ -179,10 +180,12 @@ def for_quantized_backbone(info: CheckpointInfo, settings: ExportSettings, repor
 
 @dataclass(frozen=True)
 class Encoder:
-    """Sections of the manifest: the tokenizer's tokens, and how prompts are encoded."""
+    """Sections of the manifest: the tokenizer's tokens, how prompts are encoded, and how the model generates by
+    default."""
 
     tokens: dict[str, Any]
     prompts: dict[str, Any]
+    generation: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,8 @@ def write_encoder(prepared: Prepared, folder: Path, report: Report) -> Encoder:
     tokens = write_tokenizer(prepared.tokenizer, prepared.model.causal_lm, folder, raw)
     compared = compare_encoders(folder, prepared.tokenizer, tokens["special_tokens"])
     report(f"encode    {compared['compared']} texts and conversations get the token ids of training")
-    return Encoder(tokens, {"raw": raw, **compared})
+    generation = generation_defaults(prepared.model.causal_lm.generation_config, report)
+    return Encoder(tokens, {"raw": raw, **compared}, generation)
 
 
 def write(prepared: Prepared, folder: Path, report: Report) -> Written:
@@ -307,6 +311,7 @@ def describe(
         },
         "training": info.training,
         "prompts": encoder.prompts,
+        "generation": encoder.generation,
         "passes": {name: outcome.as_dict() for name, outcome in verified.passes.items()},
         "activation_range": None if prepared.activations is None else prepared.activations.as_dict(),
         "parity": verified.parity.as_dict(),

@@ -11,6 +11,8 @@ from .manifest import Manifest, read_manifest
 from .printable import printable
 from .quality import quality_line
 
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
+
 
 def summarize(folder: Path) -> dict[str, Any]:
     """What an artifact is. Raises ArtifactError."""
@@ -38,6 +40,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "eos_token_ids": list(manifest.eos_token_ids),
         "chat_template": CHAT_TEMPLATE in manifest.files,
         "raw_prompts": manifest.raw_prompts,
+        "generation": manifest.generation,
         "activation_range": raw["activation_range"],
         "parity": raw["parity"],
         "passes": raw["passes"],
@@ -82,6 +85,7 @@ def format_summary(facts: dict[str, Any]) -> str:
         f"adapter      {adapter['peft_type']} on {len(adapter['layers'])} layers" if adapter else "adapter      none",
         f"cache        {facts['cache_bytes_per_token']} bytes a token",
         f"prompts      {_prompts(facts)}; end tokens {facts['eos_token_ids']}",
+        f"generation   {_generation(facts['generation'])}",
         f"parity       {_parity(facts['parity'])}",
     ]
     if found := facts["activation_range"]:
@@ -89,6 +93,13 @@ def format_summary(facts: dict[str, Any]) -> str:
         lines.append(f"range        largest activation {found['largest']:.3g} {where}")
     lines.append(f"created      {facts['created']}")
     return "\n".join(map(printable, lines))
+
+
+def _generation(defaults: dict[str, Any]) -> str:
+    """What of it applies: a greedy choice has no temperature and no filters."""
+    sampled = defaults.get("do_sample", False)
+    names = [name for name in defaults if name != "do_sample" and (sampled or name in PENALTIES)]
+    return ", ".join([*([] if sampled else ["greedy"]), *(f"{name} {defaults[name]:g}" for name in names)])
 
 
 def _parity(parity: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ MOST = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 DEEPEST = 50
 """How deeply a document may be nested; the manifest needs 6."""
-_LARGEST = 1.7e308  # what a float can hold
+LARGEST = 1.7e308  # what a float can hold
 
 
 class DamagedError(ValueError):
@@ -47,12 +47,22 @@ def whole(least: int = 0, most: int = MOST, multiple: int = 1) -> Check:
     return check
 
 
-def number(least: float = -_LARGEST, most: float = _LARGEST) -> Check:
+def number(least: float = -LARGEST, most: float = LARGEST) -> Check:
     """A number from `least` to `most`."""
-    rule = "a number" + (f" from {least:g}" if least != -_LARGEST else "") + (f" to {most:g}" if most < 1e300 else "")
+    rule = "a number" + (f" from {least:g}" if least != -LARGEST else "") + (f" to {most:g}" if most < 1e300 else "")
 
     def check(value: Any, place: str) -> None:
         if type(value) not in (int, float) or not least <= value <= most:
+            raise DamagedError(place, value, rule)
+
+    return check
+
+
+def within(rule: str, holds: Callable[[float], bool]) -> Check:
+    """A number of which something holds. rule: what, in words."""
+
+    def check(value: Any, place: str) -> None:
+        if type(value) not in (int, float) or not holds(value):
             raise DamagedError(place, value, rule)
 
     return check

@@ -104,8 +104,9 @@ class Manifest:
 
     @property
     def generation(self) -> dict[str, Any]:
-        """How the model generates by default, by transformers' names; empty where it does not say."""
-        return dict(self.raw.get("generation") or {})
+        """How the model generates by default, by transformers' names: `do_sample` and what else it sets; empty in
+        formats 5 and 6."""
+        return dict(self.raw["generation"]) if self.raw["format_version"] > 6 else {}
 
     @property
     def by_memory(self) -> bool:

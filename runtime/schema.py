@@ -6,6 +6,7 @@ What one key says about another is in `relations`.
 from __future__ import annotations
 
 from .json_checks import (
+    LARGEST,
     MOST,
     MOST_BYTES,
     Record,
@@ -19,6 +20,7 @@ from .json_checks import (
     table,
     text,
     whole,
+    within,
 )
 
 FORMAT_VERSION = 7
@@ -45,6 +47,17 @@ _DIFFERENCE = {
     "perplexity_change": _measured,
 }
 _difference = Record(_DIFFERENCE)
+
+_share = within("a number above 0, at most 1", lambda value: 0 < value <= 1)
+_GENERATION = {
+    "temperature": within("a number of at least 0.0001", lambda value: 1e-4 <= value <= LARGEST),
+    "top_k": whole(),
+    "top_p": _share,
+    "min_p": within("a number from 0 to below 1", lambda value: 0 <= value < 1),
+    "typical_p": _share,
+    "repetition_penalty": within("a number above 0", lambda value: 0 < value <= LARGEST),
+    "no_repeat_ngram_size": whole(),
+}
 
 _QUANTIZATION = {
     "bits": whole(4, 8),
@@ -153,6 +166,7 @@ _CURRENT = Record(
             Record({"onnxruntime": text(), "nodes": whole(), "shape_nodes": whole(), "missing": table(whole())})
         ),
         "prompts": Record({"raw": flag}, {"compared": whole(), "fingerprint": _sha256}),
+        "generation": Record({"do_sample": flag}, _GENERATION),
         "tokens": Record(
             {
                 "special_tokens": table(text()),
@@ -164,9 +178,11 @@ _CURRENT = Record(
         "files": table(Record({"bytes": _bytes, "sha256": _sha256})),
     }
 )
-_FORMAT_6 = Record(_CURRENT.fields | {"format_version": whole(6, 6)})
+_FORMAT_6 = Record(
+    {name: check for name, check in _CURRENT.fields.items() if name != "generation"} | {"format_version": whole(6, 6)}
+)
 _FORMAT_5 = Record(
-    _CURRENT.fields
+    _FORMAT_6.fields
     | {
         "format_version": whole(5, 5),
         "quantization": optional(Record(_QUANTIZATION)),
@@ -175,5 +191,6 @@ _FORMAT_5 = Record(
 )
 
 SCHEMAS = {5: _FORMAT_5, 6: _FORMAT_6, FORMAT_VERSION: _CURRENT}
-"""By format version, of those that are read. Format 6 has the graph without `memory`. Format 5 has also the quality of
+"""By format version, of those that are read. Format 6 has no `generation`, and a graph without
+`memory`. Format 5 has also the quality of
 the blend alone, or of the only stream, and one width for all weights."""

@@ -15,7 +15,9 @@ from onnx.external_data_helper import uses_external_data
 from tokenizers import Tokenizer
 
 from export.passes import Stage, ordered_passes
+from runtime.inspect import format_summary, summarize
 from runtime.json_checks import Record
+from runtime.manifest import read_manifest
 from runtime.schema import FORMAT_VERSION, SCHEMAS
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported, export_existing, export_tiny
@@ -132,13 +134,17 @@ def test_the_graph_holds_the_hash_of_every_section(tiny: Exported, proto: onnx.M
         assert found == hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def test_end_tokens_that_the_model_cannot_give_are_left_out(tmp_path: Path) -> None:
+def test_end_tokens_that_the_model_cannot_give_are_left_out_and_its_own_generation_is_told(tmp_path: Path) -> None:
     base = make_base_folder(tmp_path / "base")
     config = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 259, 10**6]}))
+    own = {"do_sample": True, "top_k": 64, "top_p": 0.95}
+    (base / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 259, 10**6], **own}))
     model = make_siamese(base)
     info = save_tiny_checkpoint(model, base, tmp_path / "checkpoint")
-    assert export_existing(tmp_path, base, model, info).manifest["tokens"]["eos_token_ids"] == [1]
+    exported = export_existing(tmp_path, base, model, info)
+    assert exported.manifest["tokens"]["eos_token_ids"] == [1]
+    assert read_manifest(exported.artifact).generation == {"temperature": 1.0, **own}
+    assert "\ngeneration   temperature 1, top_k 64, top_p 0.95\n" in format_summary(summarize(exported.artifact))
 
 
 def test_every_pass_says_how_often_it_fired_and_why_it_did_not(tiny: Exported) -> None:

@@ -26,6 +26,7 @@ EDITABLE = {
     "created",
     "cuda_kernels",
     "files",
+    "generation",
     "parity",
     "passes",
     "producers",

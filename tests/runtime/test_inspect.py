@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,26 @@ def test_the_quality_is_the_line_after_the_artifacts_own(
         "blend KL not finite, base KL 0.022, adapter KL 0.03; a change that is not finite of the perplexity on"
         in format_summary(summarize(artifact))
     )
+
+
+@pytest.mark.parametrize(
+    ("generation", "line"),
+    [
+        ({"do_sample": False}, "greedy"),
+        (
+            {"do_sample": False, "top_k": 50, "temperature": 0.7, "repetition_penalty": 1.1},
+            "greedy, repetition_penalty 1.1",
+        ),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20}, "temperature 0.7, top_k 20"),
+    ],
+)
+def test_how_the_model_generates_by_default_is_told(
+    tiny: Exported, tmp_path: Path, generation: dict[str, Any], line: str
+) -> None:
+    artifact = copied(tiny.artifact, tmp_path / "artifact")
+    edit_manifest(artifact, generation=generation)
+    assert f"generation   {line}" in format_summary(summarize(artifact)).splitlines()
+    assert summarize(artifact)["generation"] == generation
 
 
 @pytest.mark.parametrize("differences", [{}, {"prefill": {}}, {"prefill": {"logits": None}}])

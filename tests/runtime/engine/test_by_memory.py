@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from imsm_core.backbone import apply_head
 from runtime import ArtifactError, Session, SettingsError
 from runtime.engine.state import StepOutput
-from tests.exported import PROMPT, Exported, copied
+from tests.exported import PROMPT, Exported, copied, edit_manifest
 from tests.older_formats import as_format
 
 FORCED = 1e4
@@ -133,12 +133,13 @@ def test_artifacts_of_older_formats_run_and_refuse_it(
     with pytest.raises(SettingsError, match=line):
         older.decode_step(states[0], [9, 10], by_memory=True)
     assert older.decode_step(states[0], [9, 10]).memory_logits is None
+    edit_manifest(artifact, generation={"do_sample": "a key that these formats do not have"})
+    assert Session(artifact, threads=1).manifest.generation == {}
 
 
 def test_a_graph_that_does_not_fit_its_formats_number_is_refused(tiny: Exported, tmp_path: Path) -> None:
     artifact = copied(tiny.artifact, tmp_path / "artifact")
     as_format(6, artifact, tiny.manifest)
-    text = (artifact / "imsm_model.json").read_text()
-    (artifact / "imsm_model.json").write_text(text.replace('"format_version": 6', '"format_version": 7'))
+    edit_manifest(artifact, format_version=7, generation={"do_sample": False})
     with pytest.raises(ArtifactError, match=r"graph\.inputs\[\d+\] \(memory_bias\) is .*by the rest of the manifest"):
         Session(artifact)
