@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .generation.batching import Batch, Event, generate_batch, stream_batch
+    from .generation.embed_settings import EmbedSettings
+    from .generation.embedding import EmbedResult, embed
     from .generation.generation import Model, generate, generate_step, load, stream_generate
     from .generation.history import History
     from .generation.logprobs import Candidate, Trace
@@ -60,6 +62,8 @@ _HOMES = {
         "SettingsError",
     ),
     "generation.batching": ("Batch", "Event", "generate_batch", "stream_batch"),
+    "generation.embed_settings": ("EmbedSettings",),
+    "generation.embedding": ("EmbedResult", "embed"),
     "generation.generation": ("Model", "generate", "generate_step", "load", "stream_generate"),
     "generation.history": ("History",),
     "generation.logprobs": ("Candidate", "Trace"),
@@ -77,6 +81,8 @@ __all__ = [
     "Candidate",
     "Chunk",
     "DecodeState",
+    "EmbedResult",
+    "EmbedSettings",
     "Event",
     "Execution",
     "Generation",
@@ -102,6 +108,7 @@ __all__ = [
     "TokenScores",
     "Trace",
     "__version__",
+    "embed",
     "generate",
     "generate_batch",
     "generate_step",

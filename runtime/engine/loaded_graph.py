@@ -152,11 +152,41 @@ class LoadedGraph:
         """One run over new tokens (B, S), right-padded, into every row of the state or into one; logits at each row's
         last new token, or at `every` one, of each of `memories` in turn. query_mask: (B, S), 1 at the tokens that
         belong to the query. The state's caches are written; its lengths and sums are not."""
-        rows = slice(None) if row is None else slice(row, row + 1)
         batch, sequence = input_ids.shape
-        lengths = state.lengths[rows]
         new = np.full(batch, sequence) if every else query_mask.sum(-1).astype(np.int64)
         asked = np.tile(np.arange(sequence), (batch, 1)) if every else np.maximum(new[:, None] - 1, 0)
+        binding = self.bind_tokens(state, input_ids, query_mask, row, new, asked, memories)
+        binding.bind_output("logits", self.place.name)
+        names = OF_TWO_STREAMS if self.siamese else ()
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self.run(binding, self.run_options())
+        logits, *numbers = binding.get_outputs()[-1 - len(names) :]  # in the order in which they were bound
+        found = [np.asarray(value.numpy()) for value in numbers] if self.siamese else [None] * 5
+        return TokenOutputs(self.place.logits(logits, self.manifest.vocab_size), *found)
+
+    def run_options(self) -> onnxruntime.RunOptions:
+        """Of a run that no CUDA graph captures."""
+        options = onnxruntime.RunOptions()
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
+        return options
+
+    def bind_tokens(
+        self,
+        state: DecodeState,
+        input_ids: Array,
+        query_mask: Array,
+        row: int | None,
+        new: Array,
+        asked: Array,
+        memories: tuple[int, ...] = BLEND,
+    ) -> onnxruntime.IOBinding:
+        """The inputs and caches of a run over new tokens, as `run_tokens` has them. new: (B,), how many of the tokens
+        are each row's. asked: (B, N), the positions that get outputs, of each of `memories` in turn."""
+        rows = slice(None) if row is None else slice(row, row + 1)
+        sequence = input_ids.shape[1]
+        lengths = state.lengths[rows]
         wanted = asked.repeat(len(memories), 1)
         bias = state.memory_bias[rows]
         self.reserve(state, int(lengths.max()) + sequence)  # padding needs room too
@@ -178,17 +208,7 @@ class LoadedGraph:
         for name in self.input_names & feed.keys():
             binding.bind_cpu_input(name, np.asarray(feed[name], order="C"))
         self.bind_caches(binding, state, row)
-        binding.bind_output("logits", self.place.name)
-        names = OF_TWO_STREAMS if self.siamese else ()
-        for name in names:
-            binding.bind_output(name, "cpu")
-        options = onnxruntime.RunOptions()
-        if self.cuda_graph:
-            options.add_run_config_entry("gpu_graph_id", str(NO_GRAPH))
-        self.run(binding, options)
-        logits, *numbers = binding.get_outputs()[-1 - len(names) :]  # in the order in which they were bound
-        found = [np.asarray(value.numpy()) for value in numbers] if self.siamese else [None] * 5
-        return TokenOutputs(self.place.logits(logits, self.manifest.vocab_size), *found)
+        return binding
 
     def bind_caches(self, binding: onnxruntime.IOBinding, state: DecodeState, row: int | None = None) -> None:
         """past and present are the same buffer: attention appends new keys to the old ones."""

@@ -73,6 +73,17 @@ def read(graph: LoadedGraph, state: DecodeState, texts: Texts, chunk: int, picks
     return picks.output(columns, np.array(found) if found else None)
 
 
+def padded(texts: Texts) -> tuple[Array, Array]:
+    """Token ids (B, S) int64, padded on the right, and (B, S) float32, 1 at the texts' tokens."""
+    longest = max(map(len, texts))
+    input_ids = np.zeros((len(texts), longest), np.int64)  # the lengths mask what follows a text
+    mask = np.zeros((len(texts), longest), np.float32)
+    for index, text in enumerate(texts):
+        input_ids[index, : len(text)] = text
+        mask[index, : len(text)] = 1
+    return input_ids, mask
+
+
 def read_piece(
     graph: LoadedGraph, state: DecodeState, piece: Piece, every: bool = False, memories: tuple[int, ...] = BLEND
 ) -> TokenOutputs:
@@ -80,12 +91,7 @@ def read_piece(
     piece of one row gives the outputs of every token. memories: as in `LoadedGraph.run_tokens`."""
     first = 0 if piece.row is None else piece.row
     rows = slice(first, first + len(piece.texts))
-    longest = max(map(len, piece.texts))
-    input_ids = np.zeros((len(piece.texts), longest), np.int64)  # right-padded: the lengths mask what follows a text
-    query_mask = np.zeros((len(piece.texts), longest), np.float32)
-    for index, text in enumerate(piece.texts):
-        input_ids[index, : len(text)] = text
-        query_mask[index, : len(text)] = 1
+    input_ids, query_mask = padded(piece.texts)
     outputs = graph.run_tokens(state, input_ids, query_mask, piece.row, every, memories)
     state.lengths[rows] += query_mask.sum(-1).astype(np.int64)
     sums, counts, hidden = outputs.query_sum, outputs.query_count, outputs.hidden()

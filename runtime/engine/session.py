@@ -168,7 +168,7 @@ class Session(LoadedGraph):
         if typed("memory", memory, str) not in MEMORIES:
             raise SettingsError("memory", memory, f"it must be one of {', '.join(MEMORIES)}")
         if memory != "blend":
-            self._check_by_memory("memory", memory)
+            self.check_by_memory("memory", memory)
 
     def prompt_logprobs(self, prompt: Sequence[int], memory_bias: float = 0.0, k: int = 0) -> PromptLogprobs:
         """Log-probabilities of the tokens of a prompt, given those before them, and with k > 0 the k likeliest tokens
@@ -255,17 +255,8 @@ class Session(LoadedGraph):
     def _whole(self, by_memory: bool) -> Whole | EachMemory:
         if not typed("by_memory", by_memory, bool):
             return Whole()
-        self._check_by_memory("by_memory", by_memory)
+        self.check_by_memory("by_memory", by_memory)
         return EachMemory()
-
-    def _check_by_memory(self, name: str, value: object) -> None:
-        """Raise SettingsError where a graph cannot give each memory's own logits. name, value: of what asks for it."""
-        if not self.siamese:
-            raise SettingsError(name, value, "this artifact has the base memory alone")
-        if not self.manifest.by_memory:
-            version = self.manifest.raw["format_version"]
-            rule = f"this artifact is of format {version}, which gives the logits of the blend alone; export it again"
-            raise SettingsError(name, value, rule)
 
     def _likeliest(self, k: int, probabilities: bool) -> Likeliest:
         number = whole_number("k", k, 1, self.manifest.vocab_size)

@@ -15,6 +15,8 @@ import pytest
 from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session, SettingsError
 from runtime.engine.marks import RECENT
+from runtime.engine.memories import MEMORIES
+from runtime.engine.pooling import pooled_states
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.providers import ON_DEVICE
 from tests.adapters import make_siamese_with
@@ -241,6 +243,15 @@ def test_each_memory_of_ragged_rows_is_what_a_forced_gate_gives(opened: Opened) 
     blends = session.decode_step(state, tokens), session.decode_step(state, tokens)
     opened._assert_close(found[1].logits, blends[0].logits)
     opened._assert_close(plain.logits, blends[1].logits)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_texts_that_are_embedded_together_are_embedded_as_if_alone(opened: Opened, pooling: str) -> None:
+    texts, session = [LONG, MIDDLE, SHORT], opened.session
+    for memory in MEMORIES if session.siamese else ("blend", "base"):
+        together = pooled_states(session, texts, memory, pooling, 100)
+        alone = [pooled_states(session, [text], memory, pooling, 3)[0] for text in texts]
+        opened._assert_close(together, np.stack(alone))
 
 
 def test_rows_join_a_state_that_has_read_nothing(opened: Opened) -> None:
