@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .generation.score_settings import ScoreSettings
     from .generation.scoring import Score, score_texts
     from .generation.settings import GenerationSettings
+    from .generation.speculation import Speculation
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 """onnxruntime 1.32 reads this when it is imported. It would write a device's id into the home folder and report to
@@ -72,6 +73,7 @@ _HOMES = {
     "generation.score_settings": ("ScoreSettings",),
     "generation.scoring": ("Score", "score_texts"),
     "generation.settings": ("GenerationSettings",),
+    "generation.speculation": ("Speculation",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -101,6 +103,7 @@ __all__ = [
     "ScoreSettings",
     "Session",
     "SettingsError",
+    "Speculation",
     "StepOutput",
     "StepsOutput",
     "Timings",

@@ -42,9 +42,9 @@ QUERY_GATES = ("query_aware", "query_mixed")
 
 
 class TokenOutputs(NamedTuple):
-    """What a run over tokens gives, N positions of each row, each as often as there are memories. logits: (B * N, vocab), until the next run. gate_mean: (B,
-    N); hidden_base and hidden_adapter: (B, N, d), the last hidden states; query_sum (B, 2, d) and query_count (B,): the
-    query's state after it; None in a base-only graph."""
+    """What a run over tokens gives, N positions of each row, each as often as there are memories. logits: (B * N,
+    vocab), until the next run. gate_mean: (B, N); hidden_base and hidden_adapter: (B, N, d), the last hidden states;
+    query_sum (B, 2, d) and query_count (B,): the query's state after it; None in a base-only graph."""
 
     logits: Logits
     gate_mean: Array | None

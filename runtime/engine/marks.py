@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 RECENT = 64
 """Decoded tokens whose sums are kept: enough for what a speculation guesses at once."""
+MOST_TOKENS = RECENT - 1
+"""Tokens of a reply that are fed at once: with one more, the sums before the first of them would not be kept, and it
+could not be taken back."""
 
 Sums = NDArray[np.float32] | np.float32
 

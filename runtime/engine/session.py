@@ -15,6 +15,7 @@ from ..checks import instance, is_sequence, typed, whole_number
 from ..errors import PromptError, SettingsError, shown
 from .execution import Execution
 from .loaded_graph import LoadedGraph
+from .marks import MOST_TOKENS
 from .memories import MEMORIES
 from .picks import BLEND, EachMemory, Likeliest, LogProbabilities, Picks, TokenScores, Whole
 from .place import HostLogits
@@ -23,7 +24,7 @@ from .prompt_logprobs import PromptLogprobs, read_with_logprobs
 from .scoring import score_continuation
 from .state import DecodeState, LikeliestOutput, StepOutput, StepsOutput
 from .step import DecodeBinding, DeviceDecodeBinding
-from .steps import MOST_TOKENS, feed
+from .steps import feed
 
 Array = NDArray[Any]
 Output = TypeVar("Output")
@@ -102,7 +103,7 @@ class Session(LoadedGraph):
     def continue_step(self, state: DecodeState, tokens: Sequence[int] | Array, by_memory: bool = False) -> StepsOutput:
         """Feed several chosen tokens of the reply of a state of one row, (S,), in one run: equal to S decode steps up
         to rounding. `state.trim` takes back any of them. Raises PromptError for no token, for more than
-        `steps.MOST_TOKENS`, and for another number of rows; otherwise as `decode_step`."""
+        `marks.MOST_TOKENS`, and for another number of rows; otherwise as `decode_step`."""
         self.check_state(state)
         chosen = self.token_ids(tokens)
         if state.batch != 1:

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from .loaded_graph import LoadedGraph
-from .marks import RECENT
+from .marks import Mark
 from .picks import EachMemory, Whole, check_sound
 from .state import DecodeState, StepsOutput
-
-MOST_TOKENS = RECENT - 1
-"""Tokens that are fed at once: with one more, the sums before the first of them would not be kept, and it could not be
-taken back."""
 
 
 def feed(graph: LoadedGraph, state: DecodeState, tokens: Sequence[int], picks: Whole | EachMemory) -> StepsOutput:
@@ -38,3 +34,27 @@ def feed(graph: LoadedGraph, state: DecodeState, tokens: Sequence[int], picks: W
         for length, *reply in zip(lengths.tolist(), sums[1:], counts[1:], strict=True):
             state.marks[0].add_decoded(length, *reply)
     return StepsOutput(*found)
+
+
+def take_back(state: DecodeState, count: int) -> list[Mark | None]:
+    """Take back the last `count` tokens that were fed to a state of one row. Returns what `put_forward` needs of each
+    of them, in their order: their mark, None where the gate does not read the query."""
+    length = int(state.lengths[0])
+    marks = [state.marks[0].at(known) for known in range(length - count + 1, length + 1)]
+    state.trim([length - count])
+    return marks
+
+
+def put_forward(state: DecodeState, mark: Mark | None) -> None:
+    """Let a state of one row hold the next token that was taken back, as long as nothing else happened to it."""
+    try:
+        state.begin()
+        state.lengths[0] += 1
+        state.pending[0] = None
+        if mark is not None:
+            state.reply_sum[0], state.reply_count[0] = mark.reply_sum, mark.reply_count
+            state.marks[0].decoded.append(mark)
+        state.note = None
+    except BaseException:
+        state.undo()
+        raise

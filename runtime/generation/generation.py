@@ -19,6 +19,7 @@ from ..engine.journal import Note
 from ..engine.session import Session
 from ..engine.state import DecodeState, StepOutput
 from ..errors import PromptError
+from .ahead import Passes
 from .chat_template import Message
 from .choice import Chooser
 from .constraints import constraints_of
@@ -27,6 +28,7 @@ from .prompts import Prompt, encoded
 from .results import Chunk, FinishReason, Generation, Token, timings
 from .sampling import Sampler, greedy
 from .settings import GenerationSettings
+from .speculation import Speculation
 from .stopping import StopStrings
 from .text import TextCodec
 
@@ -63,12 +65,14 @@ def generate_step(
     memory_bias: float = 0.0,
     logprobs: int | None = None,
     trace: int | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[Token]:
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
     state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
     fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,). processors: see
-    `processors`. logprobs, trace: as in `GenerationSettings`.
+    `processors`. logprobs, trace: as in `GenerationSettings`. speculation: guesses tokens, which are then the same,
+    sooner.
 
     Whenever it ends, by an exception or Ctrl-C too, the state holds the prompt and the tokens that were yielded, and
     can go on; before the first one it is as it was. Raises before the first token what `Session.prefill` raises, and
@@ -81,7 +85,7 @@ def generate_step(
     instance("state", state, DecodeState)
     if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    steps = _Steps(session, state, sampler, processors, logprobs, trace)
+    steps = _Steps(session, state, sampler, processors, logprobs, trace, speculation)
     before, token, given = state.noted(), None, None
     try:
         token = steps.first(prompt_ids)
@@ -121,13 +125,18 @@ class _Steps:
         processors: Sequence[Processor],
         logprobs: int | None,
         trace: int | None,
+        speculation: Speculation | None,
     ) -> None:
         self.session, self.state = session, state
         self.chooser = Chooser(session.manifest.vocab_size, sampler, processors, logprobs, trace)
-        self.k = self.chooser.likeliest_needed if session.on_device else None
+        self.k = self.chooser.likeliest_needed if session.on_device and speculation is None else None
         self.by_memory = trace is not None
         if self.by_memory:
             session.check_by_memory("trace", trace)
+        self.passes: Passes | None = None
+        if speculation is not None:
+            instance("speculation", speculation, Speculation)
+            self.passes = Passes(session, state, speculation, self.by_memory)
 
     def first(self, prompt_ids: Sequence[int]) -> Token:
         if self.k is not None:
@@ -142,6 +151,8 @@ class _Steps:
         if self.k is not None:
             told = self.chooser.logprobs is not None
             return self.chooser.choose_likeliest(self.session.decode_likeliest(self.state, [token], self.k, told))
+        if self.passes is not None:
+            return self._chosen(self.passes.after(token, self.chooser.history.ids))
         return self._chosen(self.session.decode_step(self.state, [token], by_memory=self.by_memory))
 
     def _chosen(self, output: StepOutput) -> Token:
@@ -172,7 +183,8 @@ def stream_generate(
     settings = checked(model, settings, changes)
     if state is None:
         state = model.session.new_state(1, settings.memory_bias)
-    yield from _stream(model, encoded(model, prompt, settings, state), settings, sampler, processors, state)
+    ids = encoded(model, prompt, settings, state)
+    yield from _stream(model, ids, settings, sampler, processors, state, _speculation(settings))
 
 
 def _stream(
@@ -182,6 +194,7 @@ def _stream(
     sampler: Sampler | None,
     processors: Sequence[Processor],
     state: DecodeState,
+    speculation: Speculation | None,
 ) -> Iterator[Chunk]:
     text = TextOfTokens(model, settings)
     steps = generate_step(
@@ -192,6 +205,7 @@ def _stream(
         state=state,
         logprobs=settings.logprobs,
         trace=settings.trace,
+        speculation=speculation,
     )
     before, token, given = state.noted(), None, None
     try:
@@ -279,12 +293,17 @@ def _collected(
     state: DecodeState,
 ) -> Generation:
     chunks: list[Chunk] = []
+    speculation = _speculation(settings)
     times = [time.perf_counter()]
-    for chunk in _stream(model, prompt, settings, sampler, processors, state):
+    for chunk in _stream(model, prompt, settings, sampler, processors, state, speculation):
         if chunk.token is not None:
             times.append(time.perf_counter())
         chunks.append(without_logits(chunk))
-    return collected(chunks, len(prompt.ids), times)
+    return collected(chunks, len(prompt.ids), times, speculation)
+
+
+def _speculation(settings: GenerationSettings) -> Speculation | None:
+    return Speculation(settings.speculate) if settings.speculate else None
 
 
 def without_logits(chunk: Chunk) -> Chunk:
@@ -292,16 +311,22 @@ def without_logits(chunk: Chunk) -> Chunk:
     return chunk if chunk.token is None else chunk._replace(token=chunk.token._replace(logits=None))
 
 
-def collected(chunks: Sequence[Chunk], prompt_tokens: int, times: Sequence[float]) -> Generation:
-    """The result of a text's chunks. times: as in `timings`."""
+def collected(
+    chunks: Sequence[Chunk], prompt_tokens: int, times: Sequence[float], speculation: Speculation | None = None
+) -> Generation:
+    """The result of a text's chunks. times: as in `timings`. speculation: what guessed its tokens."""
     last = chunks[-1]
     assert last.finish_reason is not None
+    measured = timings(prompt_tokens, times)
+    if speculation is not None:
+        counts = {name: getattr(speculation, name) for name in ("drafted", "accepted", "passes")}
+        measured = replace(measured, **counts)
     return Generation(
         text="".join(chunk.text for chunk in chunks),
         tokens=tuple(chunk.token for chunk in chunks if chunk.token is not None),
         finish_reason=last.finish_reason,
         stopped_by=last.stopped_by,
-        timings=timings(prompt_tokens, times),
+        timings=measured,
     )
 
 

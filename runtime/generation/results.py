@@ -44,13 +44,18 @@ class Chunk(NamedTuple):
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds and rates. ttft_ms: from the prompt's tokens to the first new one. ms_per_token: median over the
-    tokens after the first; 0 if there are none."""
+    tokens after the first; 0 if there are none. tokens_per_s: their mean rate. With `speculate`, tokens come several at
+    once, so that the rate says more than the median; drafted, accepted: how many tokens were guessed and chosen;
+    passes: how many runs fed guesses."""
 
     prompt_tokens: int
     new_tokens: int
     ttft_ms: float
     ms_per_token: float
     tokens_per_s: float
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
 
 
 @dataclass(frozen=True)

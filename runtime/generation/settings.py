@@ -10,6 +10,7 @@ from typing import Any
 from ..checks import check_fields
 from ..errors import SettingsError
 from .sampling import Sampler, make_sampler
+from .speculation import MOST_DRAFTED
 
 MOST_LIKELIEST = 1000
 """Tokens that `logprobs` and `trace` tell of at each place."""
@@ -35,7 +36,8 @@ class GenerationSettings:
     added to its logit; -infinity forbids it. In a conversation they go by the present turn and reply.
     stop: text that ends generation and is left out. stop_token_ids: tokens that do, beside the model's end tokens.
     logprobs: tell the log-probability of every token and of so many of the likeliest. trace: tell the likeliest tokens
-    of each memory alone. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
+    of each memory alone. speculate: at most so many tokens are guessed and tried at once (see `Speculation`), and the
+    same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
     """
 
     max_new_tokens: int = _option(256, "stop after this many tokens", "N")
@@ -61,6 +63,7 @@ class GenerationSettings:
     stop_token_ids: Sequence[int] = _option((), "end at any of these tokens, too", "ID")
     logprobs: int | None = _option(None, "tell log-probabilities, and those of the N likeliest tokens", "N")
     trace: int | None = _option(None, "tell what each memory alone would say: the N likeliest tokens", "N")
+    speculate: int = _option(0, "guess up to N tokens from the text so far: sooner, not others; 0 is off", "N")
     json_object: bool = _option(False, "the text must be a JSON object (needs the extra `grammar`)")
     json_schema: str | None = _option(None, "it must be JSON of this schema, or of that in @FILE", "JSON")
     regex: str | None = _option(None, "it must match this regular expression, or that in @FILE", "REGEX")
@@ -109,6 +112,8 @@ class GenerationSettings:
         for name in ("logprobs", "trace"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= MOST_LIKELIEST:
                 raise SettingsError(name, value, f"it must be 0 to {MOST_LIKELIEST}")
+        if not 0 <= self.speculate <= MOST_DRAFTED:
+            raise SettingsError("speculate", self.speculate, f"it must be 0 (off) to {MOST_DRAFTED}")
         if self.trace == 0:
             raise SettingsError("trace", 0, f"it must be 1 to {MOST_LIKELIEST}")
         for token, bias in (self.logit_bias or {}).items():

@@ -13,9 +13,9 @@ import pytest
 
 from runtime import ArtifactError, DecodeState, Execution, PromptError, ProviderError, Session, SettingsError
 from runtime.engine import cache
+from runtime.engine.marks import MOST_TOKENS
 from runtime.engine.place import Host
 from runtime.engine.session import CPU_PREFILL_ROWS
-from runtime.engine.steps import MOST_TOKENS
 from runtime.folder import check_files
 from runtime.manifest import read_manifest
 from tests.exported import PROMPT, Exported, copied, edit_manifest
