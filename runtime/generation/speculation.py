@@ -16,16 +16,17 @@ MOST_DRAFTED = MOST_TOKENS - 1
 """Tokens of a draft; a chosen one is fed before it."""
 NGRAMS = (3, 2)
 """Tokens that must stand before a draft in the same order, the most telling first."""
-FIRST_CHANCE = 0.5
+FIRST_CHANCE, FIRST_DRAFT = 0.5, 2
+"""How often a draft's next token is taken to be accepted, and its tokens, before anything was measured."""
 RATE = 0.15
 """How fast chances and times follow what is measured."""
 PATIENCE, MOST_PATIENCE = 8, 64
-"""How many drafts that would not pay are left out before one is tried; twice as many after each failure."""
+"""How many drafts that would not pay are left out before one is tried, twice as many after a failure."""
 
 
 class Speculation:
-    """Drafts for one text, and whether they pay by what was measured: the seconds of a pass and how often a draft's next
-    token is accepted.
+    """Drafts for one text, and whether they pay, by what is measured: the seconds of a pass, and how often a draft's
+    next token is accepted.
 
     most: tokens of a draft. drafted, accepted: their number so far. passes: how many runs fed drafts.
     """
@@ -38,14 +39,13 @@ class Speculation:
         self._patience = dict.fromkeys(NGRAMS, PATIENCE)
         self._left_out = dict.fromkeys(NGRAMS, 0)
         self._by = NGRAMS[0]  # what the present draft was found by
-        self._step: float | None = None
-        self._more: float | None = None
+        self._seconds: dict[int, float] = {}  # by how many tokens were fed
 
     def draft(self, ids: NDArray[np.int64], room: int) -> list[int]:
         """What may follow `ids`, (N,), at most `room` tokens; nothing where it would not pay, and before a step alone
         was timed."""
         most = min(self.most, room)
-        if self._step is None or most < 1:
+        if 1 not in self._seconds or most < 1:
             return []
         for ngram in NGRAMS:
             found = followers(ids, ngram, most)
@@ -56,10 +56,7 @@ class Speculation:
 
     def timed(self, tokens: int, seconds: float) -> None:
         """Note how long it took to feed so many tokens."""
-        if tokens == 1:
-            self._step = _followed(self._step, seconds)
-        elif self._step is not None:
-            self._more = _followed(self._more, max(0.0, seconds - self._step) / (tokens - 1))
+        self._seconds[tokens] = _followed(self._seconds.get(tokens), seconds)
         if tokens > 1:
             self.passes += 1
             self.drafted += tokens - 1
@@ -73,11 +70,11 @@ class Speculation:
 
     def _worth(self, ngram: int, most: int) -> int:
         """How many tokens of a draft give the most tokens a second; now and then one, where none does."""
-        if self._step is None or self._more is None:
-            return most
+        if len(self._seconds) == 1:
+            return min(most, FIRST_DRAFT)
         chance = self._chances[ngram]
         kept = np.concatenate([[1.0], np.cumprod(np.full(most, chance))]).cumsum()  # 1 + chance + chance^2 + ...
-        best = int((kept / (self._step + self._more * np.arange(most + 1))).argmax())
+        best = int((kept / self._costs(most)).argmax())
         if best:
             return best
         self._left_out[ngram] += 1
@@ -85,6 +82,14 @@ class Speculation:
             return 0
         self._left_out[ngram] = 0
         return 1
+
+    def _costs(self, most: int) -> NDArray[np.float64]:
+        """Seconds of passes with 0 to `most` drafted tokens: as measured, and on a line where they were not."""
+        known = sorted(self._seconds)
+        seconds = np.array([self._seconds[tokens] for tokens in known])
+        wanted = np.arange(1, most + 2)
+        further = max(0.0, float(seconds[-1] - seconds[0])) / (known[-1] - known[0])
+        return np.interp(wanted, known, seconds) + further * np.maximum(0, wanted - known[-1])
 
 
 def followers(ids: NDArray[np.int64], ngram: int, most: int) -> list[int]:

@@ -200,8 +200,8 @@ def measured(most: int, step: float, more: float) -> Speculation:
     speculation = Speculation(most)
     assert speculation.draft(TEXT, 100) == []  # a step alone is timed first
     speculation.timed(1, step)
-    assert speculation.draft(TEXT, 100) == [4, 5, 6, 7, 8, 9][:most]
-    speculation.timed(1 + most, step + most * more)
+    assert speculation.draft(TEXT, 100) == [4, 5]
+    speculation.timed(3, step + 2 * more)
     return speculation
 
 
@@ -216,6 +216,16 @@ def test_guesses_are_as_long_as_they_pay() -> None:
     assert lengths[0] == 6 > lengths[1] > 0
     assert cheap.draft(TEXT, 2) == [4, 5]
     assert cheap.draft(TEXT, 0) == []
+
+
+def test_a_length_that_was_slow_is_avoided() -> None:
+    speculation = measured(6, 1.0, 0.1)
+    for _ in range(30):
+        speculation.judged(True)
+    assert len(speculation.draft(TEXT, 100)) == 6
+    speculation.timed(7, 9.0)
+    speculation.timed(5, 1.4)
+    assert len(speculation.draft(TEXT, 100)) == 4
 
 
 def test_guesses_that_do_not_pay_end_for_a_while_and_are_tried_again() -> None:
