@@ -20,7 +20,8 @@ from .state import DecodeState
 
 Array = NDArray[Any]
 MARK_EVERY = 32
-"""Of each so many tokens of a kept text one length is kept that it can be cut back to; of the last ones all are."""
+"""Of each so many tokens of a kept text one length is kept that it can be cut back to; of the last ones all are. The
+place where two texts part becomes one, if it is at least so far behind the last."""
 ZERO = np.float32(0)
 
 
@@ -98,23 +99,31 @@ class PrefixCache:
     def take(self, tokens: Sequence[int] | Array, memory_bias: float = 0.0) -> tuple[DecodeState, int]:
         """A separate state of one row that holds the first n of `tokens`, as its prompt, and n: the longest beginning
         that is kept, and less than all of them, so that `prefill(state, [tokens[n:]])` gives the logits that follow. n
-        is 0, and the state empty, where nothing fits. memory_bias: the state's. Raises PromptError and SettingsError.
+        is 0, and the state empty, where nothing fits. memory_bias: the state's.
+
+        A kept text that cannot be cut back to where `tokens` depart from it is read on from the nearest length that it
+        can, up to there. The caller would have to read those tokens anyway, and a text that is kept after this one, and
+        departs there too, need not be. Raises as `Session.prefill`.
         """
         ids = np.array(self.session.token_ids(tokens), np.int64)
         made = self.session.new_state(1, memory_bias)
         with self._lock:
-            found, length = None, 0
+            found, length, alike = None, 0, 0
             for entry in self._entries:
+                alike = max(alike, min(_common(entry.tokens, ids), len(ids) - 1))
                 usable = entry.usable(ids)
                 if usable >= max(length, 1):
                     found, length = entry, usable
             if found is not None:
                 self._use(found)
-        if found is None:
-            return made, 0
-        taken = found.state.take([0], [length])
-        taken.memory_bias[:] = made.memory_bias
-        return taken, length
+        if found is not None:
+            taken = found.state.take([0], [length])
+            taken.memory_bias[:] = made.memory_bias
+            made = taken
+        if alike - length < MARK_EVERY:
+            return made, length
+        self.session.prefill_likeliest(made, [ids[length:alike].tolist()])
+        return made, alike
 
     def clear(self) -> None:
         """Keep nothing any more."""

@@ -89,7 +89,7 @@ class Speculation:
         seconds = np.array([self._seconds[tokens] for tokens in known])
         wanted = np.arange(1, most + 2)
         further = max(0.0, float(seconds[-1] - seconds[0])) / (known[-1] - known[0])
-        return np.interp(wanted, known, seconds) + further * np.maximum(0, wanted - known[-1])
+        return np.asarray(np.interp(wanted, known, seconds) + further * np.maximum(0, wanted - known[-1]))
 
 
 def followers(ids: NDArray[np.int64], ngram: int, most: int) -> list[int]:

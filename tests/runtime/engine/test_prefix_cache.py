@@ -84,6 +84,24 @@ def test_a_text_that_differs_within_a_chunk_goes_on_from_the_chunk_before(sessio
     assert_fresh(session, state, held, text)
 
 
+def test_the_place_where_two_texts_part_is_found_by_the_third(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.engine.prefix_cache.MARK_EVERY", 4)
+    kept = PrefixCache(session, LARGE)
+    kept.put(PROMPT, read(session, PROMPT))
+    texts = [[*PROMPT[:7], other, other] for other in (1, 2, 3)]
+    runs: list[int] = []
+    monkeypatch.setattr(session, "on_run", lambda seconds: runs.append(1))
+    for number, text in enumerate(texts):
+        before = len(runs)
+        state, held = kept.take(text)
+        assert (held, len(runs) - before) == (7, number == 0)
+        assert_fresh(session, state, held, text)
+        kept.put([*text, 9, 7], state)
+    assert kept.take([*PROMPT[:3], 1])[1] == 0  # too little to be worth a run
+
+
 def test_a_conversation_goes_on_from_its_last_reply_and_from_an_earlier_one(session: Session) -> None:
     kept = PrefixCache(session, LARGE)
     first = [*PROMPT, *REPLY]
