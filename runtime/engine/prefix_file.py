@@ -54,7 +54,7 @@ def write_prefixes(path: Path, graph: LoadedGraph, prefixes: Sequence[Prefix]) -
     try:
         with replacing(path) as draft:
             save_file(tensors, draft, metadata)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{shown(path)} cannot be written: {reason(error)}") from error
 
 
