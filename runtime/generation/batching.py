@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..checks import instance, whole_number
+from ..checks import instance, is_sequence, whole_number
 from ..engine.state import DecodeState, StepOutput
-from ..errors import IMSMRuntimeError, SettingsError
+from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .chat_template import Message
 from .choice import Chooser
 from .generation import Model, TextOfTokens, checked, collected, own_processors, without_logits
@@ -234,9 +234,11 @@ def _filled(
 ) -> tuple[Batch, list[int]]:
     """A batch of all texts, and how many tokens each prompt has."""
     batch = Batch(model, most_rows)
+    if not is_sequence(prompts):
+        raise PromptError(f"prompts are {shown(prompts)}, not a sequence of prompts")
     if settings is None or isinstance(settings, GenerationSettings):
         settings = [checked(model, settings, changes)] * len(prompts)
-    if len(settings) != len(prompts):
+    if not is_sequence(settings) or len(settings) != len(prompts):
         raise SettingsError("settings", settings, f"there must be one for all prompts, or {len(prompts)} of them")
     each = zip(prompts, settings, strict=True)
     return batch, [batch.add(number, *of_one, **changes) for number, of_one in enumerate(each)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import integers
+from ..checks import integers, is_sequence
 from ..engine.state import LikeliestOutput
 from ..errors import PromptError, SettingsError, shown
 from .history import History
@@ -38,13 +38,12 @@ class Chooser:
         logprobs: int | None = None,
         trace: int | None = None,
     ) -> None:
-        for name, function in (("sampler", sampler), *(("processors", processor) for processor in processors)):
-            if not callable(function):
-                raise SettingsError(name, function, "it must be a function over logits")
+        if not callable(sampler):
+            raise SettingsError("sampler", sampler, "it must be a function from logits to token ids")
         self.history = History(())
         self.vocab = vocab
         self.sampler = sampler
-        self.processors = list(processors)
+        self.processors = functions(processors)
         self.logprobs = logprobs
         self.trace = trace
 
@@ -120,3 +119,12 @@ class Chooser:
             pass
         rule = f"it returned {shown(chosen)} and must return a token id for each row, (1,), below {self.vocab}"
         raise SettingsError("sampler", self.sampler, rule)
+
+
+def functions(processors: Sequence[Processor]) -> list[Processor]:
+    """Processors of one's own. Raises SettingsError for what is no sequence of functions."""
+    if not is_sequence(processors) or not all(map(callable, processors)):
+        raise SettingsError(
+            "processors", processors, "they must be a sequence of functions from (history, logits) to logits"
+        )
+    return list(processors)

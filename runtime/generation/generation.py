@@ -21,7 +21,7 @@ from ..engine.state import DecodeState, StepOutput
 from ..errors import PromptError
 from .ahead import Passes
 from .chat_template import Message
-from .choice import Chooser
+from .choice import Chooser, functions
 from .constraints import constraints_of
 from .processors import Processor, make_processors
 from .prompts import Prompt, encoded
@@ -201,7 +201,7 @@ def _stream(
         model.session,
         prompt.ids,
         sampler=settings.sampler() if sampler is None else sampler,
-        processors=[*own_processors(model, settings), *processors],
+        processors=[*own_processors(model, settings), *functions(processors)],
         state=state,
         logprobs=settings.logprobs,
         trace=settings.trace,

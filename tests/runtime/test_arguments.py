@@ -29,6 +29,7 @@ from runtime import (
     SettingsError,
     Speculation,
     generate,
+    generate_batch,
     generate_step,
     greedy,
     load,
@@ -217,7 +218,12 @@ def call(model: Model, tiny: Exported) -> dict[str, Callable[[Any], Any]]:
         "generate prompt": lambda value: generate(model, value, max_new_tokens=1),
         "generate settings": lambda value: generate(model, "Hello", value),
         "generate sampler": lambda value: generate(model, "Hello", max_new_tokens=1, sampler=value),
+        "generate processors": lambda value: generate(model, "Hello", max_new_tokens=1, processors=value),
         "generate state": lambda value: generate(model, "Hello", max_new_tokens=1, state=value),
+        "generate_batch prompts": lambda value: generate_batch(model, value, max_new_tokens=1),
+        "generate_batch settings": lambda value: generate_batch(model, ["Hello"], value, max_new_tokens=1),
+        "generate_batch most_rows": lambda value: generate_batch(model, ["Hello"], most_rows=value, max_new_tokens=1),
+        "stream_batch prompts": lambda value: first(stream_batch(model, value)),
         "stream_generate prompt": lambda value: first(stream_generate(model, value)),
         "stream_generate settings": lambda value: first(stream_generate(model, "Hello", value)),
         "stream_generate state": lambda value: first(stream_generate(model, "Hello", state=value)),
@@ -310,6 +316,15 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "generate settings": optional(no),
     "generate sampler": optional(no),
     "generate state": optional(no),
+    "generate processors": lambda value: isinstance(value, list | tuple | range) and not len(value),
+    "generate_batch prompts": lambda value: (
+        isinstance(value, list | tuple | range) and all(is_text(part) or is_tokens(part) for part in value)
+    ),
+    "generate_batch settings": optional(no),
+    "generate_batch most_rows": is_whole,
+    "stream_batch prompts": lambda value: (
+        isinstance(value, list | tuple | range) and all(is_text(part) or is_tokens(part) for part in value)
+    ),
     "stream_generate prompt": lambda value: is_text(value) or is_tokens(value),
     "stream_generate settings": optional(no),
     "stream_generate state": optional(no),

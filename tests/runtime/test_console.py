@@ -229,7 +229,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_in_python_a_setting_is_called_by_its_name() -> None:
     error = SettingsError("gate_rank", "", "it goes with {top_k}")
     assert str(error) == "gate_rank is ''; it goes with top_k"
-    assert error.args == ("gate_rank", "", "it goes with {top_k}")  # so that it survives a pipe between processes
+    assert error.args == ("gate_rank", "", "it goes with {top_k}", "")  # so that it survives a pipe between processes
 
 
 def test_a_command_whose_packages_are_missing_says_which_extra_brings_them(
