@@ -35,6 +35,7 @@ from runtime import (
     load,
     make_sampler,
     score_texts,
+    stream_batch,
     stream_generate,
 )
 from runtime.bench.settings import BenchSettings
@@ -212,6 +213,8 @@ def call(model: Model, tiny: Exported) -> dict[str, Callable[[Any], Any]]:
         "drop rows": lambda value: state(2).drop(value),
         "join other": lambda value: state().join(value),
         "trim lengths": lambda value: state().trim(value),
+        "replace row": lambda value: state().replace(value, state()),
+        "replace other": lambda value: state().replace(0, value),
         "trim length": lambda value: state().trim([value]),
         "cut_lengths row": lambda value: state(6).cut_lengths(value),
         "generate model": lambda value: generate(value, "Hello", max_new_tokens=1),
@@ -223,7 +226,7 @@ def call(model: Model, tiny: Exported) -> dict[str, Callable[[Any], Any]]:
         "generate_batch prompts": lambda value: generate_batch(model, value, max_new_tokens=1),
         "generate_batch settings": lambda value: generate_batch(model, ["Hello"], value, max_new_tokens=1),
         "generate_batch most_rows": lambda value: generate_batch(model, ["Hello"], most_rows=value, max_new_tokens=1),
-        "stream_batch prompts": lambda value: first(stream_batch(model, value)),
+        "stream_batch prompts": lambda value: next(stream_batch(model, value), None),
         "stream_generate prompt": lambda value: first(stream_generate(model, value)),
         "stream_generate settings": lambda value: first(stream_generate(model, "Hello", value)),
         "stream_generate state": lambda value: first(stream_generate(model, "Hello", state=value)),
@@ -308,6 +311,8 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "take lengths": optional(is_tokens),
     "drop rows": is_tokens,
     "join other": no,
+    "replace row": is_whole,
+    "replace other": no,
     "trim lengths": is_tokens,
     "trim length": is_whole,
     "cut_lengths row": is_whole,
@@ -320,7 +325,9 @@ ACCEPTED: dict[str, Callable[[Any], bool]] = {
     "generate_batch prompts": lambda value: (
         isinstance(value, list | tuple | range) and all(is_text(part) or is_tokens(part) for part in value)
     ),
-    "generate_batch settings": optional(no),
+    "generate_batch settings": lambda value: (
+        value is None or (isinstance(value, list | tuple) and len(value) == 1 and value[0] is None)
+    ),
     "generate_batch most_rows": is_whole,
     "stream_batch prompts": lambda value: (
         isinstance(value, list | tuple | range) and all(is_text(part) or is_tokens(part) for part in value)
@@ -519,12 +526,15 @@ def test_what_is_public_is_covered() -> None:
     covered = {name.split()[0] for name in ACCEPTED} | {"GenerationSettings", "Execution", "ScoreSettings"}
     functions = {name for name in runtime.__all__ if callable(getattr(runtime, name)) and name[0].islower()}
     assert functions <= covered
-    methods = {name for name in vars(Session) if not name.startswith("_") and name != "binding_of"}
+    methods = {
+        name for name in vars(Session) if not name.startswith("_") and name not in ("binding_of", "check_by_memory")
+    }
     assert methods <= covered
     assert {name for name in vars(runtime.DecodeState) if not name.startswith("_")} - covered <= {
         "batch",
         "cache_bytes",
         "artifact",
+        "ask",
         "gate_reads_query",
         "layout",
         "note",
