@@ -60,6 +60,8 @@ def _print_tokens(model: Model, chunks: Iterator[Chunk]) -> None:
             if not headed:
                 print(heading(chunk.token))
                 headed = True
+                for token in chunk.prompt or ():
+                    print(token_line(token, model.codec.token_text))
             print(token_line(chunk.token, model.codec.token_text), flush=True)
 
 
@@ -76,6 +78,16 @@ def _document(model: Model, result: Generation) -> dict[str, Any]:
     if result.logprobs is not None:
         document["logprobs"] = result.logprobs
         document["top_logprobs"] = [_listed(model, token.top_logprobs or ()) for token in result.tokens]
+    if result.prompt is not None:
+        document["prompt"] = [
+            {
+                "id": token.id,
+                "text": model.codec.token_text(token.id),
+                "logprob": token.logprob,
+                "top_logprobs": _listed(model, token.top_logprobs or ()),
+            }
+            for token in result.prompt
+        ]
     if result.tokens[0].trace is not None:
         document["trace"] = [
             {name: _listed(model, memory) for name, memory in token.trace._asdict().items()}

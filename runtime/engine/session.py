@@ -171,13 +171,19 @@ class Session(LoadedGraph):
         if memory != "blend":
             self.check_by_memory("memory", memory)
 
-    def prompt_logprobs(self, prompt: Sequence[int], memory_bias: float = 0.0, k: int = 0) -> PromptLogprobs:
+    def prompt_logprobs(
+        self, prompt: Sequence[int], memory_bias: float = 0.0, k: int = 0, state: DecodeState | None = None
+    ) -> PromptLogprobs:
         """Log-probabilities of the tokens of a prompt, given those before them, and with k > 0 the k likeliest tokens
         in their places: what "echo" shows. The gate's query is the whole prompt, as it is when the answer is generated,
         so that a prompt of more than one chunk is read twice where the gate reads the query, and once otherwise.
-        Generation goes on from the result's state and logits. Raises as `prefill`, and SettingsError for k."""
+        Generation goes on from the result's state and logits: a new one with this bias, or `state`, which must be an
+        empty one of one row. Raises as `prefill`, and SettingsError for k."""
         k = whole_number("k", k, 0, self.manifest.vocab_size)
-        state = self.new_state(1, memory_bias)
+        state = self.new_state(1, memory_bias) if state is None else state
+        self.check_state(state)
+        if state.batch != 1 or state.lengths[0] or state.pending[0] is not None:
+            raise PromptError("a prompt's log-probabilities need a state of one row that has read nothing")
         (text,) = self._texts(state, [prompt])
         self.reserve(state, len(text))
         return read_with_logprobs(self, state, text, self._chunk(1), k)

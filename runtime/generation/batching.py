@@ -16,7 +16,7 @@ from ..engine.state import DecodeState, StepOutput
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .chat_template import Message
 from .choice import Chooser
-from .generation import Model, TextOfTokens, checked, collected, own_processors, without_logits
+from .generation import Model, TextOfTokens, checked, collected, own_processors, prompt_tokens, without_logits
 from .prompts import encoded
 from .results import Chunk, Generation
 from .settings import GenerationSettings
@@ -131,6 +131,8 @@ class Batch:
     def _read(self) -> list[Event]:
         """Read a piece of the next prompt; with its end its first token comes."""
         row = self._waiting[0]
+        if row.settings.echo:
+            return [self._read_whole(row)]
         size = self._piece() if self._rows else len(row.ids)
         piece = row.ids[row.read : row.read + size]
         start = time.perf_counter()
@@ -142,6 +144,16 @@ class Batch:
         self._waiting.popleft()
         self._ready.append(row)
         return [self._chosen(row, output, 0, len(row.ids))]
+
+    def _read_whole(self, row: _Row) -> Event:
+        """Read a prompt whose log-probabilities are told, at once."""
+        found = self.model.session.prompt_logprobs(row.ids, k=row.settings.logprobs or 0, state=row.state)
+        self._waiting.popleft()
+        self._ready.append(row)
+        event = self._chosen(row, found.output, 0, len(row.ids))
+        if event.chunk is None:
+            return event
+        return event._replace(chunk=event.chunk._replace(prompt=prompt_tokens(row.ids, found)))
 
     def _piece(self) -> int:
         """Tokens of a prompt that are read at once while others wait."""

@@ -8,7 +8,7 @@ generate            one result
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ..checks import instance
 from ..engine.execution import Execution
 from ..engine.journal import Note
+from ..engine.prompt_logprobs import PromptLogprobs
 from ..engine.session import Session
 from ..engine.state import DecodeState, StepOutput
 from ..errors import PromptError
@@ -23,6 +24,7 @@ from .ahead import Passes
 from .chat_template import Message
 from .choice import Chooser, functions
 from .constraints import constraints_of
+from .logprobs import Candidate
 from .processors import Processor, make_processors
 from .prompts import Prompt, encoded
 from .results import Chunk, FinishReason, Generation, Token, timings
@@ -66,13 +68,15 @@ def generate_step(
     logprobs: int | None = None,
     trace: int | None = None,
     speculation: Speculation | None = None,
+    echo: Callable[[PromptLogprobs], object] | None = None,
 ) -> Iterator[Token]:
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
     state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
     fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,). processors: see
     `processors`. logprobs, trace: as in `GenerationSettings`. speculation: guesses tokens, which are then the same,
-    sooner.
+    sooner. echo: called before the first token with the log-probabilities of the prompt's tokens and `logprobs`
+    likeliest ones with them; the state must be empty.
 
     Whenever it ends, by an exception or Ctrl-C too, the state holds the prompt and the tokens that were yielded, and
     can go on; before the first one it is as it was. Raises before the first token what `Session.prefill` raises, and
@@ -85,7 +89,7 @@ def generate_step(
     instance("state", state, DecodeState)
     if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    steps = _Steps(session, state, sampler, processors, logprobs, trace, speculation)
+    steps = _Steps(session, state, sampler, processors, logprobs, trace, speculation, echo)
     before, token, given = state.noted(), None, None
     try:
         token = steps.first(prompt_ids)
@@ -126,8 +130,9 @@ class _Steps:
         logprobs: int | None,
         trace: int | None,
         speculation: Speculation | None,
+        echo: Callable[[PromptLogprobs], object] | None,
     ) -> None:
-        self.session, self.state = session, state
+        self.session, self.state, self.echo = session, state, echo
         self.chooser = Chooser(session.manifest.vocab_size, sampler, processors, logprobs, trace)
         self.k = self.chooser.likeliest_needed if session.on_device and speculation is None else None
         self.by_memory = trace is not None
@@ -139,6 +144,11 @@ class _Steps:
             self.passes = Passes(session, state, speculation, self.by_memory)
 
     def first(self, prompt_ids: Sequence[int]) -> Token:
+        if self.echo is not None:
+            found = self.session.prompt_logprobs(prompt_ids, k=self.chooser.logprobs or 0, state=self.state)
+            self.chooser.begin(self.session.token_ids(prompt_ids))
+            self.echo(found)
+            return self._chosen(found.output)
         if self.k is not None:
             told = self.chooser.logprobs is not None
             output = self.session.prefill_likeliest(self.state, [prompt_ids], self.k, probabilities=told)
@@ -197,6 +207,7 @@ def _stream(
     speculation: Speculation | None,
 ) -> Iterator[Chunk]:
     text = TextOfTokens(model, settings)
+    told: list[PromptLogprobs] = []
     steps = generate_step(
         model.session,
         prompt.ids,
@@ -206,6 +217,7 @@ def _stream(
         logprobs=settings.logprobs,
         trace=settings.trace,
         speculation=speculation,
+        echo=told.append if settings.echo else None,
     )
     before, token, given = state.noted(), None, None
     try:
@@ -213,6 +225,8 @@ def _stream(
             state.pending[0] = None
         for token in steps:
             chunk = text.push(token)
+            if told:
+                chunk = chunk._replace(prompt=prompt_tokens(prompt.ids, told.pop()))
             given = token
             yield chunk
             if chunk.finish_reason is not None:
@@ -302,6 +316,17 @@ def _collected(
     return collected(chunks, len(prompt.ids), times, speculation)
 
 
+def prompt_tokens(ids: Sequence[int], found: PromptLogprobs) -> tuple[Token, ...]:
+    """A prompt's tokens with what `Session.prompt_logprobs` found; of the first one nothing is known."""
+    each = zip(found.logprobs.tolist(), found.ids.tolist(), found.id_logprobs.tolist(), strict=True)
+    gates = [None] * len(found.logprobs) if found.gate_mean is None else found.gate_mean.tolist()
+    rest = [
+        Token(token, None, gate, logprob, tuple(map(Candidate, likeliest, theirs)))
+        for token, gate, (logprob, likeliest, theirs) in zip(ids[1:], gates, each, strict=True)
+    ]
+    return (Token(ids[0], None, None), *rest)
+
+
 def _speculation(settings: GenerationSettings) -> Speculation | None:
     return Speculation(settings.speculate) if settings.speculate else None
 
@@ -327,6 +352,7 @@ def collected(
         finish_reason=last.finish_reason,
         stopped_by=last.stopped_by,
         timings=measured,
+        prompt=chunks[0].prompt,
     )
 
 

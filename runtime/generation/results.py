@@ -33,12 +33,14 @@ class Token(NamedTuple):
 
 class Chunk(NamedTuple):
     """Text that one token completed (it may be empty), that token, and on the last chunk why generation ended, and the
-    stop string or the token that ended it, if one did."""
+    stop string or the token that ended it, if one did. prompt: on the first chunk, the prompt's tokens with their
+    log-probabilities (the first one has none), if asked for."""
 
     text: str
     token: Token | None
     finish_reason: FinishReason | None
     stopped_by: str | int | None = None
+    prompt: tuple[Token, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,14 @@ class Timings:
 @dataclass(frozen=True)
 class Generation:
     """A result. tokens: as chosen, with those of a stop string and the end token, without their logits. stopped_by: the
-    stop string or the token that ended it; None at a length."""
+    stop string or the token that ended it; None at a length. prompt: as a `Chunk` has it."""
 
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason
     stopped_by: str | int | None
     timings: Timings
+    prompt: tuple[Token, ...] | None = None
 
     @property
     def token_ids(self) -> list[int]:

@@ -35,9 +35,9 @@ class GenerationSettings:
     generated tokens, 0 is none. no_repeat_ngram_size: no n-gram comes twice, 0 is off. logit_bias: by token id, what is
     added to its logit; -infinity forbids it. In a conversation they go by the present turn and reply.
     stop: text that ends generation and is left out. stop_token_ids: tokens that do, beside the model's end tokens.
-    logprobs: tell the log-probability of every token and of so many of the likeliest. trace: tell the likeliest tokens
-    of each memory alone. speculate: at most so many tokens are guessed and tried at once (see `Speculation`), and the
-    same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
+    logprobs: tell the log-probability of every token and of so many of the likeliest. echo: of the prompt's, too.
+    trace: tell the likeliest tokens of each memory alone. speculate: at most so many tokens are guessed and tried at
+    once (see `Speculation`), and the same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
     """
 
     max_new_tokens: int = _option(256, "stop after this many tokens", "N")
@@ -62,6 +62,7 @@ class GenerationSettings:
     stop: Sequence[str] = _option((), "end before any of these texts", "TEXT")
     stop_token_ids: Sequence[int] = _option((), "end at any of these tokens, too", "ID")
     logprobs: int | None = _option(None, "tell log-probabilities, and those of the N likeliest tokens", "N")
+    echo: bool = _option(False, "tell the log-probabilities of the prompt's tokens, too; needs --logprobs")
     trace: int | None = _option(None, "tell what each memory alone would say: the N likeliest tokens", "N")
     speculate: int = _option(0, "guess up to N tokens from the text so far: sooner, not others; 0 is off", "N")
     json_object: bool = _option(False, "the text must be a JSON object (needs the extra `grammar`)")
@@ -127,6 +128,8 @@ class GenerationSettings:
     def _check_together(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
             raise SettingsError("min_new_tokens", self.min_new_tokens, "it must not be above {max_new_tokens}")
+        if self.echo and (self.logprobs is None or self.trace is not None):
+            raise SettingsError("echo", True, "it needs {logprobs}, and does not go with {trace}")
         said = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(said) > 1:
             raise SettingsError(said[1], getattr(self, said[1]), f"{{{said[0]}}} is given too, and a text has one form")

@@ -16,6 +16,7 @@ from runtime import (
     PromptError,
     SettingsError,
     generate,
+    generate_batch,
     generate_step,
     load,
     make_sampler,
@@ -212,3 +213,24 @@ def test_processors_of_ones_own_come_last(model: Model) -> None:
         generate(model, "Hello", processors=[lambda history, logits: logits - np.inf])
     with pytest.raises(SettingsError, match=r"processors is .* must return logits, \(\d+,\)"):
         generate(model, "Hello", processors=[lambda history, logits: logits[:3]])
+
+
+def test_an_echo_tells_of_the_prompt_and_changes_nothing_else(model: Model) -> None:
+    plain = generate(model, PROMPT, max_new_tokens=6, logprobs=2)
+    echoed = generate(model, PROMPT, max_new_tokens=6, logprobs=2, echo=True)
+    assert echoed.token_ids == plain.token_ids
+    assert plain.prompt is None
+    assert echoed.prompt is not None
+    assert [token.id for token in echoed.prompt] == PROMPT
+    expected = model.session.prompt_logprobs(PROMPT, k=2)
+    assert [token.logprob for token in echoed.prompt] == [None, *expected.logprobs.tolist()]
+    for token, ids in zip(echoed.prompt[1:], expected.ids.tolist(), strict=True):
+        assert [each.id for each in token.top_logprobs or ()] == ids
+    (batched,) = generate_batch(model, [PROMPT], max_new_tokens=6, logprobs=2, echo=True)
+    assert (batched.prompt, batched.token_ids) == (echoed.prompt, plain.token_ids)
+    with pytest.raises(SettingsError, match="echo is True; it needs logprobs"):
+        generate(model, PROMPT, echo=True)
+    state = model.session.new_state()
+    model.session.prefill(state, [PROMPT])
+    with pytest.raises(PromptError, match="need a state of one row that has read nothing"):
+        generate(model, PROMPT, logprobs=1, echo=True, state=state)
