@@ -16,7 +16,7 @@ from benchmarks.quality.models import Place
 from benchmarks.quality.programs import opened, stored
 from benchmarks.quality.reference import MEMORIES, Stored, write_reference
 from benchmarks.quality.texts import examples
-from export.verification.quality import Array, Side, measure_quality
+from export.verification.quality import Array, Side, in_pieces, measure_quality
 from imsm_core.data.dataset import Example
 
 
@@ -44,7 +44,7 @@ def judge(place: Place, name: str, memories: list[str], threads: int) -> None:
 
 def _alone(logits: Callable[[Example], Array]) -> Side:
     """Whatever memory it is, under the name of the one that is always there."""
-    return lambda text: {"base": logits(text).__getitem__}
+    return lambda text: in_pieces({"base": logits(text)}, len(text.answer_ids))
 
 
 def result(place: Place, name: str, memory: str) -> Path:

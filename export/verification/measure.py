@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
 
 from imsm_core.backbone import apply_head
 from imsm_core.data.dataset import Example
@@ -18,7 +17,7 @@ from imsm_core.siamese import SiameseModel
 from ..artifact import GRAPH
 from ..virtual_tokens import load_virtual_cache
 from .plain_run import Array, CachedGraph
-from .quality import QualityReport, Rows, measure_quality
+from .quality import POSITIONS, QualityReport, measure_quality
 
 
 def evaluate(
@@ -35,22 +34,21 @@ def evaluate(
     graph = CachedGraph(folder / GRAPH, load_virtual_cache(folder), provider=provider)
     names = ("blend", "base", "adapter") if len(streams) > 1 else ("base",)
 
-    def found(text: Example) -> Mapping[str, Rows]:
-        query = len(text.prompt_ids)
-        logits = graph.logits_of(range(len(names)), text.token_ids[:-1], query, first=query - 1)
-        return {name: rows.__getitem__ for name, rows in zip(names, logits, strict=True)}
+    def found(text: Example) -> Iterator[Mapping[str, Array]]:
+        for logits in graph.answers(range(len(names)), text.prompt_ids, text.answer_ids[:-1], POSITIONS):
+            yield dict(zip(names, logits, strict=True))
 
     return measure_quality(partial(_reference, model), found, texts, report)
 
 
 @torch.no_grad()
-def _reference(model: SiameseModel, text: Example) -> Mapping[str, Rows]:
+def _reference(model: SiameseModel, text: Example) -> Iterator[Mapping[str, Array]]:
     """PyTorch's side."""
     states, _, _ = states_by_stream(model, [text], get_args(Stream), pad_token_id=0)
-    return {"blend" if name == "fused" else name: partial(_logits, model, chosen) for name, chosen in states.items()}
-
-
-@torch.no_grad()
-def _logits(model: SiameseModel, states: Tensor, part: slice) -> Array:
-    logits: Array = apply_head(model.causal_lm, states[part][None])[0].numpy()
-    return logits
+    for start in range(0, len(text.answer_ids), POSITIONS):
+        yield {
+            "blend" if name == "fused" else name: apply_head(model.causal_lm, rows[None, start : start + POSITIONS])[
+                0
+            ].numpy()
+            for name, rows in states.items()
+        }

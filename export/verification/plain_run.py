@@ -3,7 +3,7 @@ which NumPy has not, stay onnxruntime's own values from run to run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +72,26 @@ class CachedGraph:
         self.lengths = np.array([len(prompt) for prompt in prompts])
         return self._run(input_ids, query_mask, np.tile(np.arange(longest), (rows, 1)), self.lengths)
 
-    def logits_of(self, memories: Sequence[int], text: list[int], query: int, first: int = 0) -> Array:
-        """Logits of each of `memories`, as the graph's input `memory` has them, (memories, len(text) - first, vocab),
-        at every position of one text from `first` on, which is read at once and begins with `query` tokens of the
-        gate's query."""
+    def answers(self, memories: Sequence[int], query: list[int], answer: list[int], most: int) -> Iterator[Array]:
+        """Logits of each of `memories`, as the graph's input `memory` has them, after the query and after each token of
+        the answer, at `most` positions at a time: (memories, n, vocab). A step reads no more than it gives logits of,
+        and the first one the query too."""
         self._reset(1)
-        self.lengths = np.array([len(text)])
-        mask = (np.arange(len(text)) < query)[None].astype(np.float32)
-        wanted = np.arange(first, len(text))
-        memory = np.repeat(memories, len(wanted))[None]
-        positions = np.arange(len(text))[None]
-        outputs = self._run(
-            np.array([text]), mask, positions, self.lengths, np.tile(wanted, len(memories))[None], memory
-        )
-        logits: Array = outputs["logits"]
-        return logits.reshape(len(memories), len(wanted), -1)
+        self.lengths = np.zeros(1, np.int64)
+        text = [*query, *answer]
+        start, first = 0, len(query) - 1
+        while first < len(text):
+            end = min(first + most, len(text))
+            positions = np.arange(start, end)
+            self.lengths = self.lengths + len(positions)
+            mask = (positions < len(query))[None].astype(np.float32)
+            asked = np.arange(first, end) - start
+            wanted, memory = np.tile(asked, len(memories)), np.repeat(memories, len(asked))
+            new = np.array([len(positions)])
+            outputs = self._run(np.array([text[start:end]]), mask, positions[None], new, wanted[None], memory[None])
+            logits: Array = outputs["logits"]
+            yield logits.reshape(len(memories), len(asked), -1)
+            start = first = end
 
     def decode(self, tokens: list[int]) -> dict[str, Array]:
         """One token a row."""

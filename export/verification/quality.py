@@ -22,15 +22,15 @@ from ..choices import LARGEST_PERPLEXITY_CHANGE
 from ..errors import ExportError, VerificationError
 
 Array = NDArray[Any]
-Rows = Callable[[slice], Array]
-"""Some of the N positions -> their logits (n, vocab) float32."""
-Side = Callable[[Example], Mapping[str, Rows]]
-"""A text whose prompt is the query -> what predicts its N answer tokens, by who speaks: blend, base, adapter."""
+Side = Callable[[Example], Iterator[Mapping[str, Array]]]
+"""A text whose prompt is the query -> what predicts its answer tokens, by who speaks (blend, base, adapter): logits (n,
+vocab) float32 at POSITIONS places at a time, fewer at the end."""
 
 FEW_TOKENS = 1000
 WARNED = ("blend", "base")
 """Whose perplexity is held against the threshold: what people read, and the memory that must not be lost."""
-_ROWS = 64  # positions whose logits are in float64 at a time
+POSITIONS = 64
+"""Whose logits are in memory at a time."""
 _SECONDS = 10.0  # between two reports of progress
 _LARGEST_LOSS = 700.0  # e to a higher power overflows
 
@@ -101,20 +101,20 @@ def measure_quality(
 ) -> QualityReport:
     """Compare the two sides' predictions of every answer token, in float64, of each of the three that both know.
 
-    reference: the siamese model in float32. found: the artifact. One text is in memory at a time, and the logits of a
-    few dozen of its positions. report: gets a line at the start, and one every few seconds in a long run. Raises
-    VerificationError if their logits differ in shape or are not finite, ExportError if there are no texts.
+    reference: the siamese model in float32. found: the artifact. report: gets a line at the start, and one every few
+    seconds in a long run. Raises VerificationError if their logits differ in shape or are not finite, ExportError if
+    there are no texts.
     """
     sums: dict[str, _Sums] = {}
     for text in _with_progress(texts, report):
         targets = np.array(text.answer_ids)
-        expected, actual = reference(text), found(text)
-        for name in actual:
-            for start in range(0, len(targets), _ROWS):
-                part = slice(start, start + _ROWS)
-                logits = expected[name](part), actual[name](part)
-                _check(logits, len(targets[part]))
-                sums.setdefault(name, _Sums()).add(logits, targets[part])
+        starts = range(0, len(targets), POSITIONS)
+        for start, expected, actual in zip(starts, reference(text), found(text), strict=True):
+            part = targets[start : start + POSITIONS]
+            for name in actual:
+                logits = expected[name], actual[name]
+                _check(logits, len(part))
+                sums.setdefault(name, _Sums()).add(logits, part)
     if not sums:
         raise ExportError("there are no texts of two tokens or more to evaluate on")
     differences = {name: total.difference() for name, total in sums.items()}
@@ -122,6 +122,12 @@ def measure_quality(
     return QualityReport(
         len(texts), tokens, differences.get("blend"), differences.get("base"), differences.get("adapter")
     )
+
+
+def in_pieces(logits: Mapping[str, Array], positions: int) -> Iterator[Mapping[str, Array]]:
+    """What a `Side` gives, of the logits (positions, vocab) of a whole text."""
+    for start in range(0, positions, POSITIONS):
+        yield {name: rows[start : start + POSITIONS] for name, rows in logits.items()}
 
 
 def _check(sides: Sequence[Array], tokens: int) -> None:

@@ -16,6 +16,7 @@ from export.verification.quality import (
     Difference,
     QualityReport,
     Side,
+    in_pieces,
     measure_quality,
     quality_warnings,
 )
@@ -39,7 +40,9 @@ def random_texts(*lengths: int) -> list[Example]:
 
 def side(**memories: dict[int, Array]) -> Side:
     """A model of these logits, by who speaks."""
-    return lambda text: {name: logits[len(text.answer_ids)].__getitem__ for name, logits in memories.items()}
+    return lambda text: in_pieces(
+        {name: logits[len(text.answer_ids)] for name, logits in memories.items()}, len(text.answer_ids)
+    )
 
 
 def of_base(report: QualityReport) -> Difference:
