@@ -16,7 +16,7 @@ from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session, SettingsError
 from runtime.engine.marks import RECENT
 from runtime.engine.memories import MEMORIES
-from runtime.engine.pooling import pooled_states
+from runtime.engine.pooling import check_states, pooled_states
 from runtime.engine.prefix_cache import PrefixCache
 from runtime.engine.providers import ON_DEVICE
 from tests.adapters import make_siamese_with
@@ -248,10 +248,16 @@ def test_each_memory_of_ragged_rows_is_what_a_forced_gate_gives(opened: Opened) 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_texts_that_are_embedded_together_are_embedded_as_if_alone(opened: Opened, pooling: str) -> None:
     texts, session = [LONG, MIDDLE, SHORT], opened.session
+    found = {}
     for memory in MEMORIES if session.siamese else ("blend", "base"):
-        together = pooled_states(session, texts, memory, pooling, 100)
+        check_states(session, memory)
+        found[memory] = pooled_states(session, texts, memory, pooling, 100)
         alone = [pooled_states(session, [text], memory, pooling, 3)[0] for text in texts]
-        opened._assert_close(together, np.stack(alone))
+        opened._assert_close(found[memory], np.stack(alone))
+    if not session.siamese:
+        np.testing.assert_array_equal(found["blend"], found["base"])
+        with pytest.raises(SettingsError, match="memory is adapter; this artifact has the base memory alone"):
+            check_states(session, "adapter")
 
 
 def test_rows_join_a_state_that_has_read_nothing(opened: Opened) -> None:
