@@ -30,7 +30,7 @@ from ..virtual_tokens import load_virtual_cache
 from .plain_run import CachedGraph
 
 Array = NDArray[Any]
-COMPARED = ("hidden_base", "hidden_adapter", "hidden_fused", "gate", "logits")
+COMPARED = ("hidden_base", "hidden_adapter", "gate", "hidden_fused", "logits")
 ALONE = {"logits_base": BASE, "logits_adapter": ADAPTER}
 """The logits of one memory alone, by the names that they have here, as the graph's input `memory` asks for them."""
 DECODE_STEPS = 32
@@ -253,5 +253,5 @@ def expected_outputs(
     gated = model.gate(Memories(states.base, states.adapter, query_base, query_adapter))
     logits = apply_head(model.causal_lm, gated.fused)
     alone = [apply_head(model.causal_lm, state) for state in states]
-    found = (states.base, states.adapter, gated.fused, gated.gate, logits, *alone)
+    found = (states.base, states.adapter, gated.gate, gated.fused, logits, *alone)
     return {name: tensor[0].numpy() for name, tensor in zip((*COMPARED, *ALONE), found, strict=True)}
