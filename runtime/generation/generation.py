@@ -69,14 +69,16 @@ def generate_step(
     trace: int | None = None,
     speculation: Speculation | None = None,
     echo: Callable[[PromptLogprobs], object] | None = None,
+    held: Sequence[int] = (),
 ) -> Iterator[Token]:
     """Tokens after `prompt_ids`, without end: the caller stops. Ends by itself where the context is full.
 
     state: a state of one row to continue (a conversation); a token that was yielded last time and not yet fed is
     fed first. memory_bias applies to a new state. sampler: from logits (1, vocab) to a token id (1,). processors: see
     `processors`. logprobs, trace: as in `GenerationSettings`. speculation: guesses tokens, which are then the same,
-    sooner. echo: called before the first token with the log-probabilities of the prompt's tokens and `logprobs`
-    likeliest ones with them; the state must be empty.
+    sooner. held: tokens of the prompt that the state holds already, as a `PrefixCache` gives it: processors and guesses
+    go by them too. echo: called before the first token with the log-probabilities of the
+    prompt's tokens and `logprobs` likeliest ones with them; the state must be empty.
 
     Whenever it ends, by an exception or Ctrl-C too, the state holds the prompt and the tokens that were yielded, and
     can go on; before the first one it is as it was. Raises before the first token what `Session.prefill` raises, and
@@ -89,7 +91,7 @@ def generate_step(
     instance("state", state, DecodeState)
     if state.batch != 1:
         raise PromptError(f"generation continues a state of one row; this one has {state.batch}")
-    steps = _Steps(session, state, sampler, processors, logprobs, trace, speculation, echo)
+    steps = _Steps(session, state, sampler, processors, logprobs, trace, speculation, echo, session.token_ids(held))
     before, token, given = state.noted(), None, None
     try:
         token = steps.first(prompt_ids)
@@ -131,8 +133,9 @@ class _Steps:
         trace: int | None,
         speculation: Speculation | None,
         echo: Callable[[PromptLogprobs], object] | None,
+        held: list[int],
     ) -> None:
-        self.session, self.state, self.echo = session, state, echo
+        self.session, self.state, self.echo, self.held = session, state, echo, held
         self.chooser = Chooser(session.manifest.vocab_size, sampler, processors, logprobs, trace)
         self.k = self.chooser.likeliest_needed if session.on_device and speculation is None else None
         self.by_memory = trace is not None
@@ -154,7 +157,7 @@ class _Steps:
             output = self.session.prefill_likeliest(self.state, [prompt_ids], self.k, probabilities=told)
             return self.chooser.choose_likeliest(output)
         whole = self.session.prefill(self.state, [prompt_ids], by_memory=self.by_memory)
-        self.chooser.begin(self.session.token_ids(prompt_ids))
+        self.chooser.begin([*self.held, *self.session.token_ids(prompt_ids)])
         return self._chosen(whole)
 
     def next(self, token: int) -> Token:

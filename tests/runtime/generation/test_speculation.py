@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import DecodeState, Model, PromptError, SettingsError, Speculation, generate, generate_step, load
+from runtime import (
+    DecodeState,
+    History,
+    Model,
+    PrefixCache,
+    PromptError,
+    SettingsError,
+    Speculation,
+    generate,
+    generate_step,
+    load,
+)
 from runtime.engine import cache
 from runtime.engine.providers import ON_DEVICE
 from runtime.generation.speculation import MOST_PATIENCE, PATIENCE, followers
@@ -166,6 +177,30 @@ def test_a_copy_between_two_tokens_is_of_what_was_given_out(model: Model) -> Non
     list(islice(generate_step(model.session, PROMPT, state=fresh), 3))
     expected = generate_step(model.session, [60], state=fresh)
     assert [token.id for token in islice(rest, 3)] == [token.id for token in islice(expected, 3)]
+
+
+def test_processors_and_guesses_go_by_what_a_kept_text_holds(model: Model) -> None:
+    kept, prompt = PrefixCache(model.session, 10**8), [*PROMPT, 40, 41]
+    kept.put(PROMPT, generated_state(model, PROMPT))
+    seen: list[list[int]] = []
+
+    def watching(history: History, logits: Any) -> Any:
+        seen.append(history.ids.tolist())
+        return logits
+
+    state, n = kept.take(prompt)
+    assert n == len(PROMPT)
+    steps = generate_step(model.session, prompt[n:], state=state, held=prompt[:n], processors=[watching])
+    said = [token.id for token in islice(steps, 3)]
+    assert seen == [prompt, [*prompt, said[0]], [*prompt, *said[:2]]]
+    assert said == generate(model, prompt, max_new_tokens=3).token_ids
+    assert kept.put([*prompt, *said[:-1]], state)
+
+
+def generated_state(model: Model, prompt: Sequence[int]) -> DecodeState:
+    state = model.session.new_state()
+    model.session.prefill(state, [prompt])
+    return state
 
 
 def test_guesses_of_the_text_itself_give_the_same_text(model: Model) -> None:
