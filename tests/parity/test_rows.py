@@ -14,6 +14,7 @@ import pytest
 
 from export.settings import ExportSettings
 from runtime import DecodeState, PromptError, Session, SettingsError
+from runtime.engine import own_kernels
 from runtime.engine.marks import RECENT
 from runtime.engine.memories import MEMORIES
 from runtime.engine.pooling import check_states, pooled_states
@@ -189,6 +190,21 @@ def test_several_tokens_at_once_equal_one_after_the_other(opened: Opened) -> Non
     taken_back.trim([len(MIDDLE) + 3])
     opened.assert_goes_on_alike(taken_back, [opened.alone(MIDDLE, [29, *REPLY[:2]], bias=0.3)])
     opened.assert_goes_on_alike(state, [steps])
+
+
+@pytest.mark.skipif(own_kernels.library() is None, reason="needs the kernels")
+@pytest.mark.parametrize("count", [4, 8])
+def test_in_int4_a_few_tokens_at_once_give_exactly_the_logits_of_single_steps(
+    artifact_of: Callable[[str], Path], count: int
+) -> None:
+    session = Session(artifact_of("int4"), threads=1)
+    state, steps = session.new_state(), session.new_state()
+    for each in (state, steps):
+        session.prefill(each, [MIDDLE])
+    tokens = LONG[:count]
+    together = session.continue_step(state, tokens)
+    np.testing.assert_array_equal(together.logits, [session.decode_step(steps, [token]).logits[0] for token in tokens])
+    np.testing.assert_array_equal(state.reply_sum, steps.reply_sum)
 
 
 def test_a_kept_text_goes_on_as_a_fresh_run_from_any_token_of_its_reply(opened: Opened, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ enum {
   GROUP = 16,    // rows, where they are many
   MANY = 8,      // rows that share a value of A
   TOGETHER = 4,  // rows that share a value of B
+  CHAINS = 4,    // sums of a row
   PATIENCE = 1000,
 };
 
@@ -68,27 +69,30 @@ OrtStatus* imsm_low_rank_begin(ImsmLowRank* change, ImsmInputs* inputs, size_t f
 void imsm_low_rank_end(ImsmLowRank* change) { free(change->low); }
 
 // x A of `rows` changed rows, which is a constant where this is inlined, for ranks [r, r + 16) and k [start, end).
+// chains: 1, or CHAINS for sums that do not wait for one another.
 TARGET static inline __attribute__((always_inline)) void multiply(const ImsmLowRank* change, size_t part, size_t first,
-                                                                  const int rows, size_t r, size_t start, size_t end) {
+                                                                  const int rows, const int chains, size_t r,
+                                                                  size_t start, size_t end) {
   const __mmask16 lanes = first_lanes(change->rank - r);
   const float* x[MANY];
-  __m512 sums[MANY];
+  __m512 sums[MANY], others[TOGETHER][CHAINS];
   for (int row = 0; row < rows; row++) {
     x[row] = change->x + change->index[first + (size_t)row] * change->k;
     sums[row] = _mm512_setzero_ps();
   }
   size_t k = start;
-  if (rows == 1) {  // four sums that do not wait for one another
-    __m512 others[3] = {sums[0], sums[0], sums[0]};
-    for (; k + 4 <= end; k += 4) {
-      const float* values = x[0] + k;
-      const size_t at = k * change->rank + r;
-      sums[0] = _mm512_fmadd_ps(_mm512_set1_ps(values[0]), load(change->a, change->half_a, at, lanes), sums[0]);
-      for (size_t i = 0; i < 3; i++)
-        others[i] = _mm512_fmadd_ps(_mm512_set1_ps(values[i + 1]),
-                                    load(change->a, change->half_a, at + (i + 1) * change->rank, lanes), others[i]);
-    }
-    sums[0] = _mm512_add_ps(_mm512_add_ps(sums[0], others[0]), _mm512_add_ps(others[1], others[2]));
+  if (chains == CHAINS) {
+    for (int row = 0; row < rows; row++)
+      for (int i = 0; i < CHAINS; i++) others[row][i] = _mm512_setzero_ps();
+    for (; k + CHAINS <= end; k += CHAINS)
+      for (int i = 0; i < CHAINS; i++) {
+        const __m512 a = load(change->a, change->half_a, (k + (size_t)i) * change->rank + r, lanes);
+        for (int row = 0; row < rows; row++)
+          others[row][i] = _mm512_fmadd_ps(_mm512_set1_ps(x[row][k + (size_t)i]), a, others[row][i]);
+      }
+    for (int row = 0; row < rows; row++)
+      sums[row] =
+          _mm512_add_ps(_mm512_add_ps(others[row][0], others[row][1]), _mm512_add_ps(others[row][2], others[row][3]));
   }
   for (; k < end; k++) {
     const __m512 a = load(change->a, change->half_a, k * change->rank + r, lanes);
@@ -101,18 +105,25 @@ TARGET static inline __attribute__((always_inline)) void multiply(const ImsmLowR
   }
 }
 
+// Where rows are few, each has the sum that it has alone, however many there are: tokens that are guessed and fed
+// together then get the logits of single steps.
 TARGET static void multiply_rows(const ImsmLowRank* change, size_t part, size_t first, size_t rows, size_t start,
                                  size_t end) {
+  const int few = change->rows <= GROUP;
   for (size_t r = 0; r < change->rank; r += LANES)
     for (size_t row = first; row < first + rows;) {
-      if (first + rows - row >= MANY) {
-        multiply(change, part, row, MANY, r, start, end);
+      const size_t left = first + rows - row;
+      if (!few && left >= MANY) {
+        multiply(change, part, row, MANY, 1, r, start, end);
         row += MANY;
-      } else if (first + rows - row >= TOGETHER) {
-        multiply(change, part, row, TOGETHER, r, start, end);
+      } else if (left >= TOGETHER) {
+        if (few)
+          multiply(change, part, row, TOGETHER, CHAINS, r, start, end);
+        else
+          multiply(change, part, row, TOGETHER, 1, r, start, end);
         row += TOGETHER;
       } else {
-        multiply(change, part, row++, 1, r, start, end);
+        multiply(change, part, row++, 1, CHAINS, r, start, end);
       }
     }
 }
