@@ -37,7 +37,8 @@ class GenerationSettings:
     stop: text that ends generation and is left out. stop_token_ids: tokens that do, beside the model's end tokens.
     logprobs: tell the log-probability of every token and of so many of the likeliest. echo: of the prompt's, too.
     trace: tell the likeliest tokens of each memory alone. speculate: at most so many tokens are guessed and tried at
-    once (see `Speculation`), and the same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar (Lark): what the text must be.
+    once (see `Speculation`), and the same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar
+    (Lark): what the text must be.
     """
 
     max_new_tokens: int = _option(256, "stop after this many tokens", "N")
