@@ -268,7 +268,7 @@ def _looked_up(model: runtime.Model, text: str, rounds: int) -> dict[str, Any]:
 
     def run(name: str) -> list[float]:
         start = time.perf_counter()
-        results[name] = runtime.generate(model, text, max_new_tokens=160, speculate=8 if name == "drafts" else 0)
+        results[name] = runtime.generate(model, text, max_new_tokens=160, speculate=7 if name == "drafts" else 0)
         return [(time.perf_counter() - start) * 1e3]
 
     told = compared(turns(("plain", "drafts"), run, max(2, rounds // 2)), "plain", "drafts")
