@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .generation.batching import Batch, Event, generate_batch, stream_batch
+    from .generation.chat import Chat
     from .generation.embed_settings import EmbedSettings
     from .generation.embedding import EmbedResult, embed
     from .generation.generation import Model, generate, generate_step, load, stream_generate
@@ -65,6 +66,7 @@ _HOMES = {
     "generation.batching": ("Batch", "Event", "generate_batch", "stream_batch"),
     "generation.embed_settings": ("EmbedSettings",),
     "generation.embedding": ("EmbedResult", "embed"),
+    "generation.chat": ("Chat",),
     "generation.generation": ("Model", "generate", "generate_step", "load", "stream_generate"),
     "generation.history": ("History",),
     "generation.logprobs": ("Candidate", "Trace"),
@@ -81,6 +83,7 @@ __all__ = [
     "ArtifactError",
     "Batch",
     "Candidate",
+    "Chat",
     "Chunk",
     "DecodeState",
     "EmbedResult",

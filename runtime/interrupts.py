@@ -60,6 +60,32 @@ def signals_raise() -> Iterator[Received]:
         sys.unraisablehook = hook
 
 
+class Stop:
+    """A wish to stop what is under way. awaited: whether someone will look; requested: whether it came."""
+
+    def __init__(self) -> None:
+        self.awaited = self.requested = False
+
+
+@contextmanager
+def interrupts_stop() -> Iterator[Stop]:
+    """For a program that goes on after Ctrl-C: in the block a first one while a stop is awaited is a wish to stop, any
+    other one KeyboardInterrupt. It is not taken for one that ended the program."""
+    stop = Stop()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if not stop.awaited or stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For imports of large modules: a signal in the block ends the process at once. Where an exception comes out of a C

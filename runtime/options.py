@@ -52,11 +52,16 @@ def said_options(settings: type[Any], args: argparse.Namespace) -> dict[str, Any
 def _content(entry: Field[Any], value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("@") or "@FILE" not in entry.metadata["help"]:
         return value
+    return text_of_file(entry.name, value[1:])
+
+
+def text_of_file(name: str, file: str) -> str:
+    """A setting's text that was given as @FILE. Raises SettingsError, with the setting's name."""
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise SettingsError(entry.name, value, f"the file cannot be read: {why}") from error
+        raise SettingsError(name, f"@{file}", f"the file cannot be read: {why}") from error
 
 
 def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], kind: Any) -> None:

@@ -57,6 +57,16 @@ def read_prompt(text: str) -> str:
     return text
 
 
+def read_line() -> str | None:
+    """The next line of stdin, as `read_prompt` reads, without its end; None after the last one. Raises PromptError if
+    it is not UTF-8."""
+    try:
+        content = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+    except OSError as error:
+        raise PromptError(f"no line can be read from stdin: {error.strerror}") from error
+    return _decoded(content, "a line of stdin").removesuffix("\n").removesuffix("\r") if content else None
+
+
 def forget_stdout() -> None:
     """What is left to be written there is dropped, so that Python does not fail once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -118,10 +118,13 @@ class TextCodec:
         whole = self._encode_rendered(rendered + continuation, [*spans, *after])
         return ids, _after(ids, whole) or self._encode_rendered(continuation, own)
 
-    def encode_continuation(self, messages: Sequence[Message], control_tokens: bool = False) -> list[int]:
+    def encode_continuation(
+        self, messages: Sequence[Message], control_tokens: bool = False, rest: str = ""
+    ) -> list[int]:
         """What follows the text of a reply when a conversation goes on with `messages`: the end of the reply's turn,
-        the messages, and the beginning of the next reply. control_tokens: as in `encode_chat`. Raises PromptError as
-        that does, and if the template does not show where a reply ends."""
+        the messages, and the beginning of the next reply. control_tokens: as in `encode_chat`. rest: an end of the
+        reply's text that comes before all that. Raises PromptError as `encode_chat`, and if the template does not show
+        where a reply ends."""
         check_messages(messages)
         reply = _REPLY
         while any(reply in str(message) for message in messages):
@@ -134,6 +137,9 @@ class TextCodec:
                 "give the whole conversation as messages, without a state"
             )
         spans = () if control_tokens else self._content_spans(turns, text)
+        end, more = text.index(reply) + len(reply), len(rest)
+        text = text[:end] + rest + text[end:]
+        spans = [(first + more * (first >= end), last + more * (last >= end)) for first, last in spans]
 
         def encoded_from(start: int) -> list[int]:
             shifted = [(max(begin - start, 0), end - start) for begin, end in spans if end > start]
@@ -143,7 +149,7 @@ class TextCodec:
         whole, before = encoded_from(begin), self._encode(reply, special_tokens=False)
         if whole[: len(before)] == before:  # not at a beginning, where some tokenizers put a space
             return whole[len(before) :]
-        return encoded_from(begin + len(reply))
+        return encoded_from(end)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, without special tokens and those that the tokenizer does not know. Raises PromptError for

@@ -1,0 +1,252 @@
+"""`chat`: a script's lines are turns, and in a terminal Ctrl-C stops an answer and not the program."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pty
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import cli
+from runtime import generate, load
+from tests.exported import Exported, copied, edit_manifest
+
+ROOT = Path(__file__).resolve().parents[3]
+TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}\n{% endfor %}a"
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = copied(tiny.artifact, tmp_path_factory.mktemp("chat") / "artifact")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    facts = {"bytes": len(TEMPLATE), "sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest()}
+    edit_manifest(folder, files=tiny.manifest["files"] | {"chat_template.jinja": facts})
+    return folder
+
+
+@pytest.fixture
+def letters(tiny: Exported) -> list[str]:
+    """Options that let the model write letters alone."""
+    codec = load(tiny.artifact).codec
+    allowed = codec.tokenizer.encode("abcdefghijklmnopqrstuvwxyz", add_special_tokens=False).ids
+    return ["--logit-bias", *(f"{token}=-inf" for token in range(259) if token not in allowed)]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, lines: bytes, artifact: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines), isatty=lambda: False))
+    return cli.main(["chat", str(artifact), *options])
+
+
+def test_a_script_has_a_turn_on_each_line(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script(monkeypatch, b"Hi\n\n  \nand\r\nlast", artifact, "--max-new-tokens", "4") == 0
+    shown = capsys.readouterr()
+    model = load(artifact)
+    state = model.session.new_state(1)
+    replies = [generate(model, text, state=state, max_new_tokens=4).text for text in ("Hi", "and", "last")]
+    assert shown.out == "".join(text if text.endswith("\n") else f"{text}\n" for text in replies)
+    assert shown.err == ""
+
+
+TEXTS = r'''
+one \
+two
+"""
+/no command
+  three \
+"""
+"""four"""
+/memory 3
+/memory
+/set top-k 3
+/set stop "x y" z
+/set stop none
+/set seed 5
+/set logit_bias 9=-1.5
+/set control_tokens on
+/trace
+five
+/trace off
+/history
+/save SAVED
+/system @SYSTEM
+/system none
+/reset
+/help
+/quit
+never read
+'''
+
+
+def test_commands_and_texts_of_several_lines(
+    artifact: Path,
+    letters: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    saved, system = tmp_path / "saved.json", tmp_path / "system.txt"
+    system.write_text("Shout.")
+    lines = TEXTS.replace("SAVED", str(saved)).replace("SYSTEM", str(system))
+    assert script(monkeypatch, lines.encode(), artifact, "--max-new-tokens", "3", "--system", "Be.", *letters) == 0
+    shown = capsys.readouterr()
+    messages = json.loads(saved.read_text())
+    assert messages[0] == {"role": "system", "content": "Be."}
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    assert said == ["one \ntwo", "/no command\n  three \\", "four", "five"]
+    assert shown.out.splitlines() == [message["content"] for message in messages if message["role"] == "assistant"]
+    lines_told = shown.err.splitlines()
+    begin = ["memory_bias 3", "memory_bias 3", "top_k 3", "stop ('x y', 'z')", "stop none", "seed 5"]
+    assert lines_told[:6] == begin
+    assert lines_told[6:9] == ["logit_bias {9: -1.5}", "control_tokens True", "trace on"]
+    assert re.split(" +", lines_told[9]) == ["token", "gate", "blend", "base", "adapter"]
+    assert "assistant: " + messages[-1]["content"] in lines_told
+    assert {"system Shout.", "system none", "forgot the conversation", f"wrote 9 messages to {saved}"} <= {*lines_told}
+    assert any(line.startswith("/save FILE") for line in lines_told)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nothing", "there is no command /nothing; /help tells which there are"),
+        ("/memory much", "memory-bias is much; it must be a number"),
+        ("/memory nan", "it must be a number"),
+        ("/trace 5", "/trace is on or off, not 5"),
+        ("/set raw on", "there is no setting raw"),
+        ("/set temperature", "/set temperature needs a value"),
+        ("/set temperature x", "invalid float value: 'x'"),
+        ("/set temperature -1", "temperature is -1.0; it must be 0"),
+        ('/set stop "x', "stop: No closing quotation"),
+        ("/set control_tokens 1", "control_tokens is on or off, not 1"),
+        ("/save", "/save needs a file's name"),
+        ("/save /no/where/at/all", "/no/where/at/all cannot be written: No such file"),
+        ("/system @/no/where", "system is @/no/where; the file cannot be read"),
+        ("x" * 130, "context"),
+    ],
+)
+def test_a_mistake_in_a_script_ends_it(
+    line: str,
+    message: str,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert script(monkeypatch, f"{line}\nnever\n".encode(), artifact) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+
+
+def test_a_full_context_is_told(
+    artifact: Path, letters: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = b"twenty letters of it\n" * 4
+    assert script(monkeypatch, lines, artifact, "--max-new-tokens", "30", *letters) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 4
+    assert "[the context is full: forgot the oldest turns (" in shown.err
+
+
+SLOW = """
+import sys, time, cli
+from runtime.engine.session import Session
+step = Session.decode_step
+Session.decode_step = lambda *rest, **named: time.sleep(0.05) or step(*rest, **named)
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+class Terminal:
+    """A process in a terminal of its own, whose steps are slow."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.end = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-c", SLOW, *arguments])
+        self.shown = ""
+
+    def until(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """Read until a pattern comes; what comes up to it is not looked at again."""
+        begin = time.monotonic()
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() - begin < seconds, self.shown
+            try:
+                self.shown += os.read(self.end, 4096).decode(errors="replace").replace("\r\n", "\n")
+            except OSError:
+                pytest.fail(f"it ended: {self.shown}")
+        self.shown = self.shown[found.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def code(self) -> int:
+        """Wait for its end; returns the exit code."""
+        while True:
+            try:
+                if not os.read(self.end, 4096):
+                    break
+            except OSError:  # the terminal is gone
+                break
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.end)
+        return code
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
+    artifact: Path, letters: list[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved.json"
+    terminal = Terminal("chat", str(artifact), "--max-new-tokens", "40", *letters)
+    try:
+        terminal.until("Ctrl-D ends")
+        terminal.until("> ")
+        terminal.type("Hi\n")
+        terminal.until("Hi\n")
+        begun = terminal.until("[a-z]{4,}")[0]
+        terminal.type("\x03")
+        rest = terminal.until(r"(?:\^C)?([a-z]*)\n\[stopped\]")[0].replace("^C", "").split("\n")[0]
+        terminal.type("/set max_new_tokens 3\n/nothing\nyou\n")
+        terminal.until("error: there is no command /nothing")
+        terminal.until("you\n")
+        second = terminal.until("([a-z]{3})\n")[1]
+        terminal.type(f"/save {saved}\n")
+        terminal.until("wrote 4 messages")
+        terminal.until("> ")
+        terminal.type("\x03")
+        terminal.until("Ctrl-C once more, or Ctrl-D, ends")
+        terminal.until("> ")
+        terminal.type("\x03")
+        assert terminal.code() == 130
+    except BaseException:
+        os.kill(terminal.pid, signal.SIGKILL)
+        raise
+    messages = json.loads(saved.read_text())
+    assert [message["content"] for message in messages] == ["Hi", begun + rest, "you", second]
+    assert 4 <= len(begun + rest) < 40
+    model = load(artifact)
+    bias = {int(token): float(value) for token, value in (pair.split("=") for pair in letters[1:])}
+    assert generate(model, messages[:3], max_new_tokens=3, logit_bias=bias).text == second
+
+
+def test_the_end_of_input_ends_a_terminals_chat(artifact: Path) -> None:
+    terminal = Terminal("chat", str(artifact))
+    try:
+        terminal.until("> ")
+        terminal.type("\x04")
+        assert terminal.code() == 0
+    except BaseException:
+        os.kill(terminal.pid, signal.SIGKILL)
+        raise
