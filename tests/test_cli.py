@@ -10,11 +10,7 @@ import cli
 from tests.builders import make_base_folder, make_siamese, save_tiny_checkpoint
 from tests.exported import Exported
 
-<<<<<<< HEAD
-COMMANDS = ("train", "export", "verify", "inspect", "generate", "score", "bench", "doctor")
-=======
-COMMANDS = ("train", "export", "verify", "inspect", "generate", "chat", "batch", "bench", "doctor")
->>>>>>> 69c567a (Add `chat`: a conversation in a terminal that goes on in its state)
+COMMANDS = ("train", "export", "verify", "inspect", "generate", "chat", "batch", "score", "embed", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -40,7 +40,7 @@ def register(commands: Commands) -> None:
     parser = commands.add("chat", _chat, "talk with an artifact; /help tells the commands inside", **NEEDS)
     add_artifact(parser)
     commands.add_options(parser, ChatOptions)
-    commands.add_options(parser, GenerationSettings, leave_out=("raw",))
+    commands.add_options(parser, GenerationSettings, leave_out=("raw", "echo"))
     commands.add_options(parser, Execution)
 
 

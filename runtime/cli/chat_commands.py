@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TRACED = 3
 """Candidates of each memory that `/trace on` tells."""
-_OTHERS = ("raw", "memory_bias", "trace")  # which have a command, or cannot change
+_OTHERS = ("raw", "echo", "memory_bias", "trace")  # which have a command, or are none of a chat
 _HELP = {
     "reset": "forget the conversation",
     "memory X": "turn the dial: above 0 towards the base memory, below 0 away; without X: tell it",

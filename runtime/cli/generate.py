@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..engine.execution import Execution
@@ -18,7 +18,6 @@ from .token_lines import heading, token_line
 if TYPE_CHECKING:
     from ..console import Commands
     from ..generation.generation import Model
-    from ..generation.logprobs import Candidate
     from ..generation.results import Chunk, Generation
 
 
@@ -66,6 +65,8 @@ def _print_tokens(model: Model, chunks: Iterator[Chunk]) -> None:
 
 
 def _document(model: Model, result: Generation) -> dict[str, Any]:
+    from ..generation.results import facts_of_tokens
+
     document: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
@@ -75,27 +76,4 @@ def _document(model: Model, result: Generation) -> dict[str, Any]:
         "timings": vars(result.timings),
         "providers": model.session.providers,
     }
-    if result.logprobs is not None:
-        document["logprobs"] = result.logprobs
-        document["top_logprobs"] = [_listed(model, token.top_logprobs or ()) for token in result.tokens]
-    if result.prompt is not None:
-        document["prompt"] = [
-            {
-                "id": token.id,
-                "text": model.codec.token_text(token.id),
-                "logprob": token.logprob,
-                "top_logprobs": _listed(model, token.top_logprobs or ()),
-            }
-            for token in result.prompt
-        ]
-    if result.tokens[0].trace is not None:
-        document["trace"] = [
-            {name: _listed(model, memory) for name, memory in token.trace._asdict().items()}
-            for token in result.tokens
-            if token.trace is not None
-        ]
-    return document
-
-
-def _listed(model: Model, found: Sequence[Candidate]) -> list[dict[str, Any]]:
-    return [{"id": each.id, "text": model.codec.token_text(each.id), "logprob": each.logprob} for each in found]
+    return document | facts_of_tokens(result, model.codec.token_text)

@@ -24,33 +24,49 @@ _REDRAW = 0.1  # seconds
 
 
 class Row(NamedTuple):
-    """What stands on a line, counted from 1."""
+    """What stands on a line, counted from 1. error: why it is nothing; None where it is JSON."""
 
     line: int
     value: Any
+    error: PromptError | None = None
 
 
 def read_rows(path: Path, check: Callable[[Any], None]) -> list[Row]:
     """All rows of a file in JSON Lines, or of stdin for "-", in UTF-8; blank lines are none. check: raises PromptError
     for a row that is of no use. Raises PromptError with the line for what is no JSON and for what `check` raises, for a
     file without rows, and OSError."""
-    content = _stdin() if path == STANDARD else path.read_bytes()
-    found = []
-    for number, text in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not text.strip():
-            continue
-        with at_line(number):
-            try:
-                value = parse_json(text)
-            except json.JSONDecodeError as error:
-                raise PromptError(f"it is no JSON: {error.msg} at character {error.pos + 1}") from error
-            except ValueError as error:
-                raise PromptError(f"it is no JSON: {error}") from error
-            check(value)
-        found.append(Row(number, value))
+    found = parse_rows(path, read_content(path))
+    for row in found:
+        with at_line(row.line):
+            if row.error is not None:
+                raise row.error
+            check(row.value)
+    return found
+
+
+def read_content(path: Path) -> bytes:
+    """What a file holds, or stdin for "-". Raises OSError."""
+    if path != STANDARD:
+        return path.read_bytes()
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()
+
+
+def parse_rows(path: Path, content: bytes) -> list[Row]:
+    """All rows of the content of a file, those that are no JSON too. Raises PromptError where there are none."""
+    lines = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)
+    found = [_parsed(number, text) for number, text in lines if text.strip()]
     if not found:
         raise PromptError(f"{_named(path, 'stdin')} has no rows")
     return found
+
+
+def _parsed(number: int, text: bytes) -> Row:
+    try:
+        return Row(number, parse_json(text))
+    except json.JSONDecodeError as error:
+        return Row(number, None, PromptError(f"it is no JSON: {error.msg} at character {error.pos + 1}"))
+    except ValueError as error:
+        return Row(number, None, PromptError(f"it is no JSON: {error}"))
 
 
 @contextmanager
@@ -64,13 +80,15 @@ def at_line(number: int) -> Iterator[None]:
 
 class RowWriter:
     """Writes rows to a file, or to stdout for "-", each at once: what another program reads are whole rows, and where
-    the disk is full the file ends with the last one that fits. Opening it empties the file; so read the input first."""
+    the disk is full the file ends with the last one that fits. Opening it empties the file unless rows are appended;
+    so read the input first."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, append: bool = False) -> None:
         """Raises SettingsError if there is no such folder, and OSError if the file cannot be written."""
         if path != STANDARD and not path.absolute().parent.is_dir():
             raise SettingsError("output", path, "its folder does not exist")
-        self._file: IO[bytes] | None = None if path == STANDARD else open(path, "wb", buffering=0)  # noqa: SIM115
+        mode = "ab" if append else "wb"
+        self._file: IO[bytes] | None = None if path == STANDARD else open(path, mode, buffering=0)  # noqa: SIM115
         self._path = path
 
     def __enter__(self) -> RowWriter:
@@ -133,10 +151,6 @@ class Progress:
     def _draw(self, line: str) -> None:
         print("\r" + line.ljust(self._width), end="", file=sys.stderr, flush=True)
         self._width = len(line)
-
-
-def _stdin() -> bytes:
-    return b"" if sys.stdin is None else sys.stdin.buffer.read()
 
 
 def _duration(seconds: float) -> str:

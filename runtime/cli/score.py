@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..engine.execution import Execution
 from ..generation.score_settings import ScoreSettings
@@ -17,7 +16,6 @@ from .rows import STANDARD, Progress, RowWriter, at_line, check_apart, read_rows
 
 if TYPE_CHECKING:
     from ..console import Commands
-    from ..generation.scoring import Score
 
 
 def register(commands: Commands) -> None:
@@ -36,7 +34,7 @@ def _score(args: argparse.Namespace) -> int:
     settings, execution = read_options(ScoreSettings, args), read_options(Execution, args)
     with loading():
         from ..generation.generation import load
-        from ..generation.scoring import check_row, perplexity, prepare, score_prepared
+        from ..generation.scoring import check_row, facts_of_scores, perplexity, prepare, score_prepared
 
     rows = read_rows(args.input, check_row)
     check_apart(args.input, args.output)
@@ -48,7 +46,7 @@ def _score(args: argparse.Namespace) -> int:
     total, tokens = 0.0, 0
     with RowWriter(args.output) as writer, Progress(len(rows), sum(row.tokens for row in prepared)) as progress:
         for row, ready, scores in zip(rows, prepared, score_prepared(model, prepared, settings), strict=True):
-            writer.write(_document(row.value, scores))
+            writer.write(facts_of_scores(row.value, scores))
             progress.advance(ready.tokens)
             total += sum(score.logprob for score in scores)
             tokens += sum(len(score.logprobs) for score in scores)
@@ -56,24 +54,3 @@ def _score(args: argparse.Namespace) -> int:
     line = f"{len(rows)} rows, {tokens} tokens, {mean:.4f} nats a token, perplexity {perplexity(mean):.4g}"
     print(line, file=sys.stderr)
     return 0
-
-
-def _document(row: dict[str, Any], scores: list[Score]) -> dict[str, Any]:
-    """A row of the output: the scores, and the row's own id if it has one."""
-    found = {"id": row["id"]} if "id" in row else {}
-    if isinstance(row["continuation"], str):
-        return found | _facts(scores[0])
-    best = max(range(len(scores)), key=lambda index: scores[index].logprob)
-    return found | {"best": best, "choices": [_facts(score) for score in scores]}
-
-
-def _facts(score: Score) -> dict[str, Any]:
-    """JSON has no infinity: null is what a token without any chance makes of a number."""
-    numbers = {"logprob": score.logprob, "mean": score.mean, "perplexity": score.perplexity}
-    return {
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-        "greedy": score.greedy,
-        "tokens": len(score.logprobs),
-        "characters": score.characters,
-        "bytes": score.bytes,
-    }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,35 @@ class Generation:
     def logprobs(self) -> list[float] | None:
         """One per token, if asked for."""
         return _all([token.logprob for token in self.tokens])
+
+
+def facts_of_tokens(result: Generation, token_text: Callable[[int], str]) -> dict[str, Any]:
+    """What was asked to be told of each token, log-probabilities and traces, as JSON has it."""
+
+    def listed(found: Sequence[Candidate]) -> list[dict[str, Any]]:
+        return [{"id": each.id, "text": token_text(each.id), "logprob": each.logprob} for each in found]
+
+    told: dict[str, Any] = {}
+    if result.logprobs is not None:
+        told["logprobs"] = result.logprobs
+        told["top_logprobs"] = [listed(token.top_logprobs or ()) for token in result.tokens]
+    if result.prompt is not None:
+        told["prompt"] = [
+            {
+                "id": token.id,
+                "text": token_text(token.id),
+                "logprob": token.logprob,
+                "top_logprobs": listed(token.top_logprobs or ()),
+            }
+            for token in result.prompt
+        ]
+    if result.tokens[0].trace is not None:
+        told["trace"] = [
+            {name: listed(memory) for name, memory in token.trace._asdict().items()}
+            for token in result.tokens
+            if token.trace is not None
+        ]
+    return told
 
 
 def timings(prompt_tokens: int, times: Sequence[float]) -> Timings:

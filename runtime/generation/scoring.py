@@ -103,6 +103,27 @@ def score_prepared(model: Model, rows: Sequence[Prepared], settings: ScoreSettin
             ]
 
 
+def facts_of_scores(row: Mapping[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
+    """What JSON says of a row's scores, with the row's own id if it has one."""
+    found = {"id": row["id"]} if "id" in row else {}
+    if isinstance(row["continuation"], str):
+        return found | _facts(scores[0])
+    best = max(range(len(scores)), key=lambda index: scores[index].logprob)
+    return found | {"best": best, "choices": [_facts(score) for score in scores]}
+
+
+def _facts(score: Score) -> dict[str, Any]:
+    """JSON has no infinity: null is what a token without any chance makes of a number."""
+    numbers = {"logprob": score.logprob, "mean": score.mean, "perplexity": score.perplexity}
+    return {
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "greedy": score.greedy,
+        "tokens": len(score.logprobs),
+        "characters": score.characters,
+        "bytes": score.bytes,
+    }
+
+
 def check_row(row: Any) -> None:
     """Raise PromptError for what is no row of `score_texts`."""
     if not isinstance(row, Mapping):

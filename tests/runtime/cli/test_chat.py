@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,19 +17,9 @@ import pytest
 
 import cli
 from runtime import generate, load
-from tests.exported import Exported, copied, edit_manifest
+from tests.exported import Exported
 
 ROOT = Path(__file__).resolve().parents[3]
-TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content }}\n{% endfor %}a"
-
-
-@pytest.fixture(scope="module")
-def artifact(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = copied(tiny.artifact, tmp_path_factory.mktemp("chat") / "artifact")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    facts = {"bytes": len(TEMPLATE), "sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest()}
-    edit_manifest(folder, files=tiny.manifest["files"] | {"chat_template.jinja": facts})
-    return folder
 
 
 @pytest.fixture
@@ -47,11 +36,11 @@ def script(monkeypatch: pytest.MonkeyPatch, lines: bytes, artifact: Path, *optio
 
 
 def test_a_script_has_a_turn_on_each_line(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script(monkeypatch, b"Hi\n\n  \nand\r\nlast", artifact, "--max-new-tokens", "4") == 0
+    assert script(monkeypatch, b"Hi\n\n  \nand\r\nlast", talking, "--max-new-tokens", "4") == 0
     shown = capsys.readouterr()
-    model = load(artifact)
+    model = load(talking)
     state = model.session.new_state(1)
     replies = [generate(model, text, state=state, max_new_tokens=4).text for text in ("Hi", "and", "last")]
     assert shown.out == "".join(text if text.endswith("\n") else f"{text}\n" for text in replies)
@@ -89,7 +78,7 @@ never read
 
 
 def test_commands_and_texts_of_several_lines(
-    artifact: Path,
+    talking: Path,
     letters: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -98,7 +87,7 @@ def test_commands_and_texts_of_several_lines(
     saved, system = tmp_path / "saved.json", tmp_path / "system.txt"
     system.write_text("Shout.")
     lines = TEXTS.replace("SAVED", str(saved)).replace("SYSTEM", str(system))
-    assert script(monkeypatch, lines.encode(), artifact, "--max-new-tokens", "3", "--system", "Be.", *letters) == 0
+    assert script(monkeypatch, lines.encode(), talking, "--max-new-tokens", "3", "--system", "Be.", *letters) == 0
     shown = capsys.readouterr()
     messages = json.loads(saved.read_text())
     assert messages[0] == {"role": "system", "content": "Be."}
@@ -137,11 +126,11 @@ def test_commands_and_texts_of_several_lines(
 def test_a_mistake_in_a_script_ends_it(
     line: str,
     message: str,
-    artifact: Path,
+    talking: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert script(monkeypatch, f"{line}\nnever\n".encode(), artifact) == 2
+    assert script(monkeypatch, f"{line}\nnever\n".encode(), talking) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
@@ -149,10 +138,10 @@ def test_a_mistake_in_a_script_ends_it(
 
 
 def test_a_full_context_is_told(
-    artifact: Path, letters: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talking: Path, letters: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = b"twenty letters of it\n" * 4
-    assert script(monkeypatch, lines, artifact, "--max-new-tokens", "30", *letters) == 0
+    assert script(monkeypatch, lines, talking, "--max-new-tokens", "30", *letters) == 0
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 4
     assert "[the context is full: forgot the oldest turns (" in shown.err
@@ -205,11 +194,9 @@ class Terminal:
         return code
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
-    artifact: Path, letters: list[str], tmp_path: Path
-) -> None:
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(talking: Path, letters: list[str], tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
-    terminal = Terminal("chat", str(artifact), "--max-new-tokens", "40", *letters)
+    terminal = Terminal("chat", str(talking), "--max-new-tokens", "40", *letters)
     try:
         terminal.until("Ctrl-D ends")
         terminal.until("> ")
@@ -236,13 +223,13 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
     messages = json.loads(saved.read_text())
     assert [message["content"] for message in messages] == ["Hi", begun + rest, "you", second]
     assert 4 <= len(begun + rest) < 40
-    model = load(artifact)
+    model = load(talking)
     bias = {int(token): float(value) for token, value in (pair.split("=") for pair in letters[1:])}
     assert generate(model, messages[:3], max_new_tokens=3, logit_bias=bias).text == second
 
 
-def test_the_end_of_input_ends_a_terminals_chat(artifact: Path) -> None:
-    terminal = Terminal("chat", str(artifact))
+def test_the_end_of_input_ends_a_terminals_chat(talking: Path) -> None:
+    terminal = Terminal("chat", str(talking))
     try:
         terminal.until("> ")
         terminal.type("\x04")

@@ -1,0 +1,209 @@
+"""Bodies of OpenAI's API: what a request asks for.
+
+A field that is not implemented is an error that names it; nothing is ignored but `user`, which changes no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..checks import is_sequence
+from ..errors import PromptError, SettingsError, shown
+from .chat_template import Message
+from .constraints import schema_text
+from .embed_settings import EmbedSettings
+from .openai_answers import error_body
+from .settings import GenerationSettings
+
+CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+MOST_CHOICES = 128
+_OWN = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+"""OpenAI's names, and vLLM's, of our settings; the others have the same."""
+_NO_FIELDS = ("raw", "logprobs", "echo", "trace", "json_object", "json_schema")
+_SETTINGS = {each.name for each in fields(GenerationSettings) if each.name not in _NO_FIELDS}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "echo": (False,),
+    "best_of": (1,),
+    "store": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+}
+"""Fields that are known, and what they may be: what they are without being said."""
+
+
+class BodyError(PromptError):
+    """What is wrong with a body. param: the field."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's API tells it."""
+        return error_body(str(self), self.param)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a body asks for: `choices` texts for each of the prompts. url: CHAT or COMPLETION. model: as the body calls
+    it. prompts: messages, texts or token ids."""
+
+    url: str
+    model: str
+    prompts: tuple[str | Sequence[Message] | Sequence[int], ...]
+    settings: GenerationSettings
+    choices: int = 1
+
+    def settings_of(self, choice: int) -> GenerationSettings:
+        """Those of a choice: each draws with a seed of its own."""
+        seed = self.settings.seed
+        return self.settings if seed is None else replace(self.settings, seed=seed + choice)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """What a body asks of EMBEDDING. base64: whether numbers come as the base64 of float32, little-endian."""
+
+    model: str
+    texts: tuple[str, ...]
+    settings: EmbedSettings
+    base64: bool
+
+
+def read_request(url: str, body: Any, defaults: GenerationSettings, model: str) -> Request:
+    """What a body asks of `url`. defaults: what it does not say. model: its name where the body has none. Raises
+    BodyError."""
+    if url not in (CHAT, COMPLETION):
+        raise BodyError("url", f"url is {shown(url)}; there are {CHAT}, {COMPLETION} and {EMBEDDING}")
+    left, name = _said(body, model)
+    choices = left.pop("n", 1)
+    if type(choices) is not int or not 1 <= choices <= MOST_CHOICES:
+        raise BodyError("n", f"n is {shown(choices)}; it must be 1 to {MOST_CHOICES}")
+    prompts: tuple[Any, ...]
+    if url == CHAT:
+        prompts = (_messages(left.pop("messages", None)),)
+        more = _chat_settings(left)
+    else:
+        prompts = _prompts(left.pop("prompt", None))
+        more = {"raw": True, "logprobs": left.pop("logprobs", None)}
+    for field, allowed in _NEUTRAL.items():
+        if field in left and (value := left.pop(field)) not in allowed:
+            raise BodyError(field, f"{field} is {shown(value)}, which is not implemented; leave it out")
+    return Request(url, name, prompts, _settings(left, more, defaults), choices)
+
+
+def read_embedding_request(body: Any, model: str) -> EmbeddingRequest:
+    """What a body asks of EMBEDDING: with OpenAI's fields, and memory, pooling and normalize. Raises BodyError."""
+    left, name = _said(body, model)
+    texts, form = left.pop("input", None), left.pop("encoding_format", "float")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not is_sequence(texts) or not texts or not all(isinstance(text, str) for text in texts):
+        raise BodyError("input", f"input is {shown(texts)}; it must be text, or a list of texts")
+    if form not in ("float", "base64"):
+        raise BodyError("encoding_format", f"encoding_format is {shown(form)}; it must be float or base64")
+    for field in left:
+        if field not in ("memory", "pooling", "normalize"):
+            raise BodyError(field, f"{field} is not implemented; leave it out")
+    try:
+        return EmbeddingRequest(name, tuple(texts), EmbedSettings(**left), form == "base64")
+    except SettingsError as error:
+        raise BodyError(error.name, str(error)) from error
+
+
+def _said(body: Any, model: str) -> tuple[dict[str, Any], str]:
+    """What a body says, and its model's name."""
+    if not isinstance(body, Mapping):
+        raise BodyError("body", f"the body is {shown(body)}, not an object")
+    left = {name: value for name, value in body.items() if value is not None and name != "user"}
+    name = left.pop("model", model)
+    if not isinstance(name, str):
+        raise BodyError("model", f"model is {shown(name)}; it must be text")
+    return left, name
+
+
+def _settings(left: Mapping[str, Any], more: dict[str, Any], defaults: GenerationSettings) -> GenerationSettings:
+    said = {"trace": None, "echo": False, **more}
+    spelt: dict[str, str] = {}
+    for field, value in left.items():
+        name = _OWN.get(field, field)
+        if name not in _SETTINGS:
+            raise BodyError(field, f"{field} is not implemented; leave it out")
+        if name in spelt:
+            raise BodyError(field, f"{spelt[name]} and {field} are the same; leave one out")
+        spelt[name] = field
+        said[name] = _bias(value) if name == "logit_bias" else value
+    try:
+        return replace(defaults, **said)
+    except SettingsError as error:
+        field = spelt.get(error.name, error.name)
+        raise BodyError(field, error.told(lambda name: spelt.get(name, name))) from error
+
+
+def _bias(value: Any) -> Any:
+    try:
+        return {int(token): bias for token, bias in value.items()}
+    except (AttributeError, ValueError) as error:
+        raise BodyError("logit_bias", "logit_bias must be an object with token ids as its keys") from error
+
+
+def _chat_settings(left: dict[str, Any]) -> dict[str, Any]:
+    """Takes what only a chat has out of the rest of a body."""
+    told, count = left.pop("logprobs", False), left.pop("top_logprobs", None)
+    if not isinstance(told, bool):
+        raise BodyError("logprobs", f"logprobs is {shown(told)}; it must be true or false")
+    if count is not None and not told:
+        raise BodyError("top_logprobs", "top_logprobs needs logprobs")
+    form = left.pop("response_format", {"type": "text"})
+    return {"raw": None, "logprobs": (count or 0) if told else None, **_form(form)}
+
+
+def _form(form: Any) -> dict[str, Any]:
+    if form == {"type": "text"}:
+        return {}
+    if form == {"type": "json_object"}:
+        return {"json_object": True}
+    if isinstance(form, Mapping) and form.get("type") == "json_schema" and isinstance(form.get("json_schema"), Mapping):
+        described = form["json_schema"]
+        unknown = {*form, *described} - {"type", "json_schema", "name", "description", "schema", "strict"}
+        if not unknown and isinstance(described.get("schema"), Mapping):
+            return {"json_schema": schema_text(described["schema"])}
+    rule = 'it must be {"type": "text"}, {"type": "json_object"}, or "json_schema" with a schema'
+    raise BodyError("response_format", f"response_format is {shown(form)}; {rule}")
+
+
+def _messages(value: Any) -> list[Message]:
+    if not is_sequence(value) or not value or not all(isinstance(message, Mapping) for message in value):
+        raise BodyError("messages", f"messages is {shown(value)}; it must be a list of messages")
+    return [_message(number, message) for number, message in enumerate(value)]
+
+
+def _message(number: int, message: Message) -> Message:
+    """With one text as its content, as templates of texts expect it."""
+    content = message.get("content")
+    if content is None or not is_sequence(content):
+        return message
+    parts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            field = f"messages[{number}].content[{index}]"
+            raise BodyError(field, f"{field} is {shown(part)}; only text is implemented")
+        parts.append(part["text"])
+    return {**message, "content": "\n".join(parts)}
+
+
+def _prompts(value: Any) -> tuple[Any, ...]:
+    """One text or a list of them, token ids or a list of those."""
+    if isinstance(value, str):
+        return (value,)
+    if is_sequence(value) and value:
+        if all(type(item) is int for item in value):
+            return (value,)
+        if all(isinstance(item, str) or (is_sequence(item) and item) for item in value):
+            return tuple(value)
+    raise BodyError("prompt", f"prompt is {shown(value)}; it must be text, token ids, or a list of those")
