@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import sys
 import time
@@ -168,27 +169,46 @@ class Terminal:
 
     def until(self, pattern: str, seconds: float = 60) -> re.Match[str]:
         """Read until a pattern comes; what comes up to it is not looked at again."""
-        begin = time.monotonic()
+        found = self.comes(pattern, seconds)
+        if found is None:
+            pytest.fail(f"no {pattern} in {self.shown!r}")
+        return found
+
+    def comes(self, pattern: str, seconds: float) -> re.Match[str] | None:
+        """`until`, which may be in vain."""
+        end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() - begin < seconds, self.shown
+            ready, _, _ = select.select([self.end], [], [], max(0, end - time.monotonic()))
+            if not ready:
+                return None
             try:
                 self.shown += os.read(self.end, 4096).decode(errors="replace").replace("\r\n", "\n")
-            except OSError:
-                pytest.fail(f"it ended: {self.shown}")
+            except OSError:  # the terminal is gone
+                return None
         self.shown = self.shown[found.end() :]
         return found
+
+    def line(self, text: str) -> None:
+        """Type a line where one is asked for."""
+        self.until("> ")
+        self.type(f"{text}\n")
+
+    def interrupt_prompt(self, pattern: str) -> None:
+        """Ctrl-C where a line is asked for: just before it waits, Python notices a signal with the next one."""
+        self.until("> ")
+        for _ in range(20):
+            time.sleep(0.1)
+            self.type("\x03")
+            if self.comes(pattern, 1):
+                return
+        pytest.fail(f"no {pattern} in {self.shown!r}")
 
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
     def code(self) -> int:
         """Wait for its end; returns the exit code."""
-        while True:
-            try:
-                if not os.read(self.end, 4096):
-                    break
-            except OSError:  # the terminal is gone
-                break
+        self.comes("\0", 30)  # which never comes
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self.end)
         return code
@@ -199,22 +219,22 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(talking: Path, lett
     terminal = Terminal("chat", str(talking), "--max-new-tokens", "40", *letters)
     try:
         terminal.until("Ctrl-D ends")
-        terminal.until("> ")
-        terminal.type("Hi\n")
+        terminal.line("Hi")
         terminal.until("Hi\n")
         begun = terminal.until("[a-z]{4,}")[0]
         terminal.type("\x03")
         rest = terminal.until(r"(?:\^C)?([a-z]*)\n\[stopped\]")[0].replace("^C", "").split("\n")[0]
-        terminal.type("/set max_new_tokens 3\n/nothing\nyou\n")
+        terminal.line("/set max_new_tokens 3")
+        terminal.line("/nothing")
         terminal.until("error: there is no command /nothing")
+        terminal.line("you")
         terminal.until("you\n")
         second = terminal.until("([a-z]{3})\n")[1]
-        terminal.type(f"/save {saved}\n")
+        terminal.line(f"/save {saved}")
         terminal.until("wrote 4 messages")
+        terminal.interrupt_prompt("Ctrl-C once more, or Ctrl-D, ends")
         terminal.until("> ")
-        terminal.type("\x03")
-        terminal.until("Ctrl-C once more, or Ctrl-D, ends")
-        terminal.until("> ")
+        time.sleep(0.3)
         terminal.type("\x03")
         assert terminal.code() == 130
     except BaseException:
