@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.execution import Execution
@@ -12,7 +11,7 @@ from ..generation.embed_settings import EmbedSettings
 from ..interrupts import loading
 from ..options import read_options
 from .common import NEEDS, add_artifact
-from .rows import STANDARD, Progress, RowWriter, at_line, check_apart, read_rows
+from .rows import Progress, RowWriter, add_files, at_line, check_apart, read_rows
 
 if TYPE_CHECKING:
     from ..console import Commands
@@ -24,10 +23,8 @@ def register(commands: Commands) -> None:
     """Add `embed`."""
     parser = commands.add("embed", _embed, "turn texts into vectors, to compare or to search them", **NEEDS)
     add_artifact(parser)
-    text = "rows of JSON with the key text (or input), and an id if you like; - is stdin"
-    parser.add_argument("--input", type=Path, default=STANDARD, metavar="FILE", help=text)
-    text = "a row of JSON for each of them, with its embedding; - is stdout"
-    parser.add_argument("--output", type=Path, default=STANDARD, metavar="FILE", help=text)
+    reads = "rows of JSON with the key text (or input), and an id if you like"
+    add_files(parser, reads, "a row of JSON for each of them, with its embedding")
     commands.add_options(parser, EmbedSettings)
     commands.add_options(parser, Execution)
 

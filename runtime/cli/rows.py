@@ -6,6 +6,7 @@ as it is there; `Progress` shows on a terminal how far the work is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -29,6 +30,12 @@ class Row(NamedTuple):
     line: int
     value: Any
     error: PromptError | None = None
+
+
+def add_files(parser: argparse.ArgumentParser, reads: str, writes: str) -> None:
+    """Add --input and --output, which are stdin and stdout unless said. reads, writes: what is in them."""
+    for option, text, stream in (("--input", reads, "stdin"), ("--output", writes, "stdout")):
+        parser.add_argument(option, type=Path, default=STANDARD, metavar="FILE", help=f"{text}; - is {stream}")
 
 
 def read_rows(path: Path, check: Callable[[Any], None]) -> list[Row]:

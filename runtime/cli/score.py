@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.execution import Execution
@@ -12,7 +11,7 @@ from ..generation.score_settings import ScoreSettings
 from ..interrupts import loading
 from ..options import read_options
 from .common import NEEDS, add_artifact
-from .rows import STANDARD, Progress, RowWriter, at_line, check_apart, read_rows
+from .rows import Progress, RowWriter, add_files, at_line, check_apart, read_rows
 
 if TYPE_CHECKING:
     from ..console import Commands
@@ -22,10 +21,8 @@ def register(commands: Commands) -> None:
     """Add `score`."""
     parser = commands.add("score", _score, "tell how likely given continuations of prompts are", **NEEDS)
     add_artifact(parser)
-    text = "rows of JSON with the keys prompt and continuation (text, or a list of choices); - is stdin"
-    parser.add_argument("--input", type=Path, default=STANDARD, metavar="FILE", help=text)
-    text = "a row of JSON for each of them; - is stdout"
-    parser.add_argument("--output", type=Path, default=STANDARD, metavar="FILE", help=text)
+    reads = "rows of JSON with the keys prompt and continuation (text, or a list of choices)"
+    add_files(parser, reads, "a row of JSON for each of them")
     commands.add_options(parser, ScoreSettings)
     commands.add_options(parser, Execution)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..checks import instance, is_sequence, whole_number
+from ..checks import instance, is_sequence, typed, whole_number
 from ..engine.state import DecodeState, StepOutput
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .chat_template import Message
@@ -61,7 +61,9 @@ class Batch:
         instance("model", model, Model)
         self.model = model
         self.most_rows = whole_number("most_rows", most_rows, 1)
-        self.piece_ms = piece_ms
+        self.piece_ms = typed("piece_ms", piece_ms, float)
+        if not self.piece_ms > 0:
+            raise SettingsError("piece_ms", piece_ms, "it must be above 0")
         self._state: DecodeState | None = None
         self._rows: list[_Row] = []  # in the state's order
         self._ready: list[_Row] = []  # whose prompt was read while there was no place

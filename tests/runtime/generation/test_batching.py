@@ -133,6 +133,8 @@ def test_what_is_wrong_with_a_text_is_told_when_it_is_added(model: Model) -> Non
         batch.add(0, [5], max_new_tokens=0)
     with pytest.raises(SettingsError, match="most_rows is 0"):
         Batch(model, most_rows=0)
+    with pytest.raises(SettingsError, match="piece_ms is nan"):
+        Batch(model, piece_ms=float("nan"))
     assert (batch.active, batch.waiting, batch.step()) == (0, 0, [])
 
 
