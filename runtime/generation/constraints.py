@@ -33,6 +33,9 @@ Kind = Literal["json_schema", "json_object", "regex", "grammar"]
 _STOPS = ("NotStopped", "NoExtension", "EndOfSentence")
 """How a matcher stands that can go on, or that has read all of a text."""
 _NO_TOKEN = "no token of the vocabulary can follow"
+_NO_SUCH_TEXT = "the tokens that were chosen are no such text"
+_REFUSED = "doesn't satisfy the grammar"
+"""What the matcher says of such tokens; else it met a limit of its own."""
 _ASCII = "d"
 """Classes of a regular expression that mean those of ASCII: a number is one that every program reads."""
 _COMPILED = 32
@@ -78,7 +81,8 @@ class Constraint:
             self._matcher, shared = self._start.deep_copy(), 0
         self._read = tokens
         if len(tokens) > shared and not self._matcher.consume_tokens(tokens[shared:]):
-            self._fail("the tokens that were chosen are no such text")
+            why = self._matcher.get_error()
+            self._fail(_NO_SUCH_TEXT if not why or _REFUSED in why else why)
 
     def _allowed(self, vocab: int) -> NDArray[np.bool_]:
         """(vocab,): which tokens may follow."""

@@ -188,6 +188,14 @@ def test_a_history_that_is_no_such_text_is_refused_and_does_no_harm(codec: TextC
     assert allowed(constraint, [], vocab) == before
 
 
+def test_a_limit_of_the_parser_is_told_as_such(tmp_path: Path) -> None:
+    codec = byte_level(tmp_path)
+    constraint, a = make_constraint(codec, "regex", "a{1000000}"), token(codec, "a")
+    assert a in allowed(constraint, [], 300)
+    with pytest.raises(SettingsError, match=r'a\{1000000\}; no text goes on after "a": lexer error: too many'):
+        allowed(constraint, [a], 300)
+
+
 def test_where_no_token_goes_on_it_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer(BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, []))
     tokenizer.add_special_tokens(["<s>", "</s>"])
