@@ -93,11 +93,11 @@ class MinNewTokens:
 def make_processors(settings: GenerationSettings, ends: Sequence[int], vocab: int) -> list[Processor]:
     """The processors that settings describe, in the order in which they work; constraints are not among them. ends:
     tokens that end a text. vocab: how many tokens there are. Raises SettingsError for a token outside of them."""
+    for name in ("logit_bias", "stop_token_ids"):
+        if outside := [token for token in getattr(settings, name) or () if not 0 <= token < vocab]:
+            raise SettingsError(name, outside[0], f"its tokens must be ids from 0 to {vocab - 1}")
     found: list[Processor] = []
     if settings.logit_bias:
-        outside = [token for token in settings.logit_bias if not 0 <= token < vocab]
-        if outside:
-            raise SettingsError("logit_bias", outside[0], f"its tokens must be ids from 0 to {vocab - 1}")
         found.append(LogitBias(settings.logit_bias))
     if settings.repetition_penalty != 1:
         found.append(RepetitionPenalty(settings.repetition_penalty))

@@ -83,6 +83,7 @@ def test_a_history_grows_beyond_its_first_room() -> None:
     assert seen.new.tolist() == list(range(1000))
 
 
-def test_a_bias_of_a_token_that_the_model_lacks_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"logit_bias is 40; its tokens must be ids from 0 to 39"):
-        changed(history([1], []), logit_bias={40: 1.0})
+@pytest.mark.parametrize("settings", [{"logit_bias": {40: 1.0}}, {"stop_token_ids": [3, 40], "min_new_tokens": 2}])
+def test_a_token_that_the_model_lacks_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"(bias|ids) is 40; its tokens must be ids from 0 to 39"):
+        changed(history([1], []), **settings)
