@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .batch_rows import Job, Key, embedding_document, error_document, result_document
-from .batching import Batch
+from .batching import WHOLE, Batch
 from .embedding import embed_prepared
 from .generation import Model, collected
 from .results import Chunk, Generation
@@ -80,7 +80,7 @@ class _UnderWay:
 
 def _generated(model: Model, jobs: Sequence[Job], most_rows: int) -> Iterator[Answer]:
     """An answer comes with the end of its job's last text."""
-    batch = Batch(model, most_rows)
+    batch = Batch(model, most_rows, WHOLE)
     waiting = ((job, number) for job in jobs for number in range(len(job.texts)))
     under_way: dict[Key, _UnderWay] = {}
     while True:

@@ -5,6 +5,7 @@ Each row is what a run alone would be: its own settings, sampler, processors, st
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from .settings import GenerationSettings
 MOST_ROWS = 8
 PIECE_MS = 50.0
 """How long reading a prompt may keep rows waiting at a time."""
+WHOLE = math.inf
+"""... where nobody waits for single tokens: the same seed then draws the same tokens in every run."""
 FIRST_PIECE = 16
 """Tokens of a prompt that are read at once before it is known how long reading takes."""
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -54,7 +57,8 @@ class Batch:
     """Texts that are generated together, step by step.
 
     most_rows: how many at most; more wait in the order in which they were added. piece_ms: for how long a step may read
-    a new prompt while others go on. One thread at a time uses it.
+    a new prompt while others go on; infinity: until it is read, so that int8 and int4 round as in a run alone, whatever
+    the times are. One thread at a time uses it.
     """
 
     def __init__(self, model: Model, most_rows: int = MOST_ROWS, piece_ms: float = PIECE_MS) -> None:
@@ -135,7 +139,7 @@ class Batch:
         row = self._waiting[0]
         if row.settings.echo:
             return [self._read_whole(row)]
-        size = self._piece() if self._rows else len(row.ids)
+        size = self._piece() if self._rows and self.piece_ms < math.inf else len(row.ids)
         piece = row.ids[row.read : row.read + size]
         start = time.perf_counter()
         output = self.model.session.prefill(row.state, [piece], by_memory=row.settings.trace is not None)
@@ -247,7 +251,7 @@ def _filled(
     changes: dict[str, Any],
 ) -> tuple[Batch, list[int]]:
     """A batch of all texts, and how many tokens each prompt has."""
-    batch = Batch(model, most_rows)
+    batch = Batch(model, most_rows, WHOLE)
     if not is_sequence(prompts):
         raise PromptError(f"prompts are {shown(prompts)}, not a sequence of prompts")
     if settings is None or isinstance(settings, GenerationSettings):

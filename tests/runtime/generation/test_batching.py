@@ -11,10 +11,12 @@ import pytest
 
 from runtime import (
     Batch,
+    DecodeState,
     GenerationSettings,
     Model,
     PromptError,
     SettingsError,
+    StepOutput,
     generate,
     generate_batch,
     load,
@@ -85,6 +87,23 @@ def test_a_long_prompt_is_read_in_pieces_and_the_others_go_on(model: Model) -> N
     assert len(before) >= 85
     assert long_ids == generate(model, long, max_new_tokens=3).token_ids
     assert before == generate(model, short, max_new_tokens=200).token_ids[1 : 1 + len(before)]
+
+
+def test_a_prompt_is_read_at_once_where_nobody_waits_whatever_the_times_are(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    prefill = model.session.prefill
+
+    def noted(state: DecodeState, prompts: list[list[int]], **how: Any) -> StepOutput:
+        read.append(len(prompts[0]))
+        return prefill(state, prompts, **how)
+
+    seconds = itertools.count()
+    monkeypatch.setattr(model.session, "prefill", noted)
+    monkeypatch.setattr("runtime.generation.batching.time.perf_counter", lambda: float(next(seconds)))
+    generate_batch(model, PROMPTS, max_new_tokens=9, most_rows=3)
+    assert read == [len(prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("when", [0, 3, 8])
