@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import integers, is_sequence
+from ..checks import integers, is_sequence, whole_number
 from ..engine.state import LikeliestOutput
 from ..errors import PromptError, SettingsError, shown
 from .history import History
@@ -44,8 +44,8 @@ class Chooser:
         self.vocab = vocab
         self.sampler = sampler
         self.processors = functions(processors)
-        self.logprobs = logprobs
-        self.trace = trace
+        self.logprobs = None if logprobs is None else whole_number("logprobs", logprobs, 0)
+        self.trace = None if trace is None else whole_number("trace", trace, 1)
 
     def begin(self, prompt_ids: Sequence[int]) -> None:
         """Begin after a prompt."""

@@ -94,6 +94,9 @@ def test_bad_settings_are_refused_before_the_first_token(model: Model) -> None:
         generate(model, "x" * 128)  # and the start token
     with pytest.raises(PromptError, match="a state of one row"):
         next(generate_step(model.session, PROMPT, state=model.session.new_state(2)))
+    for name, value, rule in (("logprobs", -1, "at least 0"), ("logprobs", "2", "a whole"), ("trace", 0, "at least 1")):
+        with pytest.raises(SettingsError, match=f"{name} is {value}; it must be {rule}"):
+            next(generate_step(model.session, PROMPT, **{name: value}))  # type: ignore[arg-type]
 
 
 def test_timings_count_what_was_done(model: Model) -> None:
