@@ -39,7 +39,7 @@ def encoded(
         messages = [{"role": "user", "content": prompt}]
         if not prompt:
             raise PromptError("the prompt is empty")
-    elif not _are_messages(prompt):
+    elif not are_messages(prompt):
         return Prompt(model.session.token_ids(prompt))  # type: ignore[arg-type]
     elif raw:
         raise PromptError("messages go through the chat template; give text to send it as it is (raw)")
@@ -54,5 +54,6 @@ def encoded(
     return Prompt(ids, replaces_pending=ends)  # as another end token says, or it was cut off
 
 
-def _are_messages(prompt: Any) -> bool:
+def are_messages(prompt: Any) -> bool:
+    """Whether a prompt that is no text is meant as messages, and not as token ids."""
     return isinstance(prompt, list | tuple) and any(isinstance(item, Mapping | str) for item in prompt)

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..checks import instance, is_sequence
 from ..errors import PromptError, shown
 from .chat_template import Message
 from .generation import Model
+from .prompts import are_messages
 from .score_settings import ScoreSettings
 
 _KEYS = ("prompt", "continuation")
@@ -135,7 +138,7 @@ def check_row(row: Any) -> None:
         raise PromptError(f"the continuation is {shown(row['continuation'])}; it must be text, or a list of texts")
     if not all(texts):
         raise PromptError("the continuation is empty")
-    if not isinstance(row["prompt"], str) and not is_sequence(row["prompt"]):
+    if not isinstance(row["prompt"], str | np.ndarray) and not is_sequence(row["prompt"]):
         raise PromptError(f"the prompt is {shown(row['prompt'])}; it must be text, messages or token ids")
 
 
@@ -163,9 +166,12 @@ def _pair(model: Model, prompt: Any, text: str, settings: ScoreSettings) -> tupl
         return codec.encode_pair(prompt, text)
     if isinstance(prompt, str) and not prompt:
         raise PromptError("the prompt is empty")
+    if not isinstance(prompt, str) and not are_messages(prompt):
+        ids = model.session.token_ids(prompt)
+        if not ids:
+            raise PromptError("the prompt is empty")
+        return ids, codec.encode_raw(text, beginning=False)
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if messages and all(isinstance(item, int) for item in messages):
-        return model.session.token_ids(messages), codec.encode_raw(text, beginning=False)  # type: ignore[arg-type]
     if settings.raw:
         raise PromptError("messages go through the chat template; give text to read it as it is (raw)")
     return codec.encode_chat_pair(messages, text, settings.control_tokens)

@@ -63,6 +63,12 @@ def test_greedy_is_what_generation_would_choose(model: Model) -> None:
     assert [score.greedy.tolist() for score in scores] == [[True] * 5, [True] * 4 + [False], [True]]
 
 
+def test_token_ids_may_be_numpys(model: Model) -> None:
+    prompts: list[Any] = [PROMPT, np.array(PROMPT), list(map(np.int64, PROMPT))]
+    one, *others = score_texts(model, [{"prompt": prompt, "continuation": "ab"} for prompt in prompts])
+    assert others == [one, one]
+
+
 def test_a_choice_scores_as_it_does_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     rests = [[9, 8, 7, 6, 5, 4, 3, 9, 9, 10], [50], [8, 8]]
     alone = [model.session.score(PROMPT, rest, 0.5) for rest in rests]
@@ -99,7 +105,8 @@ def test_a_prompt_is_read_once(model: Model, monkeypatch: pytest.MonkeyPatch) ->
         ({"prompt": "x", "continuation": ["a", 5]}, "it must be text, or a list of texts"),
         ({"prompt": 5, "continuation": "a"}, "row 2: the prompt is 5; it must be text, messages or token ids"),
         ({"prompt": [5, 900], "continuation": "a"}, "row 2: token id 900 is outside the vocabulary of 259"),
-        ({"prompt": [], "continuation": "a"}, "row 2: "),
+        ({"prompt": [], "continuation": "a"}, "row 2: the prompt is empty"),
+        ({"prompt": [1.5], "continuation": "a"}, "row 2: token id 1.5 is not a whole number"),
         ({"prompt": "x" * 100, "continuation": "a" * 28}, "row 2: prompt and continuation have 129 tokens; .* is 128"),
         ({"prompt": [{"role": "user", "content": "x"}], "continuation": "a"}, "row 2: this artifact has no chat"),
     ],
