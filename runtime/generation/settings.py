@@ -28,10 +28,10 @@ class GenerationSettings:
     """How text is generated; the defaults are greedy. Other values outside a field's type or range, and fields that
     contradict each other, raise SettingsError.
 
-    max_new_tokens, min_new_tokens: no more and no fewer, as far as the context reaches. raw: whether a prompt's text is
-    sent as it is, without the chat template; None: as the model was tuned. control_tokens: whether control tokens that
-    a message's content spells are such; else they are the text that they are (raw text may always spell them).
-    memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
+    max_new_tokens: no more. min_new_tokens: no end token before so many; stop strings are not held back. raw: whether a
+    prompt's text is sent as it is, without the chat template; None: as the model was tuned. control_tokens: whether
+    control tokens that a message's content spells are such; else they are the text that they are (raw text may always
+    spell them). memory_bias: added to the gate before its sigmoid, in a new state; above 0 towards the base memory.
     temperature, top_k, top_p, min_p, typical_p, top_n_sigma, seed: as in `make_sampler`.
     repetition_penalty: of tokens in the prompt and after it, 1 is none. presence_penalty, frequency_penalty: of
     generated tokens, 0 is none. no_repeat_ngram_size: no n-gram comes twice, 0 is off. logit_bias: by token id, what is
@@ -44,7 +44,7 @@ class GenerationSettings:
     """
 
     max_new_tokens: int = _option(256, "stop after this many tokens", "N")
-    min_new_tokens: int = _option(0, "no end before this many tokens", "N")
+    min_new_tokens: int = _option(0, "no end token before this many tokens", "N")
     raw: bool | None = _option(
         None, "send the text as it is, without the chat template, or not; unsaid: as the model was tuned", either=True
     )
