@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import IMSMRuntimeError, IMSMWarning, MissingPackageError
 from .interrupts import Received, loading, signals_raise
@@ -54,7 +54,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
-class IntermixedParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every other one is told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, one_line(f"error: {message}; see {self.prog} --help") + "\n")
+
+
+class IntermixedParser(OneLineParser):
     """Allows options anywhere between the positional arguments; the first of those may be left out."""
 
     _splitting = False
@@ -164,12 +171,15 @@ def run_commands(name: str, registers: Iterable[Register], argv: Sequence[str] |
 
 
 def _parse_and_run(name: str, registers: Iterable[Register], words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
+    parser = OneLineParser(prog=name, description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}", help="print the version")
     commands = Commands(parser)
     for register in registers:
         register(commands)
+    if not words:
+        parser.print_help(sys.stderr)
+        return MISTAKE
     try:
         if any("\0" in word for word in words):
             parser.error("an argument holds a NUL character")

@@ -2,7 +2,8 @@
 
 A field is an option if its metadata has a `help`; `metavar` and `option` (another spelling, for a flag that turns off
 what is on) are optional there, and so are `either`, a flag that can be turned on and off, and is neither unless said,
-and `models`: where it is not said, it is what the model has. `@FILE` stands for a file's text where the help says so.
+`repeated`, an option that is given once for each of several values, and `models`: where it is not said, it is what the
+model has. `@FILE` stands for a file's text where the help says so.
 """
 
 from __future__ import annotations
@@ -80,26 +81,30 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], kind: Any) -
             parser.add_argument(option, dest=entry.name, action="store_true", default=default, help=text)
         return
     if entry.metadata.get("models"):
-        default, text = argparse.SUPPRESS, f"{text}; unsaid: the model's own, else {default}"
+        default, text = argparse.SUPPRESS, f"{text}; default: the model's own, or {default}"
     origin = typing.get_origin(kind)
     several = origin in _SEQUENCES
+    repeated = entry.metadata.get("repeated")
+    how: Any = "store"
+    if repeated:
+        how = IntoMapping if origin is Mapping else "append"
     parser.add_argument(
         option or spelt_option(entry.name),
         dest=entry.name,
         type=_pair(*typing.get_args(kind)) if origin is Mapping else _converter(_part(kind) if several else kind),
-        action=_AsMapping if origin is Mapping else "store",
-        nargs="+" if several or origin is Mapping else None,
+        action=how,
+        nargs="+" if several and not repeated else None,
         default=argparse.SUPPRESS if default == () else default,
         metavar=entry.metadata.get("metavar"),
         help=text,
     )
 
 
-class _AsMapping(argparse.Action):
-    """Pairs as one mapping."""
+class IntoMapping(argparse.Action):
+    """Pairs, one at a time, as one mapping."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, dict(values))
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest, None) or {}), values[0]: values[1]})
 
 
 def _pair(key: type[Any], value: type[Any]) -> Callable[[str], tuple[Any, Any]]:

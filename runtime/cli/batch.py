@@ -59,7 +59,7 @@ def _batch(args: argparse.Namespace) -> int:
     said = said_options(GenerationSettings, args)
     GenerationSettings(**said)  # what is wrong in them is told before the model is loaded
     with loading():
-        from ..generation.batch_rows import error_document, key_of_result
+        from ..generation.batch_rows import error_document, is_error, key_of_result
         from ..generation.batch_run import answers
         from ..generation.generation import load
 
@@ -73,11 +73,11 @@ def _batch(args: argparse.Namespace) -> int:
         "artifact": _hash(model.session.artifact.encode()),
         "set of options": _hash(json.dumps(vars(defaults), sort_keys=True).encode()),
     }
-    with Output(args.output, identity, key_of_result, options.overwrite) as output:
+    with Output(args.output, identity, key_of_result, is_error, options.overwrite) as output:
         left = {key: row for key, row in rows.items() if key not in output.done}
         bad = {key: error for key, error in bad.items() if key not in output.done}
         jobs = _jobs(model, left, bad, defaults, options.skip_bad_rows)
-        begin, tokens, wrong = time.perf_counter(), 0, len(bad)
+        begin, tokens, wrong = time.perf_counter(), 0, output.failed + len(bad)
         with output.begin() as writer, Progress(len(jobs), len(jobs)) as progress:
             for key, error in bad.items():
                 writer.write(error_document(key, error))

@@ -27,18 +27,23 @@ class Output:
         path: Path,
         identity: Mapping[str, str],
         key_of: Callable[[Mapping[str, Any]], Any],
+        is_error: Callable[[Mapping[str, Any]], bool],
         overwrite: bool = False,
     ) -> None:
         """Look at what is there; nothing is changed before `begin`. identity: what the rows are of, by what it is
-        called. key_of: the key of a row; None for what is none. Raises SettingsError for a file that belongs to
-        something else or to another run that goes on, unless it is to be overwritten, and OSError."""
+        called. key_of: the key of a row; None for what is none. is_error: whether a row tells of an error. Raises
+        SettingsError for a file that belongs to something else or to another run that goes on, unless it is to be
+        overwritten, and OSError."""
         if not path.absolute().parent.is_dir():
             raise SettingsError("output", path, "its folder does not exist")
-        self._path, self._identity, self._key_of = path, dict(identity), key_of
+        if str(path) == "-":
+            raise SettingsError("output", path, "it must be a file, which a run that was ended goes on with")
+        self._path, self._identity, self._key_of, self._is_error = path, dict(identity), key_of, is_error
         self._state = path.with_name(path.name + ".state.json")
         self._lock = _locked(path)
         self._whole = 0  # bytes of whole rows
         self.done: set[Any] = set()
+        self.failed = 0  # of those
         try:
             if not overwrite and path.stat().st_size:
                 self._check_state()
@@ -80,13 +85,15 @@ class Output:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return
-                key = None
+                key, row = None, None
                 with suppress(ValueError, AttributeError):
-                    key = self._key_of(parse_json(line))
-                if key is None:
+                    row = parse_json(line)
+                    key = self._key_of(row)
+                if key is None or row is None:
                     rule = f"its line {number} is no row of a batch; take another name, or {{overwrite}}"
                     raise SettingsError("output", self._path, rule)
                 self.done.add(key)
+                self.failed += self._is_error(row)
                 self._whole += len(line)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PromptError, SettingsError
 from ..generation.settings import GenerationSettings
-from ..options import add_options, said_options, spelt_option, text_of_file
+from ..options import IntoMapping, add_options, said_options, spelt_option, text_of_file
 from .chat_input import Turn
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ def _value(name: str, text: str) -> Any:
         if text not in ("on", "off"):
             raise PromptError(f"{name} is on or off, not {text}")
         return text == "on"
-    option = spelt_option(name)
+    option, several = spelt_option(name), isinstance(action, argparse._AppendAction | IntoMapping)
     try:
-        words = [option, *shlex.split(text)] if action.nargs == "+" else [f"{option}={text}"]
+        words = [f"{option}={word}" for word in (shlex.split(text) if several else [text])]
     except ValueError as error:
         raise PromptError(f"{name}: {error}") from error
     return said_options(GenerationSettings, parser.parse_args(words))[name]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from ..engine.execution import Execution
+from ..errors import PromptError, setting
 from ..generation.score_settings import ScoreSettings
 from ..interrupts import loading
 from ..options import read_options
@@ -31,9 +33,9 @@ def _score(args: argparse.Namespace) -> int:
     settings, execution = read_options(ScoreSettings, args), read_options(Execution, args)
     with loading():
         from ..generation.generation import load
-        from ..generation.scoring import check_row, facts_of_scores, perplexity, prepare, score_prepared
+        from ..generation.scoring import facts_of_scores, perplexity, prepare, score_prepared
 
-    rows = read_rows(args.input, check_row)
+    rows = read_rows(args.input, _check)
     check_apart(args.input, args.output)
     model = load(args.artifact, execution)
     prepared = []
@@ -51,3 +53,11 @@ def _score(args: argparse.Namespace) -> int:
     line = f"{len(rows)} rows, {tokens} tokens, {mean:.4f} nats a token, perplexity {perplexity(mean):.4g}"
     print(line, file=sys.stderr)
     return 0
+
+
+def _check(row: Any) -> None:
+    from ..generation.scoring import check_row
+
+    check_row(row)
+    if said := [each.name for each in fields(ScoreSettings) if each.name in row]:
+        raise PromptError(f"it has {said[0]}, and all rows are judged alike: say {setting(said[0])} for all")

@@ -207,6 +207,12 @@ def embedding_document(key: Key, wanted: ToEmbed, embeddings: Sequence[NDArray[n
     return _openai_document(key, 200, body)
 
 
+def is_error(document: Mapping[str, Any]) -> bool:
+    """Whether a row of the output tells of an error."""
+    response = document.get("response")
+    return document.get("error") is not None or (isinstance(response, Mapping) and response.get("status_code") != 200)
+
+
 def error_document(key: Key, error: IMSMRuntimeError) -> dict[str, Any]:
     """A line of the output for a row that cannot be used."""
     if key[0] != "custom_id":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ class GenerationSettings:
     stop: text that ends generation and is left out. stop_token_ids: tokens that do, beside the model's end tokens.
     logprobs: tell the log-probability of every token and of so many of the likeliest. echo: of the prompt's, too.
     trace: tell the likeliest tokens of each memory alone. speculate: at most so many tokens are guessed and tried at
-    once (see `Speculation`), and the same ones come; 0 is off. json_object, json_schema (JSON text), regex, grammar
-    (Lark): what the text must be.
+    once (see `Speculation`), and the same ones come; 0 is off. json_object, json_schema (JSON text, or a dict), regex,
+    grammar (Lark): what the text must be.
     """
 
     max_new_tokens: int = _option(256, "stop after this many tokens", "N")
@@ -61,9 +62,13 @@ class GenerationSettings:
     presence_penalty: float = _option(0.0, "take P from the logit of every generated token", "P")
     frequency_penalty: float = _option(0.0, "take P for each time that a token was generated", "P")
     no_repeat_ngram_size: int = _option(0, "no N tokens in a row come twice; 0 is off", "N", models=True)
-    logit_bias: Mapping[int, float] | None = _option(None, "add to the logits of tokens", "ID=X")
-    stop: Sequence[str] = _option((), "end before any of these texts", "TEXT")
-    stop_token_ids: Sequence[int] = _option((), "end at any of these tokens, too", "ID")
+    logit_bias: Mapping[int, float] | None = _option(
+        None, "add X to the logit of a token; may be given several times", "ID=X", repeated=True
+    )
+    stop: Sequence[str] = _option((), "end before this text; may be given several times", "TEXT", repeated=True)
+    stop_token_ids: Sequence[int] = _option(
+        (), "end at this token, too; may be given several times", "ID", repeated=True
+    )
     logprobs: int | None = _option(None, "tell log-probabilities, and those of the N likeliest tokens", "N")
     echo: bool = _option(False, "tell the log-probabilities of the prompt's tokens, too; needs --logprobs")
     trace: int | None = _option(None, "tell what each memory alone would say: the N likeliest tokens", "N")
@@ -76,6 +81,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.json_schema, Mapping):  # as a request or a row of JSON has it
+            object.__setattr__(self, "json_schema", json.dumps(self.json_schema, default=repr))
         check_fields(self)
         for name in ("stop", "stop_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

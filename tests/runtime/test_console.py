@@ -136,7 +136,9 @@ def test_a_path_that_cannot_be_one_is_refused(word: str, why: str, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         run_commands("program", [register], ["act", "--path", word])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith(f"error: {why}\n")
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {why}; see program")
+    assert told.count("\n") == 1
 
 
 def test_a_warning_of_ours_is_a_line_and_others_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

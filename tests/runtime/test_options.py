@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Every:
     symmetric: bool = field(default=True, metadata={"help": "the other way", "option": "--asymmetric"})
     maybe: bool | None = field(default=None, metadata={"help": "not said"})
     either: bool | None = field(default=None, metadata={"help": "yes or no", "either": True})
+    several: Sequence[str] = field(default=(), metadata={"help": "one each time", "repeated": True})
+    pairs: Mapping[int, float] | None = field(default=None, metadata={"help": "A=B each time", "repeated": True})
     inner: int = 7
 
 
@@ -65,3 +67,11 @@ def test_values_that_are_given_win() -> None:
 def test_every_field_of_the_shared_settings_is_an_option_with_help() -> None:
     for settings in (Execution, GenerationSettings):
         assert all(entry.metadata["help"] for entry in fields(settings))
+
+
+def test_repeated_options_take_one_value_each_time_and_leave_what_follows_alone() -> None:
+    found = parse("--several", "a", "--pairs", "3=1.5", "--several", "-b c", "--pairs", "4=-inf", "--pairs", "3=2")
+    assert list(found.several) == ["a", "-b c"]
+    assert found.pairs == {3: 2.0, 4: float("-inf")}
+    with pytest.raises(argparse.ArgumentError, match="'x' is not of the form KEY=VALUE"):
+        parse("--pairs", "x")

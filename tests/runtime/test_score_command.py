@@ -58,6 +58,10 @@ def test_rows_go_through_stdin_and_stdout(
         ("{", "line 3: it is no JSON: Expecting property name"),
         ('{"prompt": "x", "prompt": "y"}', 'line 3: it is no JSON: the key "prompt" is there twice'),
         ('{"prompt": "x"}', "line 3: it has no continuation"),
+        (
+            '{"prompt": "x", "continuation": "y", "memory": "base"}',
+            "line 3: it has memory, and all rows are judged alike: say memory for all",
+        ),
         ('{"prompt": "x", "continuation": ""}', "line 3: the continuation is empty"),
         (json.dumps({"prompt": "x" * 200, "continuation": "y"}), "line 3: prompt and continuation have 202 tokens"),
         (b"\xff", "line 3: it is no JSON: it is not UTF-8"),

@@ -335,6 +335,14 @@ def test_mistakes_in_options(run: Run, tmp_path: Path) -> None:
 
 def test_an_error_while_a_row_is_generated_is_its_answer(run: Run) -> None:
     run.write({"id": "bad", "prompt": "x"}, {"id": "good", "prompt": "x", "max_new_tokens": 9, "logit_bias": None})
-    lines = run("--logit-bias", *(f"{token}=-inf" for token in range(259)), code=1)
+    lines = run(*(f"--logit-bias={token}=-inf" for token in range(259)), code=1)
     assert {line["id"]: "error" in line for line in lines} == {"bad": True, "good": False}
     assert "no token is allowed" in lines[0]["error"]
+    assert run(*(f"--logit-bias={token}=-inf" for token in range(259)), code=1) == lines  # a run with nothing to do
+
+
+def test_an_output_that_is_no_file_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write({"prompt": "x"})
+    assert cli.main(["batch", str(run.artifact), "--input", str(run.input), "--output", "-"]) == 2
+    assert "--output is -; it must be a file" in capsys.readouterr().err
+    assert not Path("-").exists()

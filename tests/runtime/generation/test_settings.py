@@ -52,3 +52,7 @@ def test_what_is_outside_its_range_or_contradicts_itself_is_named(settings: dict
 
 def test_one_stop_string_is_as_good_as_a_list_of_one() -> None:
     assert GenerationSettings(stop="ab").stop == ("ab",)
+
+
+def test_a_schema_may_be_a_dict() -> None:
+    assert GenerationSettings(json_schema={"type": "object"}).json_schema == '{"type": "object"}'  # type: ignore[arg-type]
