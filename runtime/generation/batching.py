@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..checks import instance, is_sequence, typed, whole_number
+from ..engine.prefix_cache import PrefixCache
 from ..engine.state import DecodeState, StepOutput
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .chat_template import Message
@@ -33,11 +34,13 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 
 class Event(NamedTuple):
-    """What came of a step for one text: a chunk, or the error that ends it. key: the text's."""
+    """What came of a step for one text: a chunk, or the error that ends it. key: the text's. held: tokens of its prompt
+    that a prefix cache had."""
 
     key: Any
     chunk: Chunk | None
     error: IMSMRuntimeError | None = None
+    held: int = 0
 
 
 @dataclass(eq=False)
@@ -49,6 +52,7 @@ class _Row:
     text: TextOfTokens
     state: DecodeState
     read: int = 0
+    held: int | None = None
     token: int = 0
     ended: bool = False
 
@@ -58,16 +62,28 @@ class Batch:
 
     most_rows: how many at most; more wait in the order in which they were added. piece_ms: for how long a step may read
     a new prompt while others go on; infinity: until it is read, so that int8 and int4 round as in a run alone, whatever
-    the times are. One thread at a time uses it.
+    the times are. alone_ms: ... while there are no others. prefixes: what prompts may begin with, and where the texts go
+    that end; not those with `echo`, whose prompts are read as a whole. One thread at a time uses it.
     """
 
-    def __init__(self, model: Model, most_rows: int = MOST_ROWS, piece_ms: float = PIECE_MS) -> None:
+    def __init__(
+        self,
+        model: Model,
+        most_rows: int = MOST_ROWS,
+        piece_ms: float = PIECE_MS,
+        alone_ms: float = math.inf,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
         instance("model", model, Model)
+        if prefixes is not None:
+            instance("prefixes", prefixes, PrefixCache)
         self.model = model
         self.most_rows = whole_number("most_rows", most_rows, 1)
-        self.piece_ms = typed("piece_ms", piece_ms, float)
-        if not self.piece_ms > 0:
-            raise SettingsError("piece_ms", piece_ms, "it must be above 0")
+        self.piece_ms, self.alone_ms = typed("piece_ms", piece_ms, float), typed("alone_ms", alone_ms, float)
+        for name in ("piece_ms", "alone_ms"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(name, getattr(self, name), "it must be above 0")
+        self.prefixes = prefixes
         self._state: DecodeState | None = None
         self._rows: list[_Row] = []  # in the state's order
         self._ready: list[_Row] = []  # whose prompt was read while there was no place
@@ -110,7 +126,9 @@ class Batch:
         for row in (*self._waiting, *self._ready, *self._rows):
             if row.key == key and not row.ended:
                 row.ended = True
-                self._waiting = deque(row for row in self._waiting if not row.ended)
+                if row in self._waiting:
+                    self._keep(row, row.state, 0)
+                    self._waiting.remove(row)
                 self._seat()
                 return True
         return False
@@ -139,7 +157,9 @@ class Batch:
         row = self._waiting[0]
         if row.settings.echo:
             return [self._read_whole(row)]
-        size = self._piece() if self._rows and self.piece_ms < math.inf else len(row.ids)
+        if row.held is None:
+            row.held = self._begun(row)
+        size = self._piece(self.piece_ms if self._rows else self.alone_ms, len(row.ids))
         piece = row.ids[row.read : row.read + size]
         start = time.perf_counter()
         output = self.model.session.prefill(row.state, [piece], by_memory=row.settings.trace is not None)
@@ -161,11 +181,26 @@ class Batch:
             return event
         return event._replace(chunk=event.chunk._replace(prompt=prompt_tokens(row.ids, found)))
 
-    def _piece(self) -> int:
-        """Tokens of a prompt that are read at once while others wait."""
+    def _begun(self, row: _Row) -> int:
+        """Begin a row with what the prefix cache has of its prompt: how many tokens."""
+        if self.prefixes is None:
+            return 0
+        row.state, row.read = self.prefixes.take(row.ids, row.settings.memory_bias)
+        return row.read
+
+    def _piece(self, most_ms: float, whole: int) -> int:
+        """Tokens of a prompt that are read at once in so much time."""
+        if most_ms == math.inf:
+            return whole
         if self._ms_per_token is None:
             return FIRST_PIECE
-        return max(1, int(self.piece_ms / self._ms_per_token))
+        return max(1, int(most_ms / self._ms_per_token))
+
+    def _keep(self, row: _Row, state: DecodeState, index: int) -> None:
+        """Keep what a row that ended has read."""
+        length = int(state.lengths[index])
+        if self.prefixes is not None and length:
+            self.prefixes.put(row.chooser.history.ids[:length], state, index)
 
     def _chosen(self, row: _Row, output: StepOutput, index: int, read: int) -> Event:
         """What comes of a row's logits, the output's `index`. read: the tokens that the row has read."""
@@ -176,16 +211,22 @@ class Batch:
             chunk = row.text.push(token)
         except IMSMRuntimeError as error:
             row.ended = True
-            return Event(row.key, None, error)
+            return Event(row.key, None, error, row.held or 0)
         row.token = token.id
         if chunk.finish_reason is None and read >= self.model.session.manifest.context_length:
             end = row.text.end()
             chunk = Chunk(chunk.text + end.text, token, end.finish_reason, end.stopped_by)
         row.ended = chunk.finish_reason is not None
-        return Event(row.key, without_logits(chunk))
+        return Event(row.key, without_logits(chunk), held=row.held or 0)
 
     def _seat(self) -> None:
         """Rows that ended leave; who was read takes a place."""
+        for row in self._ready:
+            if row.ended:
+                self._keep(row, row.state, 0)
+        for index, row in enumerate(self._rows):
+            if row.ended and self._state is not None:
+                self._keep(row, self._state, index)
         self._ready = [row for row in self._ready if not row.ended]
         while self._ready:
             row = self._ready[0]

@@ -14,6 +14,7 @@ from runtime import (
     DecodeState,
     GenerationSettings,
     Model,
+    PrefixCache,
     PromptError,
     SettingsError,
     StepOutput,
@@ -183,3 +184,47 @@ def test_chunks_of_a_stream_make_the_texts(model: Model) -> None:
     for number, chunk in stream_batch(model, PROMPTS[:2], max_new_tokens=6):
         texts[number] += chunk.text
     assert texts == [generate(model, prompt, max_new_tokens=6).text for prompt in PROMPTS[:2]]
+
+
+def test_a_conversation_that_goes_on_reads_what_is_new_alone(model: Model) -> None:
+    prefixes = PrefixCache(model.session, 1 << 24)
+    batch = Batch(model, most_rows=2, prefixes=prefixes)
+    batch.add("first", PROMPTS[0], max_new_tokens=6)
+    batch.add("other", PROMPTS[1], max_new_tokens=30)
+    ids = list(PROMPTS[0])
+    while batch.active or batch.waiting:
+        for event in batch.step():
+            assert event.held == 0
+            if event.key == "first" and event.chunk is not None and event.chunk.token is not None:
+                ids.append(event.chunk.token.id)
+    prompt = [*ids, 9, 10, 11]
+    expected = generate(model, prompt, max_new_tokens=8, memory_bias=1.0, repetition_penalty=1.3)
+    batch.add("second", prompt, max_new_tokens=8, memory_bias=1.0, repetition_penalty=1.3)
+    found = []
+    while batch.active or batch.waiting:
+        for event in batch.step():
+            assert event.held == len(ids) - 1  # the last token of a text is not read
+            if event.chunk is not None and event.chunk.token is not None:
+                found.append(event.chunk.token.id)
+    assert found == expected.token_ids
+
+
+@pytest.mark.parametrize("when", [1, 4, 9])
+def test_what_was_read_of_a_cancelled_text_is_kept(model: Model, when: int) -> None:
+    prompt, prefixes = [5, 6, 7] * 10, PrefixCache(model.session, 1 << 24)
+    batch = Batch(model, alone_ms=1e-6, prefixes=prefixes)
+    batch.add(0, prompt, max_new_tokens=90)
+    for _ in range(when):
+        assert not [event for event in batch.step() if event.chunk is not None] or when > 4
+    assert batch.cancel(0)
+    assert (batch.active, batch.waiting, len(prefixes)) == (0, 0, 1)
+    expected = generate(model, prompt, max_new_tokens=5).token_ids
+    found = []
+    batch.add(1, prompt, max_new_tokens=5)
+    while batch.active or batch.waiting:
+        for event in batch.step():
+            assert event.held > 0
+            assert event.chunk is not None
+            assert event.chunk.token is not None
+            found.append(event.chunk.token.id)
+    assert found == expected
