@@ -54,7 +54,7 @@ def signals_raise() -> Iterator[Received]:
     hook, sys.unraisablehook = sys.unraisablehook, dropped
     atexit.register(_ignore)  # nothing is left to be interrupted
     try:
-        with _handled_by(receive):
+        with handled_by(receive):
             yield received
     finally:
         sys.unraisablehook = hook
@@ -90,7 +90,7 @@ def interrupts_stop() -> Iterator[Stop]:
 def loading() -> Iterator[None]:
     """For imports of large modules: a signal in the block ends the process at once. Where an exception comes out of a C
     extension that is half loaded, anything may follow."""
-    with _handled_by(_end):
+    with handled_by(_end):
         yield
 
 
@@ -99,7 +99,7 @@ def postponed() -> Iterator[None]:
     """Signals come when the block is left, so that nothing in it is half done. A process that is started in it never
     gets SIGINT, which a terminal sends to all of them: whoever started it ends it."""
     came: list[int] = []
-    with _handled_by(lambda number, frame: came.append(number)), _blocked_for_children():
+    with handled_by(lambda number, frame: came.append(number)), _blocked_for_children():
         yield
     for number in came[-1:]:
         signal.raise_signal(number)
@@ -121,8 +121,9 @@ def _blocked_for_children() -> Iterator[None]:
 
 
 @contextmanager
-def _handled_by(handler: Handler) -> Iterator[None]:
-    """Signals that are ignored, as those of a job in the background, stay so."""
+def handled_by(handler: Handler) -> Iterator[None]:
+    """In the block signals that ask to end call a handler. Those that are ignored, as in a job in the background, stay
+    so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -19,7 +19,7 @@ from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .embedding import prepare as prepare_to_embed
 from .generation import Model, own_processors
 from .openai_answers import embedding_body, error_body, response_body
-from .openai_rows import CHAT, EMBEDDING, BodyError, EmbeddingRequest, Request, read_embedding_request, read_request
+from .openai_rows import EMBEDDING, BodyError, EmbeddingRequest, Request, read_embedding_request, read_request
 from .prompts import encoded
 from .results import Generation, facts_of_tokens
 from .score_settings import ScoreSettings
@@ -118,6 +118,8 @@ def _of_openai(model: Model, key: Key, row: Mapping[str, Any], defaults: Generat
     if row["url"] == EMBEDDING:
         return _embedded(model, key, row["body"])
     request = read_request(row["url"], row["body"], defaults, model.session.folder.name)
+    if request.stream:
+        raise BodyError("stream", "stream is true, and a file's answer comes whole; leave it out")
     field = "messages" if "messages" in row["body"] else "prompt"
     try:
         texts = [
@@ -185,7 +187,8 @@ def result_document(model: Model, job: Job, results: Sequence[Generation]) -> di
     if job.request is not None:
         request, text = job.request, model.codec.token_text
         ends = (*model.session.manifest.eos_token_ids, *request.settings.stop_token_ids)
-        body = response_body(request.model, request.url == CHAT, request.choices, results, text, ends)
+        echoed = request.echoed(model.codec.decode)
+        body = response_body(request.model, request.chat, request.choices, results, text, ends, echoed)
         return _openai_document(job.key, 200, body)
     (result,) = results
     found: dict[str, Any] = {

@@ -224,9 +224,9 @@ class Batch:
         for row in self._ready:
             if row.ended:
                 self._keep(row, row.state, 0)
-        for index, row in enumerate(self._rows):
+        for place, row in enumerate(self._rows):
             if row.ended and self._state is not None:
-                self._keep(row, self._state, index)
+                self._keep(row, self._state, place)
         self._ready = [row for row in self._ready if not row.ended]
         while self._ready:
             row = self._ready[0]

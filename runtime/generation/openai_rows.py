@@ -5,7 +5,7 @@ A field that is not implemented is an error that names it; nothing is ignored bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,9 +23,9 @@ _OWN = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens
 """OpenAI's names, and vLLM's, of our settings; the others have the same."""
 _NO_FIELDS = ("raw", "logprobs", "echo", "trace", "json_object", "json_schema")
 _SETTINGS = {each.name for each in fields(GenerationSettings) if each.name not in _NO_FIELDS}
+_IMSM = ("memory_bias", "trace")
+"""Settings in the object `imsm`."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "echo": (False,),
     "best_of": (1,),
     "store": (False,),
     "tools": ([],),
@@ -37,28 +37,44 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class BodyError(PromptError):
-    """What is wrong with a body. param: the field."""
+    """What is wrong with a body. param: the field. code: OpenAI's for it, if there is one."""
 
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code
 
     @property
     def body(self) -> dict[str, Any]:
         """As OpenAI's API tells it."""
-        return error_body(str(self), self.param)
+        return error_body(str(self), self.param, code=self.code)
 
 
 @dataclass(frozen=True)
 class Request:
     """What a body asks for: `choices` texts for each of the prompts. url: CHAT or COMPLETION. model: as the body calls
-    it. prompts: messages, texts or token ids."""
+    it. prompts: messages, texts or token ids. stream: whether the answer comes as it is made, include_usage: with its
+    usage at the end. echo: whether a completion's text begins with its prompt."""
 
     url: str
     model: str
     prompts: tuple[str | Sequence[Message] | Sequence[int], ...]
     settings: GenerationSettings
     choices: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is one of CHAT."""
+        return self.url == CHAT
+
+    def echoed(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
+        """What the text of each choice begins with."""
+        if not self.echo:
+            return [""] * (len(self.prompts) * self.choices)
+        texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in self.prompts]  # type: ignore[arg-type]
+        return [text for text in texts for _ in range(self.choices)]
 
     def settings_of(self, choice: int) -> GenerationSettings:
         """Those of a choice: each draws with a seed of its own."""
@@ -85,17 +101,21 @@ def read_request(url: str, body: Any, defaults: GenerationSettings, model: str) 
     choices = left.pop("n", 1)
     if type(choices) is not int or not 1 <= choices <= MOST_CHOICES:
         raise BodyError("n", f"n is {shown(choices)}; it must be 1 to {MOST_CHOICES}")
+    stream, include_usage = _stream(left)
+    more, echo = _imsm(left.pop("imsm", {})), False
     prompts: tuple[Any, ...]
     if url == CHAT:
         prompts = (_messages(left.pop("messages", None)),)
-        more = _chat_settings(left)
+        more |= _chat_settings(left)
     else:
         prompts = _prompts(left.pop("prompt", None))
-        more = {"raw": True, "logprobs": left.pop("logprobs", None)}
+        echo, logprobs = _flag(left, "echo"), left.pop("logprobs", None)
+        more |= {"raw": True, "logprobs": logprobs, "echo": echo and logprobs is not None}
     for field, allowed in _NEUTRAL.items():
         if field in left and (value := left.pop(field)) not in allowed:
             raise BodyError(field, f"{field} is {shown(value)}, which is not implemented; leave it out")
-    return Request(url, name, prompts, _settings(left, more, defaults), choices)
+    settings = _settings(left, more, defaults)
+    return Request(url, name, prompts, settings, choices, stream, include_usage, echo)
 
 
 def read_embedding_request(body: Any, model: str) -> EmbeddingRequest:
@@ -127,6 +147,37 @@ def _said(body: Any, model: str) -> tuple[dict[str, Any], str]:
     return left, name
 
 
+def _flag(left: dict[str, Any], field: str) -> bool:
+    value = left.pop(field, False)
+    if not isinstance(value, bool):
+        raise BodyError(field, f"{field} is {shown(value)}; it must be true or false")
+    return value
+
+
+def _stream(left: dict[str, Any]) -> tuple[bool, bool]:
+    """Takes whether the answer is a stream, and whether that tells its usage, out of a body."""
+    stream, options = _flag(left, "stream"), left.pop("stream_options", None)
+    if options is None:
+        return stream, False
+    if not isinstance(options, Mapping) or not stream:
+        raise BodyError("stream_options", "stream_options must be an object, and needs stream")
+    rest = {name: value for name, value in options.items() if value is not None}
+    usage = _flag(rest, "include_usage")
+    for name, value in rest.items():
+        if name != "include_obfuscation" or value is not False:
+            raise BodyError(f"stream_options.{name}", f"stream_options.{name} is not implemented; leave it out")
+    return stream, usage
+
+
+def _imsm(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BodyError("imsm", f"imsm is {shown(value)}; it must be an object")
+    for name in value:
+        if name not in _IMSM:
+            raise BodyError(f"imsm.{name}", f"imsm.{name} is not implemented; there are {' and '.join(_IMSM)}")
+    return {name: part for name, part in value.items() if part is not None}
+
+
 def _settings(left: Mapping[str, Any], more: dict[str, Any], defaults: GenerationSettings) -> GenerationSettings:
     said = {"trace": None, "echo": False, **more}
     spelt: dict[str, str] = {}
@@ -134,8 +185,8 @@ def _settings(left: Mapping[str, Any], more: dict[str, Any], defaults: Generatio
         name = _OWN.get(field, field)
         if name not in _SETTINGS:
             raise BodyError(field, f"{field} is not implemented; leave it out")
-        if name in spelt:
-            raise BodyError(field, f"{spelt[name]} and {field} are the same; leave one out")
+        if name in spelt or (name in more and name in _IMSM):
+            raise BodyError(field, f"{spelt.get(name, f'imsm.{name}')} and {field} are the same; leave one out")
         spelt[name] = field
         said[name] = _bias(value) if name == "logit_bias" else value
     try:
@@ -154,9 +205,7 @@ def _bias(value: Any) -> Any:
 
 def _chat_settings(left: dict[str, Any]) -> dict[str, Any]:
     """Takes what only a chat has out of the rest of a body."""
-    told, count = left.pop("logprobs", False), left.pop("top_logprobs", None)
-    if not isinstance(told, bool):
-        raise BodyError("logprobs", f"logprobs is {shown(told)}; it must be true or false")
+    told, count = _flag(left, "logprobs"), left.pop("top_logprobs", None)
     if count is not None and not told:
         raise BodyError("top_logprobs", "top_logprobs needs logprobs")
     form = left.pop("response_format", {"type": "text"})

@@ -92,6 +92,21 @@ class TextCodec:
             raise PromptError("the prompt is empty")
         return self._encode(text, special_tokens=beginning)
 
+    def encode_plain(self, text: str, special: bool = True) -> list[int]:
+        """Text as it is, but what it spells of control tokens stays text. special: with the special tokens that the
+        tokenizer adds. Raises PromptError as `encode_raw`, and where the tokenizer cannot write it so."""
+        if not text or not self._controls(text):
+            return self.encode_raw(text, beginning=special)
+        ids = self._encode_rendered(text, [(0, len(text))])
+        if not special:
+            return ids
+        bare, whole = (self._encode("a", special_tokens=added) for added in (False, True))
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+        if start is None:
+            raise PromptError("the text spells a control token, which this tokenizer cannot write as text; take it out")
+        return [*whole[:start], *ids, *whole[start + len(bare) :]]
+
     def encode_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Text as it is and a text that follows it, each as tokens. Both are encoded together, and the continuation
         begins where the tokens of the prompt end; whitespace at the prompt's end belongs to the continuation, as
@@ -150,6 +165,11 @@ class TextCodec:
         if whole[: len(before)] == before:  # not at a beginning, where some tokenizers put a space
             return whole[len(before) :]
         return encoded_from(end)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation as the chat template writes it. Raises PromptError as `encode_chat`."""
+        check_messages(messages)
+        return self._render(messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, without special tokens and those that the tokenizer does not know. Raises PromptError for

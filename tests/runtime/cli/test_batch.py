@@ -225,8 +225,8 @@ def test_prompt_rows_have_settings_of_their_own_and_scores(run: Run, model: Mode
     ("body", "param", "message"),
     [
         ({"prompt": "x", "suffix": "y"}, "suffix", "suffix is not implemented; leave it out"),
-        ({"prompt": "x", "echo": True}, "echo", "echo is True, which is not implemented"),
-        ({"prompt": "x", "stream": True}, "stream", "stream is True, which is not implemented"),
+        ({"prompt": "x", "echo": "yes"}, "echo", "echo is yes; it must be true or false"),
+        ({"prompt": "x", "stream": True}, "stream", "stream is true, and a file's answer comes whole; leave it out"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
         ({"prompt": "x", "min_tokens": 9, "max_tokens": 5}, "min_tokens", "it must not be above max_tokens"),
         ({"prompt": "x", "max_tokens": 5, "max_new_tokens": 5}, "max_new_tokens", "max_tokens and max_new_tokens are"),
