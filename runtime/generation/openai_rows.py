@@ -180,13 +180,13 @@ def _imsm(value: Any) -> dict[str, Any]:
 
 def _settings(left: Mapping[str, Any], more: dict[str, Any], defaults: GenerationSettings) -> GenerationSettings:
     said = {"trace": None, "echo": False, **more}
-    spelt: dict[str, str] = {}
+    spelt = {name: f"imsm.{name}" for name in more if name in _IMSM}
     for field, value in left.items():
         name = _OWN.get(field, field)
         if name not in _SETTINGS:
             raise BodyError(field, f"{field} is not implemented; leave it out")
-        if name in spelt or (name in more and name in _IMSM):
-            raise BodyError(field, f"{spelt.get(name, f'imsm.{name}')} and {field} are the same; leave one out")
+        if name in spelt:
+            raise BodyError(field, f"{spelt[name]} and {field} are the same; leave one out")
         spelt[name] = field
         said[name] = _bias(value) if name == "logit_bias" else value
     try:
