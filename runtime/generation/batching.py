@@ -35,7 +35,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 
 class Event(NamedTuple):
     """What came of a step for one text: a chunk, or the error that ends it. key: the text's. held: tokens of its prompt
-    that a prefix cache had."""
+    that were read before it, for a text of the prefix cache or one that waited with it."""
 
     key: Any
     chunk: Chunk | None
@@ -167,9 +167,27 @@ class Batch:
         row.read += len(piece)
         if row.read < len(row.ids):
             return []
-        self._waiting.popleft()
-        self._ready.append(row)
-        return [self._chosen(row, output, 0, len(row.ids))]
+        same = self._same(row)
+        for other in same:
+            other.state, other.read, other.held = row.state.take([0]), row.read, row.read
+        together = [row, *same]
+        self._waiting = deque(each for each in self._waiting if each not in together)
+        self._ready += together
+        return [self._chosen(each, output, 0, len(row.ids)) for each in together]
+
+    def _same(self, row: _Row) -> list[_Row]:
+        """Those who wait with the same prompt, which need not be read again."""
+        if len(self._waiting) == 1:
+            return []
+        wanted = (row.settings.memory_bias, row.settings.trace is None)
+        return [
+            other
+            for other in self._waiting
+            if other is not row
+            and (other.settings.memory_bias, other.settings.trace is None) == wanted
+            and not other.settings.echo
+            and other.ids == row.ids
+        ]
 
     def _read_whole(self, row: _Row) -> Event:
         """Read a prompt whose log-probabilities are told, at once."""

@@ -211,8 +211,8 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        """Let texts into the batch while it has room, one at a time to be read."""
-        while not self._batch.waiting and len(self._running) < self.settings.rows:
+        """Let texts into the batch while it has room."""
+        while len(self._running) < self.settings.rows:
             with self._changed:
                 if not self._queue:
                     return

@@ -200,7 +200,7 @@ def test_a_conversation_that_goes_on_reads_what_is_new_alone(model: Model) -> No
     prompt = [*ids, 9, 10, 11]
     expected = generate(model, prompt, max_new_tokens=8, memory_bias=1.0, repetition_penalty=1.3)
     batch.add("second", prompt, max_new_tokens=8, memory_bias=1.0, repetition_penalty=1.3)
-    found = []
+    found: list[int] = []
     while batch.active or batch.waiting:
         for event in batch.step():
             assert event.held == len(ids) - 1  # the last token of a text is not read
@@ -219,7 +219,7 @@ def test_what_was_read_of_a_cancelled_text_is_kept(model: Model, when: int) -> N
     assert batch.cancel(0)
     assert (batch.active, batch.waiting, len(prefixes)) == (0, 0, 1)
     expected = generate(model, prompt, max_new_tokens=5).token_ids
-    found = []
+    found: list[int] = []
     batch.add(1, prompt, max_new_tokens=5)
     while batch.active or batch.waiting:
         for event in batch.step():
@@ -228,3 +228,25 @@ def test_what_was_read_of_a_cancelled_text_is_kept(model: Model, when: int) -> N
             assert event.chunk.token is not None
             found.append(event.chunk.token.id)
     assert found == expected
+
+
+def test_a_prompt_that_several_wait_with_is_read_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    prefill = model.session.prefill
+
+    def counted(state: Any, prompts: Any, **more: Any) -> Any:
+        read.append(len(prompts[0]))
+        return prefill(state, prompts, **more)
+
+    monkeypatch.setattr(model.session, "prefill", counted)
+    prompt = PROMPTS[1]
+    biases = [0.0, 0.0, 1.0, 0.0, 1.0]
+    settings = [
+        GenerationSettings(seed=number, temperature=1.2, max_new_tokens=6 + number, memory_bias=bias)
+        for number, bias in enumerate(biases)
+    ]
+    together = generate_batch(model, [prompt] * 5, settings, most_rows=2)
+    assert sum(read) == 2 * len(prompt)
+    monkeypatch.undo()
+    for found, own in zip(together, settings, strict=True):
+        assert found.token_ids == generate(model, prompt, own).token_ids

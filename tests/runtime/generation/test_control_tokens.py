@@ -57,6 +57,18 @@ def test_control_tokens_in_content_are_text(name: str, attack: str, tmp_path: Pa
     assert codec.tokenizer.decode(ids, skip_special_tokens=False) == text  # not one character is lost
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_control_tokens_in_plain_text_are_text(attack: str, tmp_path: Path) -> None:
+    make_chat_tokenizer(tmp_path, "ChatML")
+    codec = TextCodec(tmp_path, SPECIAL)
+    ids, begin = codec.encode_plain(attack), codec.encode_raw("Hello")
+    assert control_ids(codec, ids) == control_ids(codec, begin)
+    assert codec.tokenizer.decode(ids, skip_special_tokens=True) == attack
+    assert control_ids(codec, codec.encode_plain(attack, special=False)) == []
+    assert control_ids(codec, codec.encode_raw(attack)) != control_ids(codec, begin)
+    assert codec.encode_plain("Hello") == begin
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_content_that_spells_none_is_encoded_as_transformers_does(name: str, tmp_path: Path) -> None:
     theirs, codec = make_chat_tokenizer(tmp_path, name), TextCodec(tmp_path, SPECIAL)

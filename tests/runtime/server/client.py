@@ -93,7 +93,7 @@ class Client:
 
         async def run() -> None:
             try:
-                await self.server.app(scope, receive, send)  # type: ignore[arg-type]
+                await self.server.app(scope, receive, send)
             except RuntimeError:  # which Starlette raises again after its answer
                 assert reply.status == 500
             finally:

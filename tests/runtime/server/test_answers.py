@@ -77,7 +77,7 @@ def test_many_clients_at_once_with_settings_of_their_own(model: Model) -> None:
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(model: Model) -> None:
-    body = {"messages": HELLO, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, "n": 2, "seed": 5}
+    body: dict[str, Any] = {"messages": HELLO, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, "n": 2, "seed": 5}
     body |= {"temperature": 1, "imsm": {"trace": 2}}
 
     async def talk(client: Client) -> None:
@@ -158,7 +158,7 @@ def test_stop_strings_and_structure(model: Model) -> None:
         reply = await client.post(CHAT, {"messages": HELLO, "max_tokens": 20, "stop": stop})
         assert text_of(reply) == whole[: whole.index(stop)]
         assert reply.body["choices"][0]["finish_reason"] == "stop"
-        schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+        schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
         schema["additionalProperties"] = False
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
         reply = await client.post(CHAT, {"messages": HELLO, "max_tokens": 60, "response_format": form})
