@@ -62,8 +62,8 @@ class Batch:
 
     most_rows: how many at most; more wait in the order in which they were added. piece_ms: for how long a step may read
     a new prompt while others go on; infinity: until it is read, so that int8 and int4 round as in a run alone, whatever
-    the times are. alone_ms: ... while there are no others. prefixes: what prompts may begin with, and where the texts go
-    that end; not those with `echo`, whose prompts are read as a whole. One thread at a time uses it.
+    the times are. alone_ms: ... while there are no others. prefixes: what prompts may begin with, and where the texts
+    go that end; not those with `echo`, whose prompts are read as a whole. One thread at a time uses it.
     """
 
     def __init__(
