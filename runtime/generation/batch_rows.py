@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..checks import is_sequence
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .embedding import prepare as prepare_to_embed
+from .embedding import prepare_ids
 from .generation import Model, own_processors
 from .openai_answers import embedding_body, error_body, response_body
 from .openai_rows import EMBEDDING, BodyError, EmbeddingRequest, Request, read_embedding_request, read_request
@@ -137,7 +138,10 @@ def _of_openai(model: Model, key: Key, row: Mapping[str, Any], defaults: Generat
 def _embedded(model: Model, key: Key, body: Any) -> Job:
     request = read_embedding_request(body, model.session.folder.name)
     try:
-        ids = [prepare_to_embed(model, text, request.settings) for text in request.texts]
+        ids = [
+            (prepare_to_embed if isinstance(text, str) else prepare_ids)(model, text, request.settings)
+            for text in request.texts
+        ]
     except SettingsError as error:
         raise BodyError(error.name, str(error)) from error
     except PromptError as error:

@@ -60,14 +60,20 @@ def embed(model: Model, texts: Sequence[str], settings: EmbedSettings | None = N
 
 
 def prepare(model: Model, text: Any, settings: EmbedSettings) -> list[int]:
-    """A text as tokens. Raises PromptError if it is none, is empty, cannot be encoded or does not fit into the context,
-    and SettingsError for a memory whose states the artifact does not give."""
+    """A text as tokens. Raises PromptError if it is none or cannot be encoded, and as `prepare_ids`."""
     check_states(model.session, settings.memory)
     if not isinstance(text, str):
         raise PromptError(f"it is {shown(text)}, not a text")
-    if not text:
+    return prepare_ids(model, model.codec.encode_raw(text) if text else [], settings)
+
+
+def prepare_ids(model: Model, tokens: Any, settings: EmbedSettings) -> list[int]:
+    """Tokens of a text. Raises PromptError for what are none, for an empty text, and if it does not fit into the
+    context, and SettingsError for a memory whose states the artifact does not give."""
+    check_states(model.session, settings.memory)
+    ids = model.session.token_ids(tokens)
+    if not ids:
         raise PromptError("it is empty")
-    ids = model.codec.encode_raw(text)
     most = model.session.manifest.context_length
     if len(ids) > most:
         raise PromptError(f"it has {len(ids)} tokens; the model's context is {most}")

@@ -84,10 +84,11 @@ class Request:
 
 @dataclass(frozen=True)
 class EmbeddingRequest:
-    """What a body asks of EMBEDDING. base64: whether numbers come as the base64 of float32, little-endian."""
+    """What a body asks of EMBEDDING. texts: or their token ids. base64: whether numbers come as the base64 of float32,
+    little-endian."""
 
     model: str
-    texts: tuple[str, ...]
+    texts: tuple[str | Sequence[int], ...]
     settings: EmbedSettings
     base64: bool
 
@@ -108,7 +109,7 @@ def read_request(url: str, body: Any, defaults: GenerationSettings, model: str) 
         prompts = (_messages(left.pop("messages", None)),)
         more |= _chat_settings(left)
     else:
-        prompts = _prompts(left.pop("prompt", None))
+        prompts = _texts("prompt", left.pop("prompt", None))
         echo, logprobs = _flag(left, "echo"), left.pop("logprobs", None)
         more |= {"raw": True, "logprobs": logprobs, "echo": echo and logprobs is not None}
     for field, allowed in _NEUTRAL.items():
@@ -121,17 +122,14 @@ def read_request(url: str, body: Any, defaults: GenerationSettings, model: str) 
 def read_embedding_request(body: Any, model: str) -> EmbeddingRequest:
     """What a body asks of EMBEDDING: with OpenAI's fields, and memory, pooling and normalize. Raises BodyError."""
     left, name = _said(body, model)
-    texts, form = left.pop("input", None), left.pop("encoding_format", "float")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not is_sequence(texts) or not texts or not all(isinstance(text, str) for text in texts):
-        raise BodyError("input", f"input is {shown(texts)}; it must be text, or a list of texts")
+    texts, form = _texts("input", left.pop("input", None)), left.pop("encoding_format", "float")
     if form not in ("float", "base64"):
         raise BodyError("encoding_format", f"encoding_format is {shown(form)}; it must be float or base64")
     for field in left:
         if field not in ("memory", "pooling", "normalize"):
             raise BodyError(field, f"{field} is not implemented; leave it out")
     try:
-        return EmbeddingRequest(name, tuple(texts), EmbedSettings(**left), form == "base64")
+        return EmbeddingRequest(name, texts, EmbedSettings(**left), form == "base64")
     except SettingsError as error:
         raise BodyError(error.name, str(error)) from error
 
@@ -246,7 +244,7 @@ def _message(number: int, message: Message) -> Message:
     return {**message, "content": "\n".join(parts)}
 
 
-def _prompts(value: Any) -> tuple[Any, ...]:
+def _texts(field: str, value: Any) -> tuple[Any, ...]:
     """One text or a list of them, token ids or a list of those."""
     if isinstance(value, str):
         return (value,)
@@ -255,4 +253,4 @@ def _prompts(value: Any) -> tuple[Any, ...]:
             return (value,)
         if all(isinstance(item, str) or (is_sequence(item) and item) for item in value):
             return tuple(value)
-    raise BodyError("prompt", f"prompt is {shown(value)}; it must be text, token ids, or a list of those")
+    raise BodyError(field, f"{field} is {shown(value)}; it must be text, token ids, or a list of those")

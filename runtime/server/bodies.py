@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..errors import IMSMRuntimeError, SettingsError, shown
 from ..generation.chat_template import Message
-from ..generation.embedding import prepare as prepare_to_embed
+from ..generation.embedding import prepare_ids
 from ..generation.generation import Model, own_processors
 from ..generation.openai_rows import BodyError, EmbeddingRequest, Request, read_embedding_request, read_request
 from ..generation.settings import GenerationSettings
@@ -54,7 +54,10 @@ def prepare_embedding(model: Model, body: Any, name: str) -> tuple[EmbeddingRequ
     request = read_embedding_request(body, name)
     check_model(request.model, name)
     try:
-        return request, [prepare_to_embed(model, text, request.settings) for text in request.texts]
+        each = (text_ids(model, text, "input") if isinstance(text, str) else text for text in request.texts)
+        return request, [prepare_ids(model, ids, request.settings) for ids in each]
+    except BodyError:
+        raise
     except SettingsError as error:
         raise BodyError(error.name, str(error)) from error
     except IMSMRuntimeError as error:

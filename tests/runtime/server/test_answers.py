@@ -222,5 +222,7 @@ def test_embeddings_are_those_of_the_library(model: Model) -> None:
         for found, wanted in zip(body["data"], expected.embeddings, strict=True):
             assert found["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
         assert body["usage"]["prompt_tokens"] == expected.tokens.sum()
+        ids = [model.codec.encode_raw(text) for text in ("Hello", "Hi")]
+        assert (await client.post("/v1/embeddings", {"input": ids, "memory": "base"})).body == body
 
     run(model, talk)

@@ -73,6 +73,9 @@ BODIES: list[tuple[str, Any, str | None]] = [
     (COMPLETIONS, {"prompt": [5] * 129}, "prompt"),
     ("/v1/embeddings", {"input": 3}, "input"),
     ("/v1/embeddings", {"input": ["x" * 200]}, "input"),
+    ("/v1/embeddings", {"input": ["x", ""]}, "input"),
+    ("/v1/embeddings", {"input": [10**9]}, "input"),
+    ("/v1/embeddings", {"input": "x", "memory": "other"}, "memory"),
     ("/v1/embeddings", {"input": "x", "dimensions": 3}, "dimensions"),
     ("/tokenize", {"content": 3}, "content"),
     ("/tokenize", {"content": "x", "y": 1}, "y"),
@@ -109,6 +112,21 @@ def test_requests_that_are_junk(model: Model) -> None:
         assert error_of(await client.post(CHAT, {"messages": HELLO, "model": "gpt"}), 404)["code"] == "model_not_found"
         fine = await client.post(CHAT, {"messages": HELLO, "max_tokens": 1})
         assert fine.status == 200
+
+    run(model, talk)
+
+
+def test_what_nobody_foresaw_is_told_to_the_log_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(scheduler: Any) -> Any:
+        raise RuntimeError("secret details")
+
+    monkeypatch.setattr("runtime.server.scheduler.Scheduler.slots", failing)
+
+    async def talk(client: Client) -> None:
+        reply = await client.get("/slots")
+        assert error_of(reply, 500)["type"] == "server_error"
+        assert b"secret" not in reply.content
+        assert (await client.get("/health")).status == 200
 
     run(model, talk)
 
