@@ -8,8 +8,9 @@ from typing import Any
 
 from starlette.types import Receive
 
-from .scheduler import Arrival, Failure, RefusedError, Scheduler, Text
+from .scheduler import Scheduler
 from .security import ApiError, refusal
+from .tickets import Arrival, Failure, RefusedError, Text
 
 
 class GoneError(Exception):

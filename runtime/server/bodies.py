@@ -12,7 +12,7 @@ from ..generation.embedding import prepare_ids
 from ..generation.generation import Model, own_processors
 from ..generation.openai_rows import BodyError, EmbeddingRequest, Request, read_embedding_request, read_request
 from ..generation.settings import GenerationSettings
-from .scheduler import Text
+from .tickets import Text
 
 COMPLETION_TOKENS = 16
 """What a completion has at most unless it says otherwise, as in OpenAI's API; a chat's answer ends with the context."""

@@ -26,10 +26,11 @@ from ..generation.results import Chunk
 from .arrivals import Arrivals
 from .bodies import Prepared, check_model, defaults_of, messages_of, prepare, prepare_embedding, text_ids
 from .metrics import Metrics
-from .scheduler import Scheduler, Text
+from .scheduler import Scheduler
 from .security import parsed, read_body, refusal
 from .settings import ServeSettings
 from .streaming import ChunkWriter, EventStream
+from .tickets import Text
 
 Answer = TypeVar("Answer")
 MOST_EMBEDDING = 16

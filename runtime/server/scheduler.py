@@ -5,24 +5,21 @@ Other threads submit and cancel texts, and are told what came of them; only the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.prefix_cache import PrefixCache
-from ..errors import ArtifactError, IMSMRuntimeError, ProviderError
+from ..errors import IMSMRuntimeError
 from ..generation.batching import Batch, Event
 from ..generation.generation import Model
-from ..generation.results import Chunk
-from ..generation.settings import GenerationSettings
 from .metrics import Metrics
 from .settings import ServeSettings
+from .tickets import Arrival, Failure, RefusedError, Text, Ticket, failure_of, tell
 
 ALONE_MS = 250.0
 """How long a step may read a prompt while no text is written: until then nobody is heard."""
@@ -30,50 +27,6 @@ MOST_FAILURES = 3
 """Steps that fail one after the other before the model counts as broken."""
 LONGEST_RETRY_S = 60
 log = logging.getLogger("imsm.server")
-
-
-class Failure(NamedTuple):
-    """Why a text ends without an answer. status: HTTP's; code: one word for programs."""
-
-    status: int
-    code: str
-    message: str
-
-
-class Arrival(NamedTuple):
-    """A chunk of a text. held: tokens of its prompt that the prefix cache had."""
-
-    chunk: Chunk
-    held: int
-
-
-class RefusedError(Exception):
-    """Texts that are not taken on. retry_s: when to try again, if ever."""
-
-    def __init__(self, failure: Failure, retry_s: int | None = None) -> None:
-        super().__init__(failure.message)
-        self.failure, self.retry_s = failure, retry_s
-
-
-class Text(NamedTuple):
-    """What is to be generated after a prompt's token ids."""
-
-    ids: Sequence[int]
-    settings: GenerationSettings
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A text on its way. deliver: is called in the scheduler's thread. phase: queued, reading, writing or ended."""
-
-    text: Text
-    deliver: Callable[[Arrival | Failure], object]
-    deadline: float
-    begun: float = field(default_factory=time.monotonic)
-    last: float = 0.0
-    new: int = 0
-    held: int = 0
-    phase: str = "queued"
 
 
 class Scheduler:
@@ -222,7 +175,7 @@ class Scheduler:
             try:
                 self._batch.add(ticket, list(ticket.text.ids), ticket.text.settings)
             except IMSMRuntimeError as error:
-                self._end(ticket, _failure_of(error))
+                self._end(ticket, failure_of(error))
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
@@ -236,7 +189,7 @@ class Scheduler:
                 raise
             for ticket in [*self._running]:
                 self._running.remove(ticket)
-                self._end(ticket, _failure_of(error))
+                self._end(ticket, failure_of(error))
             self._batch = self._new_batch()
             return
         finally:
@@ -249,7 +202,7 @@ class Scheduler:
         ticket: Ticket = event.key
         if event.chunk is None:
             assert event.error is not None
-            self._end(ticket, _failure_of(event.error))
+            self._end(ticket, failure_of(event.error))
             return
         now = time.monotonic()
         if ticket.phase == "reading":
@@ -266,7 +219,7 @@ class Scheduler:
             self._leave(ticket, event.chunk.finish_reason)
             self._seconds_per_text += 0.2 * (now - ticket.begun - self._seconds_per_text)
             self.metrics.whole.observe(now - ticket.begun)
-        _tell(ticket, Arrival(event.chunk, event.held))
+        tell(ticket, Arrival(event.chunk, event.held))
 
     def _end(self, ticket: Ticket, failure: Failure | None) -> None:
         """A text leaves before its end; its row is free."""
@@ -276,7 +229,7 @@ class Scheduler:
             self._batch.cancel(ticket)
         self._leave(ticket, "cancelled" if failure is None else failure.code)
         if failure is not None:
-            _tell(ticket, failure)
+            tell(ticket, failure)
 
     def _leave(self, ticket: Ticket, how: str) -> None:
         with self._changed:
@@ -290,15 +243,3 @@ class Scheduler:
         if self._ends is None:
             return Failure(503, "model_failed", "the model's thread has ended; the server must be started again")
         return Failure(503, "server_stopping", "the server is about to end")
-
-
-def _tell(ticket: Ticket, arrival: Arrival | Failure) -> None:
-    with contextlib.suppress(RuntimeError):  # its event loop is closed
-        ticket.deliver(arrival)
-
-
-def _failure_of(error: BaseException) -> Failure:
-    """What a client is told of an error: what it can change, and of the others that there was one."""
-    if isinstance(error, ArtifactError | ProviderError) or not isinstance(error, IMSMRuntimeError):
-        return Failure(500, "model_error", "the model failed; the server's log tells why")
-    return Failure(400, "invalid_request", str(error))
