@@ -25,10 +25,12 @@ LAST_WORDS_S = 10
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends on a first signal when what runs has ended, on a second one at once."""
+    """Ends on a first signal when what runs has ended; on a second one that is ended, and on a third one connections
+    are not waited for."""
 
     def __init__(self, config: uvicorn.Config, server: Server, drain_s: float, where: str) -> None:
         super().__init__(config)
+        self._signals = 0
         self._server, self._drain_s, self._where = server, drain_s, where
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -41,9 +43,12 @@ class _Uvicorn(uvicorn.Server):
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
-        self._server.scheduler.drain(0 if self.should_exit else self._drain_s)
+        self._signals += 1
+        self._server.scheduler.drain(self._drain_s if self._signals == 1 else 0)
         self.should_exit = True
+        if self._signals > 2:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it tells of what it leaves as a traceback
+            self.force_exit = True
 
 
 def bound_socket(settings: ServeSettings) -> socket.socket:
