@@ -29,7 +29,7 @@ LIMITS = {
     "top_p": _SHARE,
     "min_p": Limit("from 0 to below 1", lambda value: 0 <= value < 1),
     "typical_p": _SHARE,
-    "repetition_penalty": Limit("a number above 0", lambda value: 0 < value <= _LARGEST),
+    "repetition_penalty": Limit("a number from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30),
     "no_repeat_ngram_size": _COUNT,
 }
 """By transformers' names."""

@@ -55,7 +55,7 @@ _GENERATION = {
     "top_p": _share,
     "min_p": within("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "typical_p": _share,
-    "repetition_penalty": within("a number above 0", lambda value: 0 < value <= LARGEST),
+    "repetition_penalty": within("a number from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30),
     "no_repeat_ngram_size": whole(),
 }
 

@@ -81,7 +81,9 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.json_schema, Mapping):  # as a request or a row of JSON has it
+        if isinstance(self.json_schema, Mapping) and all(
+            isinstance(key, str) for key in self.json_schema
+        ):  # as a request or a row of JSON has it
             object.__setattr__(self, "json_schema", json.dumps(self.json_schema, default=repr))
         check_fields(self)
         for name in ("stop", "stop_token_ids"):

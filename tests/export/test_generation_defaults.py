@@ -67,7 +67,7 @@ def test_transformers_samples_with_these_where_nothing_is_said() -> None:
         ("top_p", 1.5, "top_p 1.5"),
         ("min_p", 1.0, "min_p 1.0; it must be from 0 to below 1"),
         ("typical_p", [], "typical_p []"),
-        ("repetition_penalty", -math.inf, "repetition_penalty -inf; it must be a number above 0"),
+        ("repetition_penalty", -math.inf, "repetition_penalty -inf; it must be a number from 1e-30 to 1e30"),
         ("no_repeat_ngram_size", 2**40, "no_repeat_ngram_size 1099511627776"),
         ("do_sample", "yes", "do_sample 'yes'; it must be true or false, and is left out"),
     ],
@@ -92,7 +92,7 @@ def test_what_cannot_be_is_left_out_with_a_warning_and_refused_in_a_manifest(nam
         ("top_p", (1e-300, 1)),
         ("min_p", (0, 0.999)),
         ("typical_p", (1e-300, 1)),
-        ("repetition_penalty", (1e-300, 1e300)),
+        ("repetition_penalty", (1e-30, 1e30)),
         ("no_repeat_ngram_size", (0, 2**31 - 1)),
     ],
 )
