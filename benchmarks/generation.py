@@ -49,7 +49,7 @@ EVERYTHING: dict[str, Any] = {
     "no_repeat_ngram_size": 6,
     "logit_bias": {1: -1.0},
 }
-SCHEMA = json.dumps({"type": "array", "items": {"type": "integer"}})
+SCHEMA = json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": 2000})
 REPEATING = (
     "Rewrite this function so that the parameter `values` is called `numbers`, and change nothing else.\n\n"
     "def summarize(values):\n    total = sum(values)\n    count = len(values)\n    mean = total / count\n"
@@ -268,7 +268,9 @@ def _looked_up(model: runtime.Model, text: str, rounds: int) -> dict[str, Any]:
 
     def run(name: str) -> list[float]:
         start = time.perf_counter()
-        results[name] = runtime.generate(model, text, max_new_tokens=160, speculate=7 if name == "drafts" else 0)
+        results[name] = runtime.generate(
+            model, text, max_new_tokens=160, memory_bias=1e4, speculate=7 if name == "drafts" else 0
+        )
         return [(time.perf_counter() - start) * 1e3]
 
     told = compared(turns(("plain", "drafts"), run, max(2, rounds // 2)), "plain", "drafts")

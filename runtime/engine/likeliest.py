@@ -32,7 +32,7 @@ def among_largest(values: Array, k: int) -> Array:
         heads = np.partition(values, -k)[-k:]  # "not a number" is at its end
         least = heads[0]
     else:
-        heads = values[: blocks * BLOCK].reshape(blocks, BLOCK).max(-1)
+        heads = values[: blocks * BLOCK].reshape(BLOCK, blocks).max(0)  # along the memory
         least = np.partition(heads, -k)[-k]  # k blocks have a value that large
     if np.isnan(heads).any() or np.isnan(values[blocks * BLOCK :]).any():
         return np.arange(len(values))

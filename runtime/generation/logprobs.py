@@ -32,9 +32,10 @@ class Trace(NamedTuple):
 
 
 def log_normalizer(logits: NDArray[np.float32]) -> float:
-    """The logarithm of the sum of exp(logits (vocab,)); the sum has float32's steps and float64's range."""
+    """The logarithm of the sum of exp(logits (vocab,)), in float32's steps."""
     largest = logits.max()
-    return float(largest) + math.log(float(np.exp(logits - largest).sum(dtype=np.float64)))
+    table = logits - largest
+    return float(largest) + math.log(float(np.exp(table, out=table).sum()))
 
 
 def candidates(logits: NDArray[np.float32], count: int, normalizer: float | None = None) -> tuple[Candidate, ...]:

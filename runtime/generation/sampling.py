@@ -21,6 +21,8 @@ from ..errors import ArtifactError, SettingsError
 Array = NDArray[Any]
 LEAST_TEMPERATURE = 1e-4
 """Below it logits that differ by anything at all differ by more than float64 holds."""
+BLOCK = 256
+"""Weights whose sum is looked at first where one is drawn."""
 FIRST_LOOK = 256
 """Tokens that a filter by mass looks at first; most distributions need no more."""
 Sampler = Callable[[NDArray[np.float32]], NDArray[np.int64]]
@@ -57,18 +59,22 @@ class Filters:
         if not 0 <= self.top_n_sigma < math.inf:
             raise SettingsError("top_n_sigma", self.top_n_sigma, "it must be 0 (off) or above")
 
-    def masked(self, logits: Array) -> Array:
-        """Logits (vocab,) of which those that `top_n_sigma` leaves out are -infinity."""
+    def lowest(self, logits: Array) -> float:
+        """The logit below which `top_n_sigma` leaves tokens of all `logits` (vocab,) out."""
         if not self.top_n_sigma:
-            return logits
-        deviation = float(logits[np.isfinite(logits)].std(dtype=np.float64))
-        return np.where(logits >= logits.max() - self.top_n_sigma * deviation, logits, -np.inf)
+            return -math.inf
+        held = logits if math.isfinite(logits.min()) else logits[np.isfinite(logits)]
+        mean = float(held.mean(dtype=np.float64))
+        variance = max(float(np.square(held - np.float32(mean)).mean()), 0.0)
+        return float(logits.max()) - self.top_n_sigma * math.sqrt(variance)
 
     def kept(self, ids: Array | None, logits: Array) -> tuple[Array | None, Array]:
         """Token ids that the filters by probability leave, and their weights (N,). ids: which tokens the logits (N,)
         are of; None: all, in their order, as it also is in the result."""
-        values = logits.astype(np.float64) / self.temperature
-        weights = np.exp(values - values.max())
+        weights = logits.astype(np.float64)
+        weights /= self.temperature
+        weights -= weights.max()
+        np.exp(weights, out=weights)
         if self.top_p < 1:
             order = _until_mass(-weights, weights, self.top_p * weights.sum())
             ids, weights = _chosen(ids, weights, order)
@@ -100,17 +106,38 @@ class RandomSampler:
         return np.array([self._draw(*self.filters.kept(*row)) for row in zip(ids, logits, strict=True)], np.int64)
 
     def _row(self, logits: NDArray[np.float32]) -> int:
-        logits = self.filters.masked(logits)
-        if not 0 < self.filters.top_k < len(logits):
+        lowest = self.filters.lowest(logits)
+        if 0 < self.filters.top_k < len(logits):
+            found, table = likeliest(logits[None], self.filters.top_k)
+            ids, values = found[0], table[0]
+            enough = max(1, int(np.count_nonzero(values >= lowest)))  # the likeliest come first
+            return self._draw(*self.filters.kept(ids[:enough], values[:enough]))
+        if lowest == -math.inf:
             return self._draw(*self.filters.kept(None, logits))
-        ids, values = likeliest(logits[None], self.filters.top_k)
-        return self._draw(*self.filters.kept(ids[0], values[0]))
+        ids = np.flatnonzero(logits >= lowest)
+        return self._draw(*self.filters.kept(ids, logits[ids]))
 
     def _draw(self, ids: Array | None, weights: Array) -> int:
-        sums = np.cumsum(weights)
-        drawn = np.searchsorted(sums, self.generator.random() * sums[-1], side="right")
-        index = int(min(drawn, np.flatnonzero(weights)[-1]))  # rounding may reach the sum itself
+        index = _drawn(weights, self.generator.random())
         return index if ids is None else int(ids[index])
+
+
+def _drawn(weights: Array, chance: float) -> int:
+    """The index whose weight a chance from 0 to 1 falls on. Sums of blocks first: a running sum of a whole vocabulary
+    would take longer than everything else."""
+    starts = np.arange(0, len(weights), BLOCK)
+    sums = np.cumsum(np.add.reduceat(weights, starts))
+    wanted = chance * sums[-1]
+    block = int(np.searchsorted(sums, wanted, side="right"))
+    if block < len(sums):
+        start = int(starts[block])
+        before = sums[block - 1] if block else 0.0
+        inside = np.cumsum(weights[start : start + BLOCK])
+        index = start + int(np.searchsorted(inside, wanted - before, side="right"))
+        if index < min(start + BLOCK, len(weights)) and weights[index] > 0:
+            return index
+    below = np.flatnonzero(weights[: (block + 1) * BLOCK])  # rounding reached the sum itself
+    return int(below[-1]) if len(below) else int(np.flatnonzero(weights)[0])
 
 
 def make_sampler(
