@@ -64,9 +64,8 @@ class Filters:
         if not self.top_n_sigma:
             return -math.inf
         held = logits if math.isfinite(logits.min()) else logits[np.isfinite(logits)]
-        mean = float(held.mean(dtype=np.float64))
-        variance = max(float(np.square(held - np.float32(mean)).mean()), 0.0)
-        return float(logits.max()) - self.top_n_sigma * math.sqrt(variance)
+        away = held - held.mean()
+        return float(logits.max()) - self.top_n_sigma * math.sqrt(float(away @ away) / len(held))
 
     def kept(self, ids: Array | None, logits: Array) -> tuple[Array | None, Array]:
         """Token ids that the filters by probability leave, and their weights (N,). ids: which tokens the logits (N,)
