@@ -222,10 +222,8 @@ class Batch:
 
     def _chosen(self, row: _Row, output: StepOutput, index: int, read: int) -> Event:
         """What comes of a row's logits, the output's `index`. read: the tokens that the row has read."""
-        gate = None if output.gate_mean is None else float(output.gate_mean[index])
-        memories = None if output.memory_logits is None else output.memory_logits[index]
         try:
-            token = row.chooser.choose(output.logits[index], gate, memories)
+            token = row.chooser.choose(output, index)
             chunk = row.text.push(token)
         except IMSMRuntimeError as error:
             row.ended = True

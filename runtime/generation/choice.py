@@ -1,6 +1,6 @@
 """One row's choice of its next token: its history, processors and sampler, and what is told about the choice.
 
-Knows nothing about graphs: it is given logits.
+Knows nothing about graphs: it is given what a step of one gave.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import integers, is_sequence, whole_number
-from ..engine.state import LikeliestOutput
+from ..engine.state import LikeliestOutput, StepOutput
 from ..errors import PromptError, SettingsError, shown
 from .history import History
 from .logprobs import Candidate, Trace, candidates, log_normalizer
@@ -59,9 +59,12 @@ class Chooser:
             return None
         return min(max(needed, self.logprobs or 0), self.vocab)
 
-    def choose(self, logits: Logits, gate_mean: float | None, memory_logits: Logits | None = None) -> Token:
-        """The next token. logits: (vocab,), the model's. memory_logits: (2, vocab), of the base and of the adapter
-        memory; needed for a trace. Raises SettingsError for what a sampler or a processor must not return."""
+    def choose(self, output: StepOutput, row: int = 0) -> Token:
+        """The next token after a row of a step's output, which has `memory_logits` if a trace is told. Raises
+        SettingsError for what a sampler or a processor must not return, and PromptError where no token is allowed."""
+        logits = output.logits[row]
+        gate_mean = None if output.gate_mean is None else float(output.gate_mean[row])
+        memory_logits = None if output.memory_logits is None else output.memory_logits[row]
         changed = logits
         if self.processors:
             changed = logits.copy()

@@ -18,7 +18,7 @@ from ..engine.execution import Execution
 from ..engine.journal import Note
 from ..engine.prompt_logprobs import PromptLogprobs
 from ..engine.session import Session
-from ..engine.state import DecodeState, StepOutput
+from ..engine.state import DecodeState
 from ..errors import PromptError
 from .ahead import Passes
 from .chat_template import Message
@@ -151,27 +151,22 @@ class _Steps:
             found = self.session.prompt_logprobs(prompt_ids, k=self.chooser.logprobs or 0, state=self.state)
             self.chooser.begin(self.session.token_ids(prompt_ids))
             self.echo(found)
-            return self._chosen(found.output)
+            return self.chooser.choose(found.output)
         if self.k is not None:
             told = self.chooser.logprobs is not None
             output = self.session.prefill_likeliest(self.state, [prompt_ids], self.k, probabilities=told)
             return self.chooser.choose_likeliest(output)
         whole = self.session.prefill(self.state, [prompt_ids], by_memory=self.by_memory)
         self.chooser.begin([*self.held, *self.session.token_ids(prompt_ids)])
-        return self._chosen(whole)
+        return self.chooser.choose(whole)
 
     def next(self, token: int) -> Token:
         if self.k is not None:
             told = self.chooser.logprobs is not None
             return self.chooser.choose_likeliest(self.session.decode_likeliest(self.state, [token], self.k, told))
         if self.passes is not None:
-            return self._chosen(self.passes.after(token, self.chooser.history.ids))
-        return self._chosen(self.session.decode_step(self.state, [token], by_memory=self.by_memory))
-
-    def _chosen(self, output: StepOutput) -> Token:
-        gate = None if output.gate_mean is None else float(output.gate_mean[0])
-        memories = None if output.memory_logits is None else output.memory_logits[0]
-        return self.chooser.choose(output.logits[0], gate, memories)
+            return self.chooser.choose(self.passes.after(token, self.chooser.history.ids))
+        return self.chooser.choose(self.session.decode_step(self.state, [token], by_memory=self.by_memory))
 
 
 def stream_generate(
