@@ -75,7 +75,7 @@ class Filters:
         weights -= weights.max()
         np.exp(weights, out=weights)
         if self.top_p < 1:
-            order = _until_mass(-weights, weights, self.top_p * weights.sum())
+            order = _until_mass(weights, weights, self.top_p * weights.sum())
             ids, weights = _chosen(ids, weights, order)
         if self.min_p > 0:
             ids, weights = _chosen(ids, weights, weights >= self.min_p * weights.max())
@@ -135,8 +135,7 @@ def _drawn(weights: Array, chance: float) -> int:
         index = start + int(np.searchsorted(inside, wanted - before, side="right"))
         if index < min(start + BLOCK, len(weights)) and weights[index] > 0:
             return index
-    below = np.flatnonzero(weights[: (block + 1) * BLOCK])  # rounding reached the sum itself
-    return int(below[-1]) if len(below) else int(np.flatnonzero(weights)[0])
+    return int(np.flatnonzero(weights[: (block + 1) * BLOCK])[-1])  # rounding reached the sum itself
 
 
 def make_sampler(
@@ -174,15 +173,15 @@ def likeliest_needed(sampler: Sampler, vocab: int) -> int | None:
     return sampler.likeliest_needed(vocab) if isinstance(sampler, RandomSampler) else None
 
 
-def _until_mass(keys: Array, weights: Array, mass: float) -> Array:
-    """Indices by ascending key, equal ones in their order, up to the one with which their weights reach `mass`; at
+def _until_mass(worth: Array, weights: Array, mass: float) -> Array:
+    """Indices by descending worth, equal ones in their order, up to the one with which their weights reach `mass`; at
     least one, and all if they do not."""
     count = FIRST_LOOK
     while True:
-        found = among_largest(-keys, count)
-        found = found[np.argsort(keys[found], kind="stable")]
+        found = among_largest(worth, count)
+        found = found[np.argsort(-worth[found], kind="stable")]
         before = np.cumsum(weights[found]) - weights[found]
-        if len(found) == len(keys) or before[-1] >= mass:
+        if len(found) == len(worth) or before[-1] >= mass:
             return found[before < mass]
         count *= 8
 
@@ -194,7 +193,7 @@ def _typical(weights: Array, mass: float) -> Array:
     np.negative(np.log(probabilities, where=probabilities > 0, out=surprise), where=probabilities > 0, out=surprise)
     possible = probabilities > 0
     entropy = float(probabilities[possible] @ surprise[possible])
-    return np.sort(_until_mass(np.abs(surprise - entropy), probabilities, mass))
+    return np.sort(_until_mass(-np.abs(surprise - entropy), probabilities, mass))
 
 
 def _chosen(ids: Array | None, weights: Array, which: Array) -> tuple[Array, Array]:
