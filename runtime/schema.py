@@ -28,6 +28,8 @@ FORMAT_VERSION = 7
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int32", "int64")
 GATE_KINDS = ("query_aware", "token", "residual", "query_mixed", "mean_logits")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+LARGEST_PENALTY = 1e30
+"""Of penalties and biases: with more, float32 may not hold what they make of logits."""
 FLOATS = ("float32", "float16", "bfloat16")
 
 _name = text("(?s).+", "text that is not empty")
@@ -55,7 +57,9 @@ _GENERATION = {
     "top_p": _share,
     "min_p": within("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "typical_p": _share,
-    "repetition_penalty": within("a number from 1e-30 to 1e30", lambda value: 1e-30 <= value <= 1e30),
+    "repetition_penalty": within(
+        "a number from 1e-30 to 1e30", lambda value: 1 / LARGEST_PENALTY <= value <= LARGEST_PENALTY
+    ),
     "no_repeat_ngram_size": whole(),
 }
 

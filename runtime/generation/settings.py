@@ -10,13 +10,12 @@ from typing import Any
 
 from ..checks import check_fields
 from ..errors import SettingsError
+from ..schema import LARGEST_PENALTY
 from .sampling import Sampler, make_sampler
 from .speculation import MOST_DRAFTED
 
 MOST_LIKELIEST = 1000
 """Tokens that `logprobs` and `trace` tell of at each place."""
-LARGEST = 1e30
-"""Of penalties and biases: with more, float32 may not hold what they make of logits."""
 CONSTRAINTS = ("json_object", "json_schema", "regex", "grammar")
 
 
@@ -117,20 +116,22 @@ class GenerationSettings:
         for name in ("min_new_tokens", "no_repeat_ngram_size"):
             if getattr(self, name) < 0:
                 raise SettingsError(name, getattr(self, name), "it must be 0 (off) or above")
-        if not 1 / LARGEST <= self.repetition_penalty <= LARGEST:
-            rule = f"it must be above 0 ({1 / LARGEST:g} to {LARGEST:g}); 1 is off"
+        if not 1 / LARGEST_PENALTY <= self.repetition_penalty <= LARGEST_PENALTY:
+            rule = f"it must be above 0 ({1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}); 1 is off"
             raise SettingsError("repetition_penalty", self.repetition_penalty, rule)
         for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) <= LARGEST:
-                raise SettingsError(name, getattr(self, name), f"it must be {-LARGEST:g} to {LARGEST:g}; 0 is off")
+            if not abs(getattr(self, name)) <= LARGEST_PENALTY:
+                raise SettingsError(
+                    name, getattr(self, name), f"it must be {-LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}; 0 is off"
+                )
         for name, least in (("logprobs", 0), ("trace", 1)):
             if (value := getattr(self, name)) is not None and not least <= value <= MOST_LIKELIEST:
                 raise SettingsError(name, value, f"it must be {least} to {MOST_LIKELIEST}")
         if not 0 <= self.speculate <= MOST_DRAFTED:
             raise SettingsError("speculate", self.speculate, f"it must be 0 (off) to {MOST_DRAFTED}")
         for token, bias in (self.logit_bias or {}).items():
-            if not (abs(bias) <= LARGEST or bias == -math.inf):
-                rule = f"a bias must be {-LARGEST:g} to {LARGEST:g}, or -infinity"
+            if not (abs(bias) <= LARGEST_PENALTY or bias == -math.inf):
+                rule = f"a bias must be {-LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}, or -infinity"
                 raise SettingsError("logit_bias", f"{token}={bias}", rule)
         if "" in self.stop:
             raise SettingsError("stop", "", "a stop string cannot be empty")
