@@ -16,9 +16,9 @@ from ..engine.execution import Execution
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from ..generation.settings import GenerationSettings
 from ..interrupts import loading
-from ..options import read_options, said_options
+from ..options import read_options
 from .batch_output import Output
-from .common import NEEDS, add_artifact
+from .common import NEEDS, add_artifact, said_settings
 from .rows import Progress, Row, at_line, check_apart, parse_rows, read_content
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def register(commands: Commands) -> None:
 
 def _batch(args: argparse.Namespace) -> int:
     options, execution = read_options(BatchOptions, args), read_options(Execution, args)
-    said = said_options(GenerationSettings, args)
-    GenerationSettings(**said)  # what is wrong in them is told before the model is loaded
+    said = said_settings(args)
     with loading():
         from ..generation.batch_rows import error_document, is_error, key_of_result
         from ..generation.batch_run import answers

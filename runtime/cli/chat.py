@@ -11,11 +11,11 @@ from ..engine.execution import Execution
 from ..errors import IMSMRuntimeError
 from ..generation.settings import GenerationSettings
 from ..interrupts import Stop, interrupts_stop, loading
-from ..options import read_options, said_options
+from ..options import read_options
 from ..printable import printable
 from .chat_commands import Conversation
 from .chat_input import Lines
-from .common import NEEDS, add_artifact
+from .common import NEEDS, add_artifact, said_settings
 from .token_lines import heading, token_line
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def register(commands: Commands) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     options, execution = read_options(ChatOptions, args), read_options(Execution, args)
-    said = said_options(GenerationSettings, args)
-    GenerationSettings(**said)  # what is wrong in them is told before the model is loaded
+    said = said_settings(args)
     with loading():
         from ..generation.chat import Chat
         from ..generation.generation import load

@@ -11,7 +11,7 @@ from ..generation.embed_settings import EmbedSettings
 from ..interrupts import loading
 from ..options import read_options
 from .common import NEEDS, add_artifact
-from .rows import Progress, RowWriter, add_files, at_line, check_apart, read_rows
+from .rows import Progress, RowWriter, add_files, check_apart, prepare_rows, read_rows
 
 if TYPE_CHECKING:
     from ..console import Commands
@@ -38,10 +38,7 @@ def _embed(args: argparse.Namespace) -> int:
     rows = read_rows(args.input, _check)
     check_apart(args.input, args.output)
     model = load(args.artifact, execution)
-    prepared = []
-    for row in rows:
-        with at_line(row.line):
-            prepared.append(prepare(model, _text(row.value), settings))
+    prepared = prepare_rows(rows, lambda value: prepare(model, _text(value), settings))
     embeddings = embed_prepared(model.session, prepared, settings)
     with RowWriter(args.output) as writer, Progress(len(rows), sum(map(len, prepared))) as progress:
         for index, (row, ids, embedding) in enumerate(zip(rows, prepared, embeddings, strict=True)):

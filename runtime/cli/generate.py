@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..engine.execution import Execution
 from ..generation.settings import GenerationSettings
 from ..interrupts import loading
-from ..options import read_options, said_options
+from ..options import read_options
 from ..streams import read_prompt
-from .common import NEEDS, add_artifact
+from .common import NEEDS, add_artifact, said_settings
 from .token_lines import heading, token_line
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def register(commands: Commands) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    said, execution = said_options(GenerationSettings, args), read_options(Execution, args)
-    GenerationSettings(**said)  # what is wrong in them is told before the model is loaded
+    said, execution = said_settings(args), read_options(Execution, args)
     prompt = read_prompt(args.prompt)
     with loading():
         from ..generation.generation import generate, load, stream_generate

@@ -11,14 +11,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from ..errors import PromptError, SettingsError
 from ..json_checks import parse_json
 
+Prepared = TypeVar("Prepared")
 STANDARD = Path("-")
 """stdin or stdout instead of a file."""
 _REDRAW = 0.1  # seconds
@@ -49,6 +50,15 @@ def read_rows(path: Path, check: Callable[[Any], None]) -> list[Row]:
                 raise row.error
             check(row.value)
     return found
+
+
+def prepare_rows(rows: Sequence[Row], prepare: Callable[[Any], Prepared]) -> list[Prepared]:
+    """What `prepare` makes of every row's value; a PromptError of it tells the row's line."""
+    made = []
+    for row in rows:
+        with at_line(row.line):
+            made.append(prepare(row.value))
+    return made
 
 
 def read_content(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from ..generation.score_settings import ScoreSettings
 from ..interrupts import loading
 from ..options import read_options
 from .common import NEEDS, add_artifact
-from .rows import Progress, RowWriter, add_files, at_line, check_apart, read_rows
+from .rows import Progress, RowWriter, add_files, check_apart, prepare_rows, read_rows
 
 if TYPE_CHECKING:
     from ..console import Commands
@@ -38,10 +38,7 @@ def _score(args: argparse.Namespace) -> int:
     rows = read_rows(args.input, _check)
     check_apart(args.input, args.output)
     model = load(args.artifact, execution)
-    prepared = []
-    for row in rows:
-        with at_line(row.line):
-            prepared.append(prepare(model, row.value, settings))
+    prepared = prepare_rows(rows, lambda value: prepare(model, value, settings))
     total, tokens = 0.0, 0
     with RowWriter(args.output) as writer, Progress(len(rows), sum(row.tokens for row in prepared)) as progress:
         for row, ready, scores in zip(rows, prepared, score_prepared(model, prepared, settings), strict=True):
