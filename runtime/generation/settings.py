@@ -80,10 +80,12 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if isinstance(self.json_schema, Mapping) and all(
-            isinstance(key, str) for key in self.json_schema
-        ):  # as a request or a row of JSON has it
-            object.__setattr__(self, "json_schema", json.dumps(self.json_schema, default=repr))
+        schema = self.json_schema
+        if isinstance(schema, Mapping) and all(isinstance(key, str) for key in schema):  # as a row of JSON has it
+            try:
+                object.__setattr__(self, "json_schema", json.dumps(schema))
+            except (TypeError, ValueError) as error:
+                raise SettingsError("json_schema", schema, "it must be a schema that JSON can hold") from error
         check_fields(self)
         for name in ("stop", "stop_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
