@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .batch_rows import Job, Key, embedding_document, error_document, result_document
 from .batching import WHOLE, Batch
 from .embedding import embed_prepared
-from .generation import Model, collected
-from .results import Chunk, Generation
+from .generation import Model
+from .results import Chunk, Gathering, Generation
 from .scoring import facts_of_scores, score_prepared
 
 AHEAD = 2
@@ -61,21 +60,16 @@ class _UnderWay:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._chunks: list[list[Chunk]] = [[] for _ in job.texts]
-        self._times: list[list[float]] = [[time.perf_counter()] for _ in job.texts]
+        self._texts = [Gathering(len(text.ids)) for text in job.texts]
         self._left = len(job.texts)
 
     def take(self, number: int, chunk: Chunk) -> bool:
         """Take a chunk of a text; whether it was the last one of all."""
-        self._chunks[number].append(chunk)
-        if chunk.token is not None:
-            self._times[number].append(time.perf_counter())
-        self._left -= chunk.finish_reason is not None
+        self._left -= self._texts[number].take(chunk)
         return not self._left
 
     def results(self) -> list[Generation]:
-        counts = [len(text.ids) for text in self.job.texts]
-        return [collected(*of_one) for of_one in zip(self._chunks, counts, self._times, strict=True)]
+        return [text.result() for text in self._texts]
 
 
 def _generated(model: Model, jobs: Sequence[Job], most_rows: int) -> Iterator[Answer]:

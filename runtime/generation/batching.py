@@ -18,9 +18,9 @@ from ..engine.state import DecodeState, StepOutput
 from ..errors import IMSMRuntimeError, PromptError, SettingsError, shown
 from .chat_template import Message
 from .choice import Chooser
-from .generation import Model, TextOfTokens, checked, collected, own_processors, prompt_tokens, without_logits
+from .generation import Model, TextOfTokens, checked, own_processors, prompt_tokens
 from .prompts import encoded
-from .results import Chunk, Generation
+from .results import Chunk, Gathering, Generation, without_logits
 from .settings import GenerationSettings
 
 MOST_ROWS = 8
@@ -292,12 +292,10 @@ def generate_batch(
 ) -> list[Generation]:
     """Run `stream_batch` to its end: one result for each prompt, in their order."""
     batch, counts = _filled(model, prompts, settings, most_rows, changes)
-    times: list[list[float]] = [[time.perf_counter()] for _ in prompts]
-    chunks: list[list[Chunk]] = [[] for _ in prompts]
+    found = [Gathering(count) for count in counts]
     for number, chunk in _chunks(batch):
-        chunks[number].append(chunk)
-        times[number].append(time.perf_counter())
-    return [collected(*of_one) for of_one in zip(chunks, counts, times, strict=True)]
+        found[number].take(chunk)
+    return [text.result() for text in found]
 
 
 def _filled(

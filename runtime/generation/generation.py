@@ -7,7 +7,6 @@ generate            one result
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from .constraints import constraints_of
 from .logprobs import Candidate
 from .processors import Processor, make_processors
 from .prompts import Prompt, encoded
-from .results import Chunk, FinishReason, Generation, Token, timings
+from .results import Chunk, FinishReason, Gathering, Generation, Token
 from .sampling import Sampler, greedy
 from .settings import GenerationSettings
 from .speculation import Speculation
@@ -304,14 +303,13 @@ def _collected(
     processors: Sequence[Processor],
     state: DecodeState,
 ) -> Generation:
-    chunks: list[Chunk] = []
     speculation = _speculation(settings)
-    times = [time.perf_counter()]
+    found = Gathering(len(prompt.ids))
     for chunk in _stream(model, prompt, settings, sampler, processors, state, speculation):
-        if chunk.token is not None:
-            times.append(time.perf_counter())
-        chunks.append(without_logits(chunk))
-    return collected(chunks, len(prompt.ids), times, speculation)
+        found.take(chunk)
+    if speculation is None:
+        return found.result()
+    return found.result(drafted=speculation.drafted, accepted=speculation.accepted, passes=speculation.passes)
 
 
 def prompt_tokens(ids: Sequence[int], found: PromptLogprobs) -> tuple[Token, ...]:
@@ -327,31 +325,6 @@ def prompt_tokens(ids: Sequence[int], found: PromptLogprobs) -> tuple[Token, ...
 
 def _speculation(settings: GenerationSettings) -> Speculation | None:
     return Speculation(settings.speculate) if settings.speculate else None
-
-
-def without_logits(chunk: Chunk) -> Chunk:
-    """A chunk whose token does not keep a whole vocabulary's numbers in memory."""
-    return chunk if chunk.token is None else chunk._replace(token=chunk.token._replace(logits=None))
-
-
-def collected(
-    chunks: Sequence[Chunk], prompt_tokens: int, times: Sequence[float], speculation: Speculation | None = None
-) -> Generation:
-    """The result of a text's chunks. times: as in `timings`. speculation: what guessed its tokens."""
-    last = chunks[-1]
-    assert last.finish_reason is not None
-    measured = timings(prompt_tokens, times)
-    if speculation is not None:
-        counts = {name: getattr(speculation, name) for name in ("drafted", "accepted", "passes")}
-        measured = replace(measured, **counts)
-    return Generation(
-        text="".join(chunk.text for chunk in chunks),
-        tokens=tuple(chunk.token for chunk in chunks if chunk.token is not None),
-        finish_reason=last.finish_reason,
-        stopped_by=last.stopped_by,
-        timings=measured,
-        prompt=chunks[0].prompt,
-    )
 
 
 def checked(model: Model, settings: GenerationSettings | None, changes: dict[str, Any]) -> GenerationSettings:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -115,6 +116,40 @@ def facts_of_tokens(result: Generation, token_text: Callable[[int], str]) -> dic
             if token.trace is not None
         ]
     return told
+
+
+class Gathering:
+    """The chunks of one text as they come, and when; it begins when the prompt is there."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._chunks: list[Chunk] = []
+        self._times = [time.perf_counter()]
+
+    def take(self, chunk: Chunk) -> bool:
+        """Take the next chunk; whether it was the last one."""
+        if chunk.token is not None:
+            self._times.append(time.perf_counter())
+        self._chunks.append(without_logits(chunk))
+        return chunk.finish_reason is not None
+
+    def result(self, **counts: int) -> Generation:
+        """What the chunks make, after the last one. counts: of guesses, as `Timings` names them."""
+        last = self._chunks[-1]
+        assert last.finish_reason is not None
+        return Generation(
+            text="".join(chunk.text for chunk in self._chunks),
+            tokens=tuple(chunk.token for chunk in self._chunks if chunk.token is not None),
+            finish_reason=last.finish_reason,
+            stopped_by=last.stopped_by,
+            timings=replace(timings(self._prompt_tokens, self._times), **counts),
+            prompt=self._chunks[0].prompt,
+        )
+
+
+def without_logits(chunk: Chunk) -> Chunk:
+    """A chunk whose token does not keep a whole vocabulary's numbers in memory."""
+    return chunk if chunk.token is None else chunk._replace(token=chunk.token._replace(logits=None))
 
 
 def timings(prompt_tokens: int, times: Sequence[float]) -> Timings:

@@ -18,11 +18,11 @@ from ..checks import integers
 from ..engine.memories import MEMORIES
 from ..errors import PromptError, shown
 from ..generation.embedding import embed_prepared
-from ..generation.generation import Model, collected
+from ..generation.generation import Model
 from ..generation.openai_answers import embedding_body, response_body
 from ..generation.openai_rows import CHAT, COMPLETION, BodyError
 from ..generation.openai_rows import Request as Asked
-from ..generation.results import Chunk
+from ..generation.results import Gathering
 from .arrivals import Arrivals
 from .bodies import Prepared, check_model, defaults_of, messages_of, prepare, prepare_embedding, text_ids
 from .metrics import Metrics
@@ -171,18 +171,14 @@ class Endpoints:
 
     async def _whole(self, wanted: Prepared, arrivals: Arrivals) -> Response:
         asked, texts = wanted
-        chunks: list[list[Chunk]] = [[] for _ in texts]
-        times = [[time.perf_counter()] for _ in texts]
+        gathered = [Gathering(len(text.ids)) for text in texts]
         async with arrivals:
             async for number, arrival in arrivals:
-                chunks[number].append(arrival.chunk)
-                if arrival.chunk.token is not None:
-                    times[number].append(time.perf_counter())
-        counts = [len(text.ids) for text in texts]
-        results = [collected(*of_one) for of_one in zip(chunks, counts, times, strict=True)]
+                gathered[number].take(arrival.chunk)
+        results = [text.result() for text in gathered]
         held = sum(arrivals.held[number] for number in range(0, len(texts), asked.choices))
-        text, ends, echoed = self.model.codec.token_text, self._ends(asked), self._echoed(asked)
-        return JSONResponse(response_body(asked.model, asked.chat, asked.choices, results, text, ends, echoed, held))
+        spelt, ends, echoed = self.model.codec.token_text, self._ends(asked), self._echoed(asked)
+        return JSONResponse(response_body(asked.model, asked.chat, asked.choices, results, spelt, ends, echoed, held))
 
     def _echoed(self, asked: Asked) -> list[str]:
         return asked.echoed(self.model.codec.decode)
