@@ -237,3 +237,19 @@ def test_an_echo_tells_of_the_prompt_and_changes_nothing_else(model: Model) -> N
     model.session.prefill(state, [PROMPT])
     with pytest.raises(PromptError, match="need a state of one row that has read nothing"):
         generate(model, PROMPT, logprobs=1, echo=True, state=state)
+
+
+def test_a_trace_tells_what_each_memory_alone_would_say(model: Model) -> None:
+    first = generate(model, PROMPT, max_new_tokens=1, trace=3).tokens[0]
+    assert first.trace is not None
+    told = {}
+    for name, bias in (("blend", 0.0), ("base", 1e4), ("adapter", -1e4)):
+        (alone,) = generate(model, PROMPT, max_new_tokens=1, logprobs=3, memory_bias=bias).tokens
+        assert alone.top_logprobs is not None
+        found = getattr(first.trace, name)
+        assert [each.id for each in found] == [each.id for each in alone.top_logprobs]
+        assert [each.logprob for each in found] == pytest.approx(
+            [each.logprob for each in alone.top_logprobs], abs=1e-5
+        )
+        told[name] = found[0].logprob
+    assert abs(told["base"] - told["adapter"]) > 1e-3
